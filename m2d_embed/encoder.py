@@ -1,0 +1,189 @@
+"""The encoder of M2D: a vision transformer over patches of a log-mel spectrogram.
+
+* Masked Modeling Duo: Niizumi et al., "Learning Representations by Encouraging Both Networks to Model the Input",
+  arXiv 2210.14648, section 3; "Towards a Universal Audio Pre-training Framework", arXiv 2404.06095.
+* Vision transformer: Dosovitskiy et al., arXiv 2010.11929; fixed 2-D sin-cos positions: He et al., arXiv 2111.06377.
+
+Tokens are ordered frequency-major, ``token = f * T + t``, and the class token comes first. ``embed`` (patches and
+positions) and ``encode`` (class token, blocks, norm) are apart so that pre-training can drop tokens in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from m2d_embed.config import ModelConfig, resolve_layers
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, dim = x.shape
+        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, dim // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, tokens, head_dim)
+        x = F.scaled_dot_product_attention(q, k, v)
+        x = self.proj(x.transpose(1, 2).reshape(batch, tokens, dim))
+        return x
+
+
+class Mlp(nn.Module):
+    """Linear, exact GELU, Linear."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc2(F.gelu(self.fc1(x)))
+        return x
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block.
+
+    The matrices may be of a lower precision than the residual stream ``x``: their input is cast to their own dtype,
+    and their output added to ``x`` in the dtype of ``x``.
+    """
+
+    def __init__(self, dim: int, num_heads: int, mlp_dim: int, norm_eps: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.mlp = Mlp(dim, mlp_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the same shape and dtype as ``x``, (B, tokens, dim)."""
+        dtype = self.attn.qkv.weight.dtype
+        x = x + self.attn(self.norm1(x).to(dtype))
+        x = x + self.mlp(self.norm2(x).to(dtype))
+        return x
+
+
+class PatchEmbed(nn.Module):
+    """Cut a log-mel into patches and embed each linearly; a convolution whose stride is its kernel."""
+
+    def __init__(self, dim: int, patch_size: tuple[int, int]):
+        super().__init__()
+        self.proj = nn.Conv2d(1, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, log_mel: Tensor) -> Tensor:
+        """(B, 1, mels, frames) -> (B, dim, F, T)."""
+        patches: Tensor = self.proj(log_mel)
+        return patches
+
+
+class Encoder(nn.Module):
+    """Vision transformer over one window of log-mel.
+
+    State dict names are those of the published checkpoints.
+    """
+
+    pos_embed: Tensor
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        dim = config.embed_dim
+        self.grid_size = config.grid_size
+        self.patch_embed = PatchEmbed(dim, config.patch_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.register_buffer("pos_embed", sincos_positions(dim, config.grid_size))
+        mlp_dim = int(dim * config.mlp_ratio)
+        self.blocks = nn.ModuleList(Block(dim, config.num_heads, mlp_dim, config.norm_eps) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(dim, eps=config.norm_eps)
+
+    def init_weights(self) -> None:
+        """Draw fresh weights as in arXiv 2111.06377: Xavier-uniform matrices, N(0, 0.02) tokens, zero biases."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        projection = self.patch_embed.proj
+        nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
+        if projection.bias is not None:
+            nn.init.zeros_(projection.bias)
+        nn.init.normal_(self.cls_token, std=0.02)
+
+    def embed(self, log_mel: Tensor) -> Tensor:
+        """Patch tokens with their positions.
+
+        Args:
+            log_mel: (B, 1, mels, frames) normalised, ``frames`` a multiple of the patch and at most the window.
+
+        Returns:
+            (B, F * T, dim), frequency-major.
+        """
+        patches: Tensor = self.patch_embed(log_mel)  # (B, dim, F, T)
+        positions = self.pos_embed[:, 1:].view(1, *self.grid_size, -1)  # (1, F, T, dim)
+        positions = positions[:, :, : patches.shape[3]].flatten(1, 2)  # a shorter input takes the first columns
+        return patches.flatten(2).transpose(1, 2) + positions  # (B, F * T, dim)
+
+    def encode(self, tokens: Tensor, layers: Sequence[int] = (-1,)) -> list[Tensor]:
+        """Prepend the class token, run the blocks, and read the named layers through the final norm.
+
+        Args:
+            tokens: (B, N, dim), any subset of what ``embed`` returns.
+            layers: block indices; -1 is the last.
+
+        Returns:
+            One (B, 1 + N, dim) tensor a layer, in the order asked for, the class token first.
+        """
+        wanted = resolve_layers(layers, len(self.blocks))
+        cls_token = self.cls_token + self.pos_embed[:, :1]
+        x = torch.cat([cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
+        outputs: dict[int, Tensor] = {}
+        for index, block in enumerate(self.blocks[: max(wanted) + 1]):
+            x = block(x)
+            if index in wanted:
+                outputs[index] = self.norm(x)
+        return [outputs[index] for index in wanted]
+
+    def forward(self, log_mel: Tensor, layers: Sequence[int] = (-1,)) -> list[Tensor]:
+        """Patch features of one window.
+
+        Args:
+            log_mel: (B, 1, mels, frames) normalised, ``frames`` a multiple of the patch and at most the window.
+            layers: block indices; -1 is the last.
+
+        Returns:
+            One (B, F, T, dim) tensor a layer.
+        """
+        batch, rows = len(log_mel), self.grid_size[0]
+        features = self.encode(self.embed(log_mel), layers)
+        return [x[:, 1:].view(batch, rows, -1, x.shape[-1]) for x in features]
+
+
+def sincos_positions(dim: int, grid_size: tuple[int, int]) -> Tensor:
+    """Fixed 2-D positions (arXiv 2111.06377): half of the dimensions for the time column, half for the mel row.
+
+    Args:
+        dim: embedding size, a multiple of 4.
+        grid_size: (F, T), rows in mel and columns in time.
+
+    Returns:
+        (1, 1 + F * T, dim) float32; the class token's position is zero.
+    """
+    rows, columns = grid_size
+    quarter = dim // 4
+    frequencies = 10_000.0 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
+
+    def encode(index: Tensor) -> Tensor:
+        angles = index.double()[:, None] * frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=1)  # (n, dim / 2)
+
+    by_column = encode(torch.arange(columns)).expand(rows, -1, -1)
+    by_row = encode(torch.arange(rows))[:, None].expand(-1, columns, -1)
+    positions = torch.cat([by_column, by_row], dim=-1).view(-1, dim)
+    return torch.cat([torch.zeros(1, dim), positions.float()])[None]

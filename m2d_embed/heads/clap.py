@@ -1,0 +1,138 @@
+"""The audio and text sides of M2D-CLAP (Niizumi et al., arXiv 2406.02032): projections into one joint space."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from m2d_embed.config import ClapConfig
+from m2d_embed.encoder import Block
+from m2d_embed.errors import CheckpointError, UnsupportedError
+
+TEXT_ENCODER_FILE = "text_encoder.safetensors"
+_RUN_FOREIGN_CODE = ("nvidia/NV-Embed-v2",)
+
+
+class SemanticProjector(nn.Module):
+    """A learned token that gathers a clip: prepended to its patch features, through blocks, normalised."""
+
+    def __init__(self, dim: int, depth: int, mlp_dim: int):
+        super().__init__()
+        self.sem_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.sem_blocks = nn.ModuleList(Block(dim, 1, mlp_dim, norm_eps=1e-5) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-5)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """(B, N, dim) flat features -> (B, dim)."""
+        x = torch.cat([self.sem_token.expand(len(patches), -1, -1), patches], dim=1)
+        for block in self.sem_blocks:
+            x = block(x)
+        token: Tensor = self.norm(x[:, 0])
+        return token
+
+
+class ClapHead(nn.Module):
+    """Audio projector, text projector and the learned temperature."""
+
+    def __init__(self, config: ClapConfig):
+        super().__init__()
+        self.config = config
+        self.audio_proj = _mlp(config.audio_layers) if config.audio_projector == "mlp" else _semantic(config)
+        self.text_proj = _mlp(config.text_layers)
+        self.logit_scale = nn.Parameter(torch.tensor(2.6593))  # log(1 / 0.07), where training starts
+
+    def project_audio(self, patches: Tensor) -> Tensor:
+        """(B, N, dim) flat patch features -> (B, joint), not normalised."""
+        gathers_itself = self.config.audio_projector == "semantic"
+        projected: Tensor = self.audio_proj(patches.float() if gathers_itself else patches.float().mean(dim=1))
+        return projected
+
+    def project_text(self, embeddings: Tensor) -> Tensor:
+        """(B, text_dim) outputs of the text encoder -> (B, joint), not normalised."""
+        projected: Tensor = self.text_proj(embeddings.float())
+        return projected
+
+    def similarity(self, audio: Tensor, text: Tensor) -> Tensor:
+        """Scaled cosine similarity, (A, joint) x (B, joint) -> (A, B): logits over the texts."""
+        audio, text = nn.functional.normalize(audio, dim=-1), nn.functional.normalize(text, dim=-1)
+        return self.logit_scale.exp().clamp(max=100.0) * audio @ text.T
+
+
+class TextEncoder:
+    """A transformers model that turns sentences into vectors; needs the extra ``clap``.
+
+    ``weights`` are the fine-tuned ones of a checkpoint that has its own text encoder, or their file; None takes those
+    of the text encoder's repository.
+
+    Raises:
+        UnsupportedError: if transformers is not installed, or the text encoder would need code from its repository.
+        CheckpointError: if ``weights`` do not fit it.
+    """
+
+    def __init__(self, config: ClapConfig, weights: Path | Mapping[str, Tensor] | None, device: torch.device):
+        if config.text_encoder in _RUN_FOREIGN_CODE:
+            raise UnsupportedError(
+                f"The text encoder {config.text_encoder} runs code from its repository, which m2d-embed never does. "
+                "Compute its embeddings yourself and pass them to model.clap.project_text()."
+            )
+        try:
+            import transformers
+        except ImportError as error:
+            raise UnsupportedError("encode_text needs transformers: pip install 'm2d-embed[clap]'") from error
+        auto: Any = transformers
+        self.pooling = config.text_pooling
+        self.device = device
+        self.tokenizer: Any = auto.AutoTokenizer.from_pretrained(config.text_encoder)
+        if weights is None:
+            self.model: Any = auto.AutoModel.from_pretrained(config.text_encoder, use_safetensors=True)
+        else:
+            self.model = auto.AutoModel.from_config(auto.AutoConfig.from_pretrained(config.text_encoder))
+            _load_text_weights(self.model, load_file(weights) if isinstance(weights, Path) else weights)
+        self.model.to(device).eval()
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Sentences -> (B, text_dim) float32; padding is masked, so a batch changes nothing.
+
+        Raises:
+            UnsupportedError: if a text is longer than the encoder can take.
+        """
+        tokens = self.tokenizer(list(texts), padding=True, return_tensors="pt").to(self.device)
+        limit = self.model.config.max_position_embeddings
+        if tokens["input_ids"].shape[1] > limit:
+            longest = max(texts, key=len)
+            raise UnsupportedError(f"the text {longest[:40]!r}... is longer than the {limit} tokens the encoder takes.")
+        hidden: Tensor = self.model(**tokens).last_hidden_state.float()  # (B, tokens, text_dim)
+        if self.pooling == "cls":
+            return hidden[:, 0]
+        mask = tokens["attention_mask"].unsqueeze(-1).float()
+        mean: Tensor = (hidden * mask).sum(1) / mask.sum(1)
+        return mean
+
+
+def _mlp(sizes: Sequence[int]) -> nn.Module:
+    """Linear layers of these sizes with ReLU between them; indices as in the published checkpoints (0, 2, ...)."""
+    layers: list[nn.Module] = []
+    for d_in, d_out in pairwise(sizes):
+        layers += [nn.Linear(d_in, d_out), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def _semantic(config: ClapConfig) -> nn.Module:
+    return SemanticProjector(config.audio_layers[0], config.semantic_depth, config.semantic_mlp_dim)
+
+
+def _load_text_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Load weights whose names may carry a prefix of the module that held the text encoder in training."""
+    anchor = "embeddings.word_embeddings.weight"
+    prefix = next((name.removesuffix(anchor) for name in weights if name.endswith(anchor)), "")
+    result = model.load_state_dict({n.removeprefix(prefix): t for n, t in weights.items()}, strict=False)
+    missing = [n for n in result.missing_keys if not n.startswith("pooler.") and not n.endswith("position_ids")]
+    if missing:
+        raise CheckpointError(f"the checkpoint's text encoder lacks {', '.join(missing[:3])} ({len(missing)} in all).")

@@ -1,0 +1,54 @@
+"""The classification head of fine-tuned checkpoints, and AudioSet's class names.
+
+The labels (``audioset_labels.csv``) are from the AudioSet ontology, Google, CC BY 4.0.
+"""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from importlib import resources
+
+from torch import Tensor, nn
+
+from m2d_embed.config import HeadConfig
+
+
+@dataclass(frozen=True)
+class Tag:
+    """A label with its probability, 0 to 1."""
+
+    label: str
+    score: float
+
+
+class TaggingHead(nn.Module):
+    """BatchNorm without affine, then Linear: features of width ``dim`` -> one logit a label."""
+
+    def __init__(self, dim: int, config: HeadConfig):
+        super().__init__()
+        self.config = config
+        self.norm = nn.BatchNorm1d(dim, affine=False)
+        self.linear = nn.Linear(dim, len(config.labels))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(..., dim) -> (..., labels) logits, float32."""
+        normalised = self.norm(features.float().flatten(0, -2)).view_as(features)
+        logits: Tensor = self.linear(normalised)
+        return logits
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Sigmoid for multi-label heads, softmax over the labels for the others."""
+        return logits.sigmoid() if self.config.multi_label else logits.softmax(-1)
+
+    def top_tags(self, logits: Tensor, top_k: int) -> list[Tag]:
+        """The ``top_k`` most probable labels of one clip or column, (labels,), best first."""
+        scores, indices = self.probabilities(logits).topk(min(top_k, len(self.config.labels)))
+        return [Tag(self.config.labels[i], s) for i, s in zip(indices.tolist(), scores.tolist(), strict=True)]
+
+
+def audioset_labels() -> tuple[str, ...]:
+    """AudioSet's 527 class names in the order of the published heads: sorted by MID, not by AudioSet's index."""
+    text = resources.files(__package__).joinpath("audioset_labels.csv").read_text(encoding="utf-8")
+    rows = sorted(csv.DictReader(text.splitlines()), key=lambda row: row["mid"])
+    return tuple(row["display_name"] for row in rows)

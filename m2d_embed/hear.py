@@ -1,0 +1,97 @@
+"""The HEAR 2021 API (https://hearbenchmark.com/hear-api.html): three functions over one model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from m2d_embed.audio import check_batch
+from m2d_embed.config import FeatureConfig
+
+if TYPE_CHECKING:
+    from m2d_embed.model import M2D
+
+
+def load_model(
+    model_file_path: str = "",
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    hop_ms: float | None = None,
+    layers: int | Sequence[int] = -1,
+    layer_pooling: Literal["mean", "concat"] = "mean",
+    flat: bool = False,
+) -> M2D:
+    """Load a model for HEAR.
+
+    Args:
+        model_file_path: "" for the bundled model; a folder, a published ``.pth`` or ``.zip``; ``org/name`` or
+            ``org/name@revision`` on the Hugging Face Hub; or the name of an official M2D release.
+        device: where to put it; None is a GPU if there is one, else the CPU.
+        dtype: of the matrices: "fp32", "bf16" or "fp16". None is float32, but on a GPU the model's half-precision
+            file if it has one. Embeddings are float32 whatever it is.
+        hop_ms: step between timestamp embeddings in ms; None is the model's own, one patch. A finer one, e.g. 40 for
+            a model of 160 ms, costs as many times the work.
+        layers: the transformer block to read, or several; 0 is the first, -1 the last.
+        layer_pooling: how several layers are combined, "mean" or "concat".
+        flat: average the patches of a time column (``d`` values) instead of stacking them (``F * d``).
+
+    Returns:
+        An ``nn.Module`` in evaluation mode with the integers ``sample_rate``, ``scene_embedding_size`` and
+        ``timestamp_embedding_size``.
+
+    Raises:
+        ModelNotFoundError: if the name leads nowhere or access is refused.
+        CheckpointError: if files are damaged, unsafe, or contradict their configuration.
+        ConfigError: on an impossible option.
+    """
+    from m2d_embed.model import M2D  # here, as it costs a fifth of a second that `import m2d_embed` need not take
+
+    features = FeatureConfig(
+        layers=(layers,) if isinstance(layers, int) else tuple(layers),
+        layer_pooling=layer_pooling,
+        flat=flat,
+        hop_ms=hop_ms,
+    )
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return M2D.from_pretrained(model_file_path, device=device, dtype=dtype, features=features)
+
+
+@torch.no_grad()
+def get_scene_embeddings(audio: Tensor, model: M2D) -> Tensor:
+    """Embed whole sounds.
+
+    Args:
+        audio: (sounds, samples) in [-1, 1] at ``model.sample_rate``, on any device.
+        model: from ``load_model``.
+
+    Returns:
+        (sounds, scene_embedding_size) float32 on the device of ``audio``.
+
+    Raises:
+        AudioError: if ``audio`` is not of rank 2, is empty, or holds NaN or infinity.
+    """
+    return model.scene(check_batch(audio).to(model.device)).to(audio.device)
+
+
+@torch.no_grad()
+def get_timestamp_embeddings(audio: Tensor, model: M2D) -> tuple[Tensor, Tensor]:
+    """Embed sounds over time.
+
+    Args:
+        audio: (sounds, samples) in [-1, 1] at ``model.sample_rate``, on any device.
+        model: from ``load_model``.
+
+    Returns:
+        Embeddings (sounds, T, timestamp_embedding_size) and the centre of each in milliseconds, (sounds, T), both
+        float32 on the device of ``audio``. Centres are evenly spaced and never lie after the end of the sounds.
+
+    Raises:
+        AudioError: if ``audio`` is not of rank 2, is empty, or holds NaN or infinity.
+    """
+    embeddings, timestamps = model.timestamps(check_batch(audio).to(model.device))
+    return embeddings.to(audio.device), timestamps.to(audio.device)

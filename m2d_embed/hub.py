@@ -1,0 +1,217 @@
+"""A model's name -> its files: the bundled model, a local path, a Hugging Face Hub repository, an official release.
+
+The Hub client (downloads, cache, resuming, tokens, offline mode) is huggingface_hub's; its environment variables
+(``HF_HOME``, ``HF_TOKEN``, ``HF_HUB_OFFLINE``, ``HF_ENDPOINT``) apply. Releases are kept in ``M2D_EMBED_CACHE``
+(default ``~/.cache/m2d-embed``); ``M2D_EMBED_RELEASE_URL`` overrides the address they come from.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from m2d_embed.config import CONFIG_FILE
+from m2d_embed.errors import CheckpointError, ModelNotFoundError
+from m2d_embed.registry import BUNDLED_NAME, LICENSE_NOTICE, RELEASE_URL, RELEASES, Release
+
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a model's files are.
+
+    ``path`` is a folder, a ``.pth`` or a ``.zip``; ``origin`` says in words where they come from. For an official
+    release ``release`` is the folder of the cache that holds it, or will hold it, in our layout.
+    """
+
+    path: Path
+    origin: str
+    release: Path | None = None
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    """What huggingface_hub is asked with; see ``huggingface_hub.hf_hub_download`` for each."""
+
+    revision: str | None = None
+    token: str | bool | None = None
+    cache_dir: str | Path | None = None
+    force_download: bool = False
+    local_files_only: bool = False
+
+
+def locate(
+    name: str | Path, weight_files: Sequence[str], optional_files: Sequence[str], options: HubOptions
+) -> Location:
+    """Find a model's files, downloading what is not here yet.
+
+    Args:
+        name: "" or the bundled name; a folder, ``.pth`` or ``.zip``; ``org/name`` or ``org/name@revision`` of the Hub;
+            or the name of an official release.
+        weight_files: file names to take from a Hub repository, the first that it has.
+        optional_files: further files to take if the repository has them.
+        options: for the Hub.
+
+    Raises:
+        ModelNotFoundError: if the name leads nowhere or access is refused.
+        CheckpointError: if a download does not arrive whole.
+    """
+    text = str(name)
+    if text in ("", "bundled", BUNDLED_NAME):
+        return Location(bundled_folder(), "bundled with m2d-embed")
+    path = Path(text).expanduser()
+    if path.exists():
+        return Location(path, str(path))
+    if text in RELEASES:
+        return _locate_release(RELEASES[text])
+    repository, _, revision = text.partition("@")
+    looks_local = (
+        isinstance(name, Path) or text.startswith((".", "~", os.sep)) or path.suffix in (".pth", ".pt", ".zip")
+    )
+    if _REPOSITORY.fullmatch(repository) and not looks_local:
+        return _locate_on_hub(repository, revision or options.revision, weight_files, optional_files, options)
+    if looks_local or os.sep in text:
+        raise ModelNotFoundError(f"{text}: no such file or folder.")
+    known = [BUNDLED_NAME, *RELEASES]
+    close = difflib.get_close_matches(text, known, n=3, cutoff=0.5) or known
+    raise ModelNotFoundError(
+        f"{text!r} is neither a file, a Hub repository (org/name) nor a known model. Known: {', '.join(close)}."
+    )
+
+
+def bundled_folder() -> Path:
+    """The folder of the bundled model: inside the installed package, or ``weights/`` of a source checkout."""
+    package = Path(__file__).parent
+    for folder in (package / "weights", package.parent / "weights"):
+        if (folder / CONFIG_FILE).exists():
+            return folder
+    raise ModelNotFoundError(f"The bundled weights are missing from {package}; reinstall m2d-embed.")
+
+
+def release_cache() -> Path:
+    """The folder that keeps converted official releases."""
+    if "M2D_EMBED_CACHE" in os.environ:
+        return Path(os.environ["M2D_EMBED_CACHE"]).expanduser() / "releases"
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "m2d-embed" / "releases"
+
+
+def _locate_on_hub(
+    repository: str,
+    revision: str | None,
+    weight_files: Sequence[str],
+    optional_files: Sequence[str],
+    options: HubOptions,
+) -> Location:
+    from huggingface_hub import errors, hf_hub_download
+
+    shown = f"{repository}@{revision}" if revision else repository
+
+    def fetch(file: str) -> Path:
+        return Path(
+            hf_hub_download(
+                repository,
+                file,
+                revision=revision,
+                token=options.token,
+                cache_dir=options.cache_dir,
+                force_download=options.force_download,
+                local_files_only=options.local_files_only,
+            )
+        )
+
+    def fetch_first(files: Sequence[str]) -> Path | None:
+        for file in files:
+            try:
+                return fetch(file)
+            except errors.EntryNotFoundError:
+                continue
+        return None
+
+    try:
+        config = fetch(CONFIG_FILE)
+        if fetch_first(weight_files) is None:
+            raise ModelNotFoundError(
+                f"{shown}: the repository has a {CONFIG_FILE} but none of {', '.join(weight_files)}."
+            )
+        for file in optional_files:
+            fetch_first([file])
+    except errors.GatedRepoError as error:
+        raise ModelNotFoundError(
+            f"{shown}: access to this repository is gated. Accept its terms on the Hub and log in (hf auth login)."
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise ModelNotFoundError(f"{shown}: the repository exists, but not this revision.") from error
+    except errors.RepositoryNotFoundError as error:
+        raise ModelNotFoundError(
+            f"{shown}: no such repository on the Hub, or it is private; check the name, or log in (hf auth login)."
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise ModelNotFoundError(
+            f"{shown}: not in the local cache, and the Hub cannot be reached (offline mode, or no connection)."
+        ) from error
+    except errors.EntryNotFoundError as error:
+        raise ModelNotFoundError(f"{shown}: not an m2d-embed model, the repository has no {CONFIG_FILE}.") from error
+    except errors.HfHubHTTPError as error:
+        raise ModelNotFoundError(f"{shown}: the Hub answered with an error ({error}).") from error
+    except errors.HFValidationError as error:
+        raise ModelNotFoundError(f"{shown}: not a valid repository name ({error}).") from error
+    except OSError as error:
+        if error.errno is not None:  # the local disk's, not the network's
+            raise
+        raise CheckpointError(f"{shown}: the download did not arrive whole ({error}); try again.") from error
+    return Location(config.parent, f"Hub repository {shown}")
+
+
+def _locate_release(release: Release) -> Location:
+    folder = release_cache() / release.name
+    archive = folder.with_name(f"{release.name}.zip")
+    if not folder.exists() and not archive.exists():
+        url = release.url(os.environ.get("M2D_EMBED_RELEASE_URL", RELEASE_URL))
+        print(f"Downloading {release.name}\n{LICENSE_NOTICE}", file=sys.stderr)
+        archive.parent.mkdir(parents=True, exist_ok=True)
+        _download(url, archive)
+    return Location(archive, f"official M2D release {release.tag}", release=folder)
+
+
+def _download(url: str, file: Path) -> None:
+    """Download a zip with a progress bar, going on where an earlier try stopped, and check every byte of it."""
+    from huggingface_hub import errors
+    from huggingface_hub.file_download import http_get
+
+    partial = file.with_name(f"{file.name}.partial")
+    try:
+        with partial.open("ab") as stream:
+            http_get(url, stream, resume_size=partial.stat().st_size, displayed_filename=file.name)
+    except errors.HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", None)
+        if status == 416:  # the partial file is longer than the real one
+            partial.unlink()
+            raise CheckpointError(f"{url}: the part downloaded earlier does not fit; try again.") from error
+        raise ModelNotFoundError(f"{url}: the server answered {status}.") from error
+    except (OSError, _http_error()) as error:
+        if getattr(error, "errno", None) is not None and not isinstance(error, ConnectionError):
+            raise  # the local disk's, not the network's
+        raise CheckpointError(f"{url}: the download broke off ({error}); run it again to go on from there.") from error
+    try:
+        with zipfile.ZipFile(partial) as archive:
+            damaged = archive.testzip()
+    except zipfile.BadZipFile:
+        damaged = "the archive itself"
+    if damaged is not None:
+        partial.unlink()
+        raise CheckpointError(f"{url}: the download is damaged ({damaged}); try again.")
+    partial.replace(file)
+
+
+def _http_error() -> type[Exception]:
+    """The base class of the errors of the HTTP library that this huggingface_hub is built on (httpx, httpx2)."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return HfHubHTTPError.__bases__[0]

@@ -1,0 +1,481 @@
+"""M2D: log-mel, encoder and heads in one ``nn.Module``; windows joined in time; loading and saving.
+
+The features are those of Niizumi et al., arXiv 2210.14648, section 4.1: the patch embeddings of one time column,
+stacked over frequency, are a frame feature; the mean over time is the scene embedding.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from huggingface_hub import ModelCard, ModelHubMixin
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from m2d_embed import batching, hub
+from m2d_embed.audio import Clip, ClipLike, open_clip
+from m2d_embed.batching import Timestamps
+from m2d_embed.checkpoints import (
+    WEIGHT_FILES,
+    Checkpoint,
+    load_checkpoint,
+    model_card,
+    summarise_unused,
+    write_native,
+)
+from m2d_embed.config import FeatureConfig, ModelConfig
+from m2d_embed.encoder import Encoder
+from m2d_embed.errors import AudioError, CheckpointError, ConfigError, UnsupportedError
+from m2d_embed.frontend import LogMel
+from m2d_embed.heads.clap import TEXT_ENCODER_FILE, ClapHead, TextEncoder
+from m2d_embed.heads.tagging import TaggingHead
+from m2d_embed.windows import column_times, cut, interleave, pad_to_patch
+
+log = logging.getLogger("m2d_embed")
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_HALF = (torch.bfloat16, torch.float16)
+
+#: Windows encoded at a time when a batch of long clips has more of them: bounds the memory of activations.
+_MAX_WINDOWS = 32
+
+
+class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "embeddings"]):
+    """A pretrained audio encoder: waveform in, embeddings out.
+
+    Differentiable throughout, with no state besides its weights. Every method that takes ``x`` takes either a
+    waveform, (B, samples) in [-1, 1] at ``sample_rate``, or what ``log_mel`` returns, (B, 1, mels, frames).
+    Embeddings are float32 whatever the dtype of the matrices.
+
+    Attributes:
+        config: shape, front end and origin (``ModelConfig``).
+        features: which features ``scene``, ``timestamps``, ``encode`` and the HEAR functions return.
+        sample_rate: Hz.
+        scene_embedding_size, timestamp_embedding_size: embedding sizes, for HEAR.
+        origin: where the weights came from, in words.
+
+    Example::
+
+        model = M2D.from_pretrained("m2d_vit_base-80x608p16x16-221006-mr7")
+        frames = model(torch.randn(2, 16000))  # (2, 6, 3840)
+        embeddings = model.encode(["a.wav", "b.flac"])  # (2, 3840)
+    """
+
+    def __init__(self, config: ModelConfig, features: FeatureConfig | None = None):
+        super().__init__()
+        self.config = config
+        self.features = features or FeatureConfig()
+        self.features.check(config)
+        self.frontend = LogMel(config)
+        self.encoder = Encoder(config)
+        self.encoder.init_weights()
+        stacked_dim = config.embed_dim * config.grid_size[0]
+        self.head: TaggingHead | None = None
+        if config.head is not None:
+            self.head = TaggingHead(config.embed_dim if config.head.features == "flat" else stacked_dim, config.head)
+        self.clap = ClapHead(config.clap) if config.clap is not None else None
+        self.origin = "random weights"
+        self._text_encoder: TextEncoder | None = None
+        self._text_weights: Path | dict[str, Tensor] | None = None
+
+    # --- what HEAR asks for -------------------------------------------------------------------------------------
+
+    @property
+    def sample_rate(self) -> int:
+        """Sample rate of the audio the model takes, in Hz."""
+        return self.config.sample_rate
+
+    @property
+    def scene_embedding_size(self) -> int:
+        """Size of a scene embedding."""
+        return self.features.frame_dim(self.config)
+
+    @property
+    def timestamp_embedding_size(self) -> int:
+        """Size of a timestamp embedding."""
+        return self.features.frame_dim(self.config)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.encoder.cls_token.device
+
+    # --- waveform or log-mel in, features out -------------------------------------------------------------------
+
+    def log_mel(self, audio: Tensor) -> Tensor:
+        """Normalised log-mel: (B, samples) -> (B, 1, mels, 1 + samples // hop), float32."""
+        log_mel: Tensor = self.frontend(audio)
+        return log_mel
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Frame features at the model's own hop, (B, T, D)."""
+        return self.encode_frames(x)
+
+    def encode_frames(self, x: Tensor) -> Tensor:
+        """Frame features at the model's own hop, one patch.
+
+        Args:
+            x: waveform (B, samples) or log-mel (B, 1, mels, frames).
+
+        Returns:
+            (B, T, D) float32; D is ``timestamp_embedding_size``.
+        """
+        return self._frames(self._as_log_mel(x), self.features)
+
+    def scene(self, x: Tensor) -> Tensor:
+        """Scene embedding, the mean of the frame features: (B, D) float32."""
+        return self.encode_frames(x).mean(dim=1)
+
+    def timestamps(self, x: Tensor) -> Timestamps:
+        """Embeddings over time at ``features.hop_ms``.
+
+        Returns:
+            Embeddings (B, T, D) and the centre of each in ms, (B, T), both float32. No centre lies after the end of the
+            clip; for a log-mel its last frame counts as the end.
+        """
+        log_mel = self._as_log_mel(x)
+        num_samples = x.shape[-1] if x.ndim == 2 else (x.shape[-1] - 1) * self.config.hop_length
+        hop_frames = self.features.hop_frames(self.config)
+        shifts = range(0, self.config.patch_size[1], hop_frames)
+        frames = interleave([self._frames(log_mel, self.features, shift) for shift in shifts])
+        times = column_times(frames.shape[1], hop_frames, self.config, 1000.0 * num_samples / self.sample_rate)
+        return Timestamps(frames[:, : len(times)], times.to(frames.device).expand(len(frames), -1))
+
+    def intermediates(self, x: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        """Stacked frame features of single transformer blocks, each read through the final norm.
+
+        Args:
+            x: waveform (B, samples) or log-mel (B, 1, mels, frames).
+            layers: block indices, 0 the first, -1 the last.
+
+        Returns:
+            One (B, T, F * d) float32 tensor a layer.
+
+        Raises:
+            ConfigError: if a layer does not exist.
+        """
+        log_mel = self._as_log_mel(x)
+        return [_stack(patches) for patches in self._patches(log_mel, layers)]
+
+    def patches(self, x: Tensor) -> Tensor:
+        """Patch features of the last layer, (B, F, T, d) float32: F rows in mel, T columns in time."""
+        return self._patches(self._as_log_mel(x), (-1,))[0]
+
+    def window_frames(self, log_mel: Tensor, features: FeatureConfig) -> Tensor:
+        """Frame features of single windows.
+
+        Args:
+            log_mel: (N, 1, mels, frames) normalised; ``frames`` a multiple of the patch and at most one window.
+            features: which features.
+
+        Returns:
+            (N, T, D) float32.
+        """
+        return _combine(self.encoder(log_mel, features.layers), features).float()
+
+    # --- heads --------------------------------------------------------------------------------------------------
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Class logits of a fine-tuned checkpoint, (B, labels); the labels are ``config.head.labels``.
+
+        Raises:
+            UnsupportedError: if the model has no tagging head.
+        """
+        frames = self._frames(self._as_log_mel(x), self.head_features())
+        return self.tagging_head().forward(frames.mean(dim=1))
+
+    def frame_logits(self, x: Tensor) -> Tensor:
+        """Class logits of every time column, (B, T, labels): the head applied before the mean over time."""
+        return self.tagging_head().forward(self._frames(self._as_log_mel(x), self.head_features()))
+
+    def tagging_head(self) -> TaggingHead:
+        """The classification head, or UnsupportedError if there is none."""
+        if self.head is None:
+            raise UnsupportedError(
+                f"{self.config.name or 'This model'} has no tagging head; take a fine-tuned checkpoint, "
+                "e.g. m2d_as_vit_base-80x1001p16x16-240213_AS-FT_enconly."
+            )
+        return self.head
+
+    def head_features(self) -> FeatureConfig:
+        """The features the tagging head was trained on."""
+        return FeatureConfig(flat=self.tagging_head().config.features == "flat")
+
+    def encode_audio_clap(self, x: Tensor) -> Tensor:
+        """Audio in the joint space of a CLAP checkpoint, (B, joint) float32, not normalised.
+
+        Raises:
+            UnsupportedError: if the model has no CLAP projectors.
+        """
+        return self.clap_head().project_audio(self.patches(x).flatten(1, 2))
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Sentences in the joint space of a CLAP checkpoint, (B, joint) float32, not normalised.
+
+        The first call loads the text encoder; it needs the extra ``clap`` (transformers).
+
+        Raises:
+            UnsupportedError: without CLAP projectors or transformers, or for a text encoder that runs foreign code.
+        """
+        clap = self.clap_head()
+        if self._text_encoder is None:
+            self._text_encoder = TextEncoder(clap.config, self._text_weights, self.device)
+        return clap.project_text(self._text_encoder(texts))
+
+    def clap_head(self) -> ClapHead:
+        """The CLAP projectors, or UnsupportedError if there are none."""
+        if self.clap is None:
+            raise UnsupportedError(
+                f"{self.config.name or 'This model'} has no audio-text projectors; take a CLAP checkpoint, "
+                "e.g. m2d_clap_vit_base-80x608p16x16-240128."
+            )
+        return self.clap
+
+    # --- many clips ---------------------------------------------------------------------------------------------
+
+    def encode(
+        self,
+        clips: ClipLike | Sequence[ClipLike],
+        batch_size: int = 32,
+        sample_rate: int | None = None,
+        show_progress_bar: bool = False,
+        output: Literal["numpy", "torch"] = "numpy",
+    ) -> npt.NDArray[np.float32] | Tensor:
+        """Scene embeddings of clips of any length, rate and number of channels.
+
+        Files are streamed, so memory is bounded by the window; clips are sorted by length and their order is restored;
+        the result for a clip does not depend on the others.
+
+        Args:
+            clips: paths, arrays or tensors, (samples,) or (channels, samples); or a single one.
+            batch_size: windows encoded at a time.
+            sample_rate: rate of arrays and tensors in Hz; None means the model's. Files state their own.
+            show_progress_bar: show one on stderr.
+            output: "numpy" or "torch".
+
+        Returns:
+            (clips, D) float32 on the CPU, or (D,) for a single clip.
+
+        Raises:
+            AudioError: for a clip that cannot be embedded; it names the file, or the index in ``clips``.
+        """
+        many, single = _as_list(clips)
+        opened = list(self.open_clips(many, sample_rate, raise_errors=True))
+        with torch.no_grad():
+            encoded = batching.encode_scenes(self, opened, self.features, batch_size)
+            scenes = _in_order(encoded, len(many), show_progress_bar)
+        stacked = torch.stack(scenes) if scenes else torch.empty(0, self.scene_embedding_size)
+        result = stacked[0] if single else stacked
+        return result.numpy() if output == "numpy" else result
+
+    def encode_timestamps(
+        self,
+        clips: ClipLike | Sequence[ClipLike],
+        batch_size: int = 32,
+        sample_rate: int | None = None,
+        show_progress_bar: bool = False,
+    ) -> list[Timestamps] | Timestamps:
+        """Timestamp embeddings of clips of any length; arguments and errors as in ``encode``.
+
+        Returns:
+            For each clip ``(embeddings (T, D), timestamps (T,) in ms)``, float32 tensors on the CPU; for a single clip
+            just that.
+        """
+        many, single = _as_list(clips)
+        opened = list(self.open_clips(many, sample_rate, raise_errors=True))
+        with torch.no_grad():
+            encoded = batching.encode_timestamps(self, opened, self.features, batch_size)
+            results = _in_order(encoded, len(many), show_progress_bar)
+        return results[0] if single else results
+
+    def open_clips(
+        self, clips: Iterable[ClipLike], sample_rate: int | None = None, raise_errors: bool = False
+    ) -> Iterator[Clip | AudioError]:
+        """Look at each clip without reading its samples; yield its error if there is something wrong with it."""
+        for index, clip in enumerate(clips):
+            try:
+                yield open_clip(clip, sample_rate, self.sample_rate, name=f"clips[{index}]")
+            except AudioError as error:
+                if raise_errors:
+                    raise
+                yield error
+
+    # --- loading and saving -------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | Path = "",
+        *,
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype | None = None,
+        features: FeatureConfig | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+    ) -> M2D:
+        """Load a model, in evaluation mode.
+
+        Args:
+            pretrained_model_name_or_path: "" (the bundled model), a folder, a published ``.pth`` or ``.zip``, a Hub
+                repository (``org/name`` or ``org/name@revision``), or the name of an official M2D release.
+            device: where to put it.
+            dtype: of the matrices: "fp32", "bf16", "fp16" or a torch.dtype. None is float32, but on a GPU the
+                half-precision file if the model has one.
+            features: which features it returns.
+            revision, token, cache_dir, force_download, local_files_only: as in huggingface_hub.
+
+        Raises:
+            ModelNotFoundError: if the name leads nowhere or access is refused.
+            CheckpointError: if files are damaged, unsafe, or contradict their configuration.
+            ConfigError: on an impossible option.
+        """
+        compute_dtype = None if dtype is None else parse_dtype(dtype)
+        target = torch.device(device)
+        on_gpu = target.type != "cpu"
+        prefer_half = [d for d in _HALF if d == compute_dtype or (compute_dtype is None and on_gpu)]
+        location = hub.locate(
+            pretrained_model_name_or_path,
+            weight_files=[WEIGHT_FILES[d] for d in (*prefer_half, torch.float32)],
+            optional_files=[TEXT_ENCODER_FILE],
+            options=hub.HubOptions(revision, token, cache_dir, force_download, local_files_only),
+        )
+        checkpoint = load_checkpoint(location, prefer_half)
+        return cls._from_checkpoint(checkpoint, location.origin, target, compute_dtype, features)
+
+    @classmethod
+    def _from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        origin: str,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        features: FeatureConfig | None,
+    ) -> M2D:
+        if checkpoint.unused:
+            log.info("%s: not part of the model: %s", origin, summarise_unused(checkpoint.unused))
+        with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
+            model = cls(checkpoint.config, features)
+        model.set_dtype(dtype or checkpoint.file_dtype)
+        _check_fit(model.state_dict(), checkpoint.tensors, origin)
+        dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+        tensors = {name: t.to(device=device, dtype=dtypes[name]) for name, t in checkpoint.tensors.items()}
+        model.load_state_dict(tensors, assign=True)
+        model.origin = origin
+        model._text_weights = checkpoint.text_encoder
+        return model.to(device).eval()
+
+    def set_dtype(self, dtype: torch.dtype) -> M2D:
+        """Store and multiply the matrices of the blocks in ``dtype``; norms, positions and log-mel stay in float32."""
+        for block in self.encoder.blocks:
+            for module in block.modules():
+                if isinstance(module, nn.Linear):
+                    module.to(dtype)
+        return self
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        tensors = {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}
+        write_native(save_directory, Checkpoint(self.config, tensors, self._text_weights))
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """The model card that ``push_to_hub`` writes."""
+        return ModelCard(model_card(self.config))
+
+    # --- inside -------------------------------------------------------------------------------------------------
+
+    def _as_log_mel(self, x: Tensor) -> Tensor:
+        if x.ndim == 2 and x.shape[1] > 0:
+            return self.log_mel(x)
+        if x.ndim == 4 and x.shape[1:3] == (1, self.config.input_size[0]) and x.shape[3] > 0:
+            return x
+        raise AudioError(
+            "expected a waveform (batch, samples) or a normalised log-mel "
+            f"(batch, 1, {self.config.input_size[0]}, frames), neither empty, but got shape {tuple(x.shape)}."
+        )
+
+    def _frames(self, log_mel: Tensor, features: FeatureConfig, shift: int = 0) -> Tensor:
+        """(B, 1, mels, frames) -> (B, T, D), leaving out the first ``shift`` frames."""
+        return _combine(self._patches(log_mel, features.layers, shift), features)
+
+    def _patches(self, log_mel: Tensor, layers: Sequence[int], shift: int = 0) -> list[Tensor]:
+        """Encode window by window and join the kept columns: one (B, F, T, d) float32 tensor a layer."""
+        batch, grid_rows = len(log_mel), self.config.grid_size[0]
+        windows = cut(log_mel.shape[-1], self.config, shift)
+        if not windows:
+            empty = log_mel.new_empty(batch, grid_rows, 0, self.config.embed_dim)
+            return [empty for _ in layers]
+        widths = {w.stop - w.start for w in windows}
+        joined: list[list[Tensor]] = [[] for _ in layers]
+        for width in sorted(widths, reverse=True):  # all full windows of all clips together, then the last, shorter one
+            group = [w for w in windows if w.stop - w.start == width]
+            stacked = torch.stack([pad_to_patch(log_mel[..., w.start : w.stop], self.config) for w in group], dim=1)
+            parts = [self.encoder(part, layers) for part in torch.split(stacked.flatten(0, 1), _MAX_WINDOWS)]
+            for layer, outputs in enumerate(zip(*parts, strict=True)):
+                patches = torch.cat(outputs)[..., : group[0].columns, :]  # (B * n, F, T, d)
+                patches = patches.reshape(batch, len(group), *patches.shape[1:]).transpose(1, 2)
+                joined[layer].append(patches.flatten(2, 3).float())  # (B, F, n * T, d)
+        return [torch.cat(parts, dim=2) for parts in joined]
+
+
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """``"fp32"``, ``"bf16"``, ``"fp16"`` or the torch.dtype itself.
+
+    Raises:
+        ConfigError: on anything else.
+    """
+    parsed = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if parsed not in DTYPES.values():
+        raise ConfigError(f"dtype {dtype!r} is not possible; choose one of {', '.join(DTYPES)}.")
+    return parsed  # type: ignore[return-value]
+
+
+def _stack(patches: Tensor) -> Tensor:
+    """(B, F, T, d) -> (B, T, F * d)."""
+    return patches.transpose(1, 2).flatten(2)
+
+
+def _combine(per_layer: Sequence[Tensor], features: FeatureConfig) -> Tensor:
+    """Patches of each layer, (B, F, T, d), -> frame features (B, T, D)."""
+    frames = [patches.mean(dim=1) if features.flat else _stack(patches) for patches in per_layer]
+    if len(frames) == 1:
+        return frames[0]
+    return torch.cat(frames, dim=-1) if features.layer_pooling == "concat" else torch.stack(frames).mean(dim=0)
+
+
+def _as_list(clips: ClipLike | Sequence[ClipLike]) -> tuple[list[ClipLike], bool]:
+    """The clips, and whether there was only one, not in a sequence."""
+    if isinstance(clips, str | Path) or (isinstance(clips, np.ndarray | Tensor) and clips.ndim < 2):
+        return [clips], True
+    return list(clips), False  # type: ignore[arg-type]
+
+
+def _in_order(encoded: Iterator[tuple[int, Any]], total: int, show_progress_bar: bool) -> list[Any]:
+    """Put results back in the clips' order; raise the first error."""
+    results: list[Any] = [None] * total
+    for index, result in tqdm(encoded, total=total, unit="clip", disable=not show_progress_bar):
+        if isinstance(result, AudioError):
+            raise result
+        results[index] = result
+    return results
+
+
+def _check_fit(expected: dict[str, Tensor], tensors: dict[str, Tensor], origin: str) -> None:
+    """Compare names and shapes of a checkpoint with what its configuration asks for."""
+    problems = [f"{n} is missing" for n in expected if n not in tensors]
+    problems += [f"{n} is not part of the model" for n in tensors if n not in expected]
+    problems += [
+        f"{n} has shape {tuple(t.shape)}, not {tuple(expected[n].shape)}"
+        for n, t in tensors.items()
+        if n in expected and t.shape != expected[n].shape
+    ]
+    if problems:
+        more = f", and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise CheckpointError(f"{origin}: the tensors do not fit the configuration: {'; '.join(problems[:4])}{more}.")
