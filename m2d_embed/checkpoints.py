@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import argparse
 import pathlib
-import pickle
+import pickletools
 import re
 import shutil
 import tempfile
 import uuid
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,11 +33,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from m2d_embed import hub
-from m2d_embed.config import CONFIG_FILE, CheckpointName, ClapConfig, FeatureConfig, HeadConfig, ModelConfig
-from m2d_embed.encoder import sincos_positions
-from m2d_embed.errors import CheckpointError, ConfigError, ModelNotFoundError
-from m2d_embed.heads.clap import TEXT_ENCODER_FILE
-from m2d_embed.heads.tagging import audioset_labels
+from m2d_embed.config import (
+    CONFIG_FILE,
+    VIT_SIZES,
+    CheckpointName,
+    ClapConfig,
+    FeatureConfig,
+    HeadConfig,
+    ModelConfig,
+)
+from m2d_embed.encoder import Encoder, sincos_positions
+from m2d_embed.errors import CheckpointError, ConfigError, M2DEmbedError, ModelNotFoundError
+from m2d_embed.heads.clap import FIRST_LOGIT_SCALE, TEXT_ENCODER_FILE, ClapHead
+from m2d_embed.heads.tagging import TaggingHead, audioset_labels
 
 #: What the files of our layout are called, by the dtype of the matrices in them.
 WEIGHT_FILES = {
@@ -48,15 +57,24 @@ WEIGHT_FILES = {
 _NORM_STATS_OF_2022 = (-7.1, 4.2)  # what checkpoints without the key `norm_stats` were trained with
 _LICENSE_OF_RELEASES = "NTT evaluation licence (non-commercial); see the release's own LICENSE"
 
-# What a checkpoint may hold besides tensors and plain containers: the training arguments and a few numpy scalars.
-# None of these runs code when unpickled.
+# What a checkpoint may hold besides tensors and plain containers: the training arguments, with paths and numpy values.
+# None of these runs code when unpickled. Paths come back as pure ones, which exist on every system.
 _SAFE_GLOBALS: list[Any] = [
     argparse.Namespace,
-    pathlib.PosixPath,
-    pathlib.PurePosixPath,
+    *(
+        (pure, f"{module}.{kind}")
+        for module in ("pathlib", "pathlib._local")
+        for pure, kinds in (
+            (pathlib.PurePosixPath, ("PosixPath", "PurePosixPath")),
+            (pathlib.PureWindowsPath, ("WindowsPath", "PureWindowsPath")),
+        )
+        for kind in kinds
+    ),
     *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *((np.zeros(0).__reduce__()[0], f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    np.ndarray,
     np.dtype,
-    *{type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "bool")},
+    *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"},
 ]
 
 
@@ -95,17 +113,37 @@ def load_checkpoint(location: hub.Location, prefer_half: Iterable[torch.dtype] =
 
 
 def read_checkpoint(path: Path, prefer_half: Iterable[torch.dtype] = ()) -> Checkpoint:
-    """Read a checkpoint of any layout: a folder (ours or published), a ``.pth`` or a release's ``.zip``."""
-    if path.is_dir():
-        if (path / CONFIG_FILE).exists():
-            return read_native(path, prefer_half)
-        return read_published(_only_checkpoint(path), path.resolve().name)
-    if path.suffix == ".zip":
-        return _read_zip(path)
-    if path.suffix in (".pth", ".pt"):
-        names = (path.resolve().parent.name, path.stem)
-        return read_published(path, next((n for n in names if CheckpointName.matches(n)), names[0]))
-    raise CheckpointError(f"{path}: not a checkpoint; expected a folder, a .pth or a release's .zip.")
+    """Read a checkpoint of any layout: a folder (ours or published), a ``.pth`` or a release's ``.zip``.
+
+    Raises:
+        ModelNotFoundError: if there is no such file or folder, or the folder holds no checkpoint.
+        CheckpointError: if it cannot be read, holds more than tensors, or its tensors contradict its configuration.
+        ConfigError: if its name or ``config.json`` makes no sense.
+    """
+    if not path.exists():
+        raise ModelNotFoundError(f"{path}: no such file or folder.")
+    checkpoint = _read_any(path, prefer_half)
+    check_fit(checkpoint.config, checkpoint.tensors, str(path))
+    return checkpoint
+
+
+def check_fit(config: ModelConfig, tensors: Mapping[str, Tensor], origin: str) -> None:
+    """Compare names and shapes of tensors with what their configuration asks for.
+
+    Raises:
+        CheckpointError: if they differ; it names the tensors.
+    """
+    expected = _skeleton(config)
+    problems = [f"{n} is missing" for n in expected if n not in tensors]
+    problems += [f"{n} is not part of the model" for n in tensors if n not in expected]
+    problems += [
+        f"{n} has shape {tuple(t.shape)}, not {tuple(expected[n].shape)}"
+        for n, t in tensors.items()
+        if n in expected and t.shape != expected[n].shape
+    ]
+    if problems:
+        more = f", and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise CheckpointError(f"{origin}: the tensors do not fit the configuration: {'; '.join(problems[:4])}{more}.")
 
 
 def convert(source: Path, destination: Path, half_dtypes: Iterable[torch.dtype] = ()) -> Checkpoint:
@@ -114,8 +152,9 @@ def convert(source: Path, destination: Path, half_dtypes: Iterable[torch.dtype] 
     Raises:
         CheckpointError: if the source cannot be read or the destination exists and is not empty.
     """
-    if destination.exists() and any(destination.iterdir()):
-        raise CheckpointError(f"{destination} exists and is not empty; choose another destination.")
+    destination = destination.resolve()  # a link to an empty folder stays a link
+    if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
+        raise CheckpointError(f"{destination} exists and is not an empty folder; choose another destination.")
     checkpoint = read_checkpoint(source)
     destination.parent.mkdir(parents=True, exist_ok=True)
     with _folder_written_whole(destination) as folder:
@@ -135,7 +174,11 @@ def read_native(folder: Path, prefer_half: Iterable[torch.dtype] = ()) -> Checkp
 
 
 def write_native(folder: Path, checkpoint: Checkpoint, dtypes: Iterable[torch.dtype] = (torch.float32,)) -> None:
-    """Write our layout into an existing folder, one weight file a dtype; each file appears whole or not at all."""
+    """Write our layout into an existing folder, one weight file a dtype; each file appears whole or not at all.
+
+    Weights of a model that was there before are replaced or removed.
+    """
+    dtypes = list(dtypes)
     _write_text(folder / CONFIG_FILE, checkpoint.config.to_json())
     for dtype in dtypes:
         tensors = {name: as_stored(name, tensor, dtype) for name, tensor in checkpoint.tensors.items()}
@@ -145,6 +188,10 @@ def write_native(folder: Path, checkpoint: Checkpoint, dtypes: Iterable[torch.dt
             shutil.copyfile(checkpoint.text_encoder, folder / TEXT_ENCODER_FILE)
     elif checkpoint.text_encoder is not None:
         _save_safetensors(checkpoint.text_encoder, folder / TEXT_ENCODER_FILE)
+    else:
+        (folder / TEXT_ENCODER_FILE).unlink(missing_ok=True)
+    for stale in WEIGHT_FILES.keys() - set(dtypes):
+        (folder / WEIGHT_FILES[stale]).unlink(missing_ok=True)
     if not (folder / "README.md").exists():
         _write_text(folder / "README.md", model_card(checkpoint.config))
 
@@ -201,13 +248,12 @@ def read_published(file: Path, name: str, source: str = "") -> Checkpoint:
     for key in state:
         if key.startswith(prefix) and _ENCODER_KEY.fullmatch(key.removeprefix(prefix)):
             taken[key] = f"encoder.{key.removeprefix(prefix)}"
-    head, head_names = _find_head(state, taken)
-    clap, clap_names = _find_clap(state, parsed)
-    taken |= head_names | clap_names
-    stats_key = f"{prefix}norm_stats"
-    norm_stats = tuple(state[stats_key].flatten().tolist()) if stats_key in state else _NORM_STATS_OF_2022
+    stats_key = _find_norm_stats(state, prefix)
+    norm_stats = tuple(state[stats_key].flatten().tolist()) if stats_key else _NORM_STATS_OF_2022
     text_keys = {k: k.partition("text_encoder.")[2] for k in state if "text_encoder." in k}
     try:
+        head, head_names = _find_head(state, parsed)
+        clap, clap_names = _find_clap(state, parsed)
         config = parsed.model_config(
             norm_stats=norm_stats,
             head=head,
@@ -217,16 +263,26 @@ def read_published(file: Path, name: str, source: str = "") -> Checkpoint:
         )
     except ConfigError as error:
         raise CheckpointError(f"{file}: {error}") from error
-    tensors = {ours: state[theirs].clone() for theirs, ours in taken.items()}
-    tensors.setdefault("encoder.pos_embed", sincos_positions(config.embed_dim, config.grid_size))
-    if "head.norm.running_mean" in tensors:
-        tensors.setdefault("head.norm.num_batches_tracked", torch.tensor(0))
-        tensors["head.norm.num_batches_tracked"] = tensors["head.norm.num_batches_tracked"].long()
+    taken |= head_names | clap_names
+    tensors = _completed({ours: state[theirs].clone() for theirs, ours in taken.items()}, config)
     text_encoder = {ours: state[theirs].clone() for theirs, ours in text_keys.items()} or None
     unused = [key for key in state if key not in taken and key not in text_keys and key != stats_key]
     return Checkpoint(config, tensors, text_encoder, unused)
 
 
+def _completed(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Add what some checkpoints leave out because it is fixed or plays no part in inference."""
+    tensors.setdefault("encoder.pos_embed", sincos_positions(config.embed_dim, config.grid_size))
+    if config.head is not None:
+        batches = tensors.get("head.norm.num_batches_tracked", torch.tensor(0))
+        tensors["head.norm.num_batches_tracked"] = batches.long()
+    if config.clap is not None:
+        scale = tensors.get("clap.logit_scale", torch.tensor(FIRST_LOGIT_SCALE))
+        tensors["clap.logit_scale"] = scale.squeeze()  # some hold it as one value, some as a list of one
+    return tensors
+
+
+_WRAPPERS = re.compile(r"(module\.)?(ar\.)?(runtime\.)?(backbone\.)?")  # modules around the encoder in training
 _ENCODER_KEY = re.compile(r"cls_token|pos_embed|patch_embed\.proj\..*|blocks\.\d+\..*|norm\.(weight|bias)")
 _HEAD_KEYS = {
     "norm.running_mean": "norm.running_mean",
@@ -239,18 +295,24 @@ _HEAD_KEYS = {
 
 def summarise_unused(keys: Iterable[str]) -> str:
     """``decoder_blocks (24), mask_token (1)``: what a checkpoint held besides the model, by first component."""
-    counts = Counter(re.sub(r"^(module\.)?(ar\.)?(runtime\.)?(backbone\.)?", "", k).split(".")[0] for k in keys)
+    counts = Counter(_WRAPPERS.sub("", key, count=1).partition(".")[0] for key in keys)
     return ", ".join(f"{part} ({count})" for part, count in sorted(counts.items()))
 
 
-def _find_head(state: Mapping[str, Tensor], taken: Mapping[str, str]) -> tuple[HeadConfig | None, dict[str, str]]:
+def _find_norm_stats(state: Mapping[str, Tensor], prefix: str) -> str | None:
+    """The encoder's own ``norm_stats``, else those of the module around it."""
+    keys = [key for key in state if key.rpartition(".")[2] == "norm_stats"]
+    return f"{prefix}norm_stats" if f"{prefix}norm_stats" in keys else next(iter(keys), None)
+
+
+def _find_head(state: Mapping[str, Tensor], parsed: CheckpointName) -> tuple[HeadConfig | None, dict[str, str]]:
     weight_key = next((k for k in state if re.fullmatch(r"(module\.)?head\.mlp\.mlp\.0\.weight", k)), None)
     if weight_key is None:
         return None, {}
     prefix = weight_key.removesuffix("mlp.mlp.0.weight")
     names = {prefix + k: f"head.{ours}" for k, ours in _HEAD_KEYS.items() if prefix + k in state}
-    outputs, width = state[weight_key].shape
-    embed_dim = next(state[k].shape[-1] for k, ours in taken.items() if ours == "encoder.cls_token")
+    outputs, width = _matrix_shape(state, weight_key)
+    embed_dim, _, _ = VIT_SIZES[parsed.size]
     audioset = audioset_labels()
     labels = audioset if outputs == len(audioset) else tuple(f"class_{i}" for i in range(outputs))
     return HeadConfig(labels, "flat" if width == embed_dim else "stacked"), names
@@ -262,45 +324,56 @@ def _find_clap(state: Mapping[str, Tensor], parsed: CheckpointName) -> tuple[Cla
     if not any(key.startswith("audio_proj.") for key in keys):
         return None, {}
     names = {theirs: f"clap.{short}" for short, theirs in keys.items()}
-    if "text_proj.weight" in keys:  # a single Linear, not in a Sequential
-        for part in ("weight", "bias"):
-            names[keys[f"text_proj.{part}"]] = f"clap.text_proj.0.{part}"
+    for short, theirs in keys.items():
+        if m := re.fullmatch(r"(audio_proj|text_proj)\.(weight|bias)", short):  # a single Linear, not in a Sequential
+            names[theirs] = f"clap.{m[1]}.0.{m[2]}"
     tensors = {ours: state[theirs] for theirs, ours in names.items()}
     depth = len({m[1] for n in tensors if (m := re.match(r"clap\.audio_proj\.sem_blocks\.(\d+)\.", n))})
     token = tensors.get("clap.audio_proj.sem_token")
     return ClapConfig(
         audio_projector="mlp" if token is None else "semantic",
-        audio_layers=_mlp_sizes(tensors, "clap.audio_proj") if token is None else (token.shape[-1],),
+        audio_layers=_mlp_sizes(tensors, "clap.audio_proj") if token is None else tuple(token.shape[-1:]),
         text_layers=_mlp_sizes(tensors, "clap.text_proj"),
         text_encoder=parsed.text_encoder,
         text_pooling="cls" if "bert-base" in parsed.text_encoder else "mean",
         semantic_depth=depth,
-        semantic_mlp_dim=len(tensors["clap.audio_proj.sem_blocks.0.mlp.fc1.weight"]) if depth else 0,
+        semantic_mlp_dim=_matrix_shape(tensors, "clap.audio_proj.sem_blocks.0.mlp.fc1.weight")[0] if depth else 0,
     ), names
 
 
 def _mlp_sizes(tensors: Mapping[str, Tensor], prefix: str) -> tuple[int, ...]:
     """Layer sizes, input first, of the Linear layers ``prefix.0``, ``prefix.2``, ..."""
-    weights = [tensors[n] for n in sorted(tensors) if re.fullmatch(rf"{re.escape(prefix)}\.\d+\.weight", n)]
-    return (weights[0].shape[1], *(len(w) for w in weights)) if weights else ()
+    names = [n for n in sorted(tensors) if re.fullmatch(rf"{re.escape(prefix)}\.\d+\.weight", n)]
+    shapes = [_matrix_shape(tensors, n) for n in names]
+    return (shapes[0][1], *(outputs for outputs, _ in shapes)) if shapes else ()
+
+
+def _matrix_shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, int]:
+    shape = tuple(tensors[name].shape) if name in tensors else None
+    if shape is None or len(shape) != 2:
+        raise ConfigError(f"{name} is missing" if shape is None else f"{name} has shape {shape}, not that of a matrix")
+    return shape[0], shape[1]
 
 
 def _encoder_prefix(state: Mapping[str, Tensor], file: Path) -> str:
     anchor = "patch_embed.proj.weight"
-    prefixes = sorted((k.removesuffix(anchor) for k in state if k.endswith(anchor)), key=len)
+    prefixes = [k.removesuffix(anchor) for k in state if re.fullmatch(rf"(.*\.)?{re.escape(anchor)}", k)]
     if not prefixes:
         shown = ", ".join(list(state)[:5])
         raise CheckpointError(f"{file}: no M2D encoder in it; its keys begin with {shown} ...")
-    return prefixes[0]
+    # A teacher of offline distillation may be there too, under a name of its own.
+    return min(prefixes, key=lambda prefix: (_WRAPPERS.fullmatch(prefix) is None, len(prefix)))
 
 
 def _unwrap(content: Any, file: Path) -> dict[str, Tensor]:
     """The state dict of ``{"model": state_dict, ...}`` or of a bare state dict."""
     state = content.get("model", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not state or not all(isinstance(k, str) for k in state):
+    items = state.items() if isinstance(state, dict) else ()
+    tensors = {key: value.detach() for key, value in items if isinstance(key, str) and isinstance(value, Tensor)}
+    if not tensors:
         held = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise CheckpointError(f"{file}: no state dict in it; it holds {held or 'nothing'}.")
-    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    return tensors
 
 
 def _unpickle(file: Path) -> Any:
@@ -308,24 +381,77 @@ def _unpickle(file: Path) -> Any:
     try:
         with torch.serialization.safe_globals(_SAFE_GLOBALS):
             return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        held = sorted(_unsafe_globals(file))
-        if held:
+    except OSError:  # the disk's
+        raise
+    except Exception as error:  # what a damaged or malicious pickle raises can be anything
+        held = _unsafe_objects(file, error)
+        if not held:
             raise CheckpointError(
-                f"{file}: refused, it holds objects that could run code when loaded: {', '.join(held)}. "
-                "Save its state dict alone (torch.save(model.state_dict(), ...)) and load that."
+                f"{file}: not a readable checkpoint; it is damaged, or was not written by torch.save."
             ) from error
-        raise CheckpointError(f"{file}: not a readable checkpoint ({_first_line(error)}).") from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{file}: not a readable checkpoint ({_first_line(error)}).") from error
+        raise CheckpointError(
+            f"{file}: refused, it holds objects that could run code when loaded: {', '.join(held)}. "
+            "Save its state dict alone (torch.save(model.state_dict(), ...)) and load that."
+        ) from error
 
 
-def _unsafe_globals(file: Path) -> list[str]:
-    with torch.serialization.safe_globals(_SAFE_GLOBALS):
-        try:
-            return torch.serialization.get_unsafe_globals_in_checkpoint(file)
-        except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
-            return []
+def _unsafe_objects(file: Path, error: Exception) -> list[str]:
+    """What a refused pickle would import, as ``module.name``; found by reading it, nothing of it is run."""
+    try:
+        with torch.serialization.safe_globals(_SAFE_GLOBALS):
+            held = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    except Exception:  # not the zip of torch.save, but torch's layout before 2020 or a plain pickle
+        held = re.findall(r"GLOBAL (\S+)", str(error)) or _imports_of_pickle(file)
+    return sorted(set(held))
+
+
+def _imports_of_pickle(file: Path) -> list[str]:
+    imports: list[str] = []
+    strings: list[str] = []
+    try:
+        with file.open("rb") as stream:
+            for opcode, argument, _ in pickletools.genops(stream):
+                if opcode.name == "GLOBAL":
+                    imports.append(str(argument).replace(" ", "."))
+                elif opcode.name == "STACK_GLOBAL":
+                    imports.append(".".join(strings[-2:]))
+                elif isinstance(argument, str):
+                    strings.append(argument)
+    except Exception:  # not a pickle
+        return []
+    return imports
+
+
+def _read_any(path: Path, prefer_half: Iterable[torch.dtype]) -> Checkpoint:
+    if path.is_dir():
+        if (path / CONFIG_FILE).exists():
+            return read_native(path, prefer_half)
+        file = _only_checkpoint(path)
+        return read_published(file, _published_name(path.resolve().name, path.absolute().name, file.stem))
+    if path.suffix == ".zip":
+        return _read_zip(path)
+    if path.suffix in (".pth", ".pt"):
+        # A link may lead to a file of another name, as in a download cache.
+        folders = (path.resolve().parent.name, path.absolute().parent.name)
+        return read_published(path, _published_name(*folders, path.stem))
+    raise CheckpointError(f"{path}: not a checkpoint; expected a folder, a .pth or a release's .zip.")
+
+
+def _published_name(*candidates: str) -> str:
+    """The first that follows the grammar of published names; the first of all if none does."""
+    return next((name for name in candidates if CheckpointName.matches(name)), candidates[0])
+
+
+def _skeleton(config: ModelConfig) -> dict[str, Tensor]:
+    """The tensors a model of this configuration has, by the names of ``M2D.state_dict()``, without memory."""
+    parts = torch.nn.Module()
+    with torch.device("meta"):
+        parts.encoder = Encoder(config)
+        if config.head is not None:
+            parts.head = TaggingHead(config.head_dim, config.head)
+        if config.clap is not None:
+            parts.clap = ClapHead(config.clap)
+    return parts.state_dict()
 
 
 def _only_checkpoint(folder: Path) -> Path:
@@ -339,28 +465,38 @@ def _only_checkpoint(folder: Path) -> Path:
 
 def _read_zip(path: Path) -> Checkpoint:
     """Read the one ``.pth`` of a release's zip; only that member is unpacked, under a name of our own."""
-    try:
-        with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory() as scratch:
-            members = [m for m in archive.infolist() if m.filename.endswith((".pth", ".pt"))]
-            if len(members) != 1:
-                held = ", ".join(m.filename for m in members) or "none"
-                raise CheckpointError(f"{path}: expected one .pth in the archive, found {held}.")
-            inside = pathlib.PurePosixPath(members[0].filename)
-            file = Path(scratch) / "checkpoint.pth"
-            with archive.open(members[0]) as packed, file.open("wb") as unpacked:
-                shutil.copyfileobj(packed, unpacked)
-            names = (inside.parent.name, path.stem)
-            name = next((n for n in names if CheckpointName.matches(n)), names[1])
-            return read_published(file, name, source=f"{path.name}: {inside}")
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise CheckpointError(f"{path}: a damaged zip archive ({error}); download it again.") from error
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "checkpoint.pth"
+        try:
+            inside = pathlib.PurePosixPath(_unpack_only_checkpoint(path, file))
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise CheckpointError(f"{path}: a damaged zip archive ({error}); download it again.") from error
+        except (RuntimeError, NotImplementedError) as error:  # a password, an unusual compression
+            raise CheckpointError(f"{path}: cannot be unpacked ({error}).") from error
+        name = _published_name(inside.parent.name or path.stem, path.stem, inside.stem)
+        return read_published(file, name, source=f"{path.name}: {inside}")
+
+
+def _unpack_only_checkpoint(path: Path, destination: Path) -> str:
+    """Write the one ``.pth`` of a zip to ``destination``; return its name in there."""
+    with zipfile.ZipFile(path) as archive:
+        names = [n for n in archive.namelist() if n.endswith((".pth", ".pt")) and not n.startswith("__MACOSX/")]
+        if len(names) != 1:
+            raise CheckpointError(f"{path}: expected one .pth in the archive, found {', '.join(names) or 'none'}.")
+        with archive.open(names[0]) as packed, destination.open("wb") as unpacked:
+            shutil.copyfileobj(packed, unpacked)
+        return names[0]
 
 
 def _converted_release(archive: Path, converted: Path) -> Path:
     """The folder of a release in our layout; made from its zip, which is then deleted, if it is not there yet."""
     if not converted.exists():
-        convert(archive, converted, [torch.bfloat16])
-        archive.unlink()
+        try:
+            convert(archive, converted, [torch.bfloat16])
+        except (OSError, M2DEmbedError):
+            if not converted.exists():  # else another process was quicker
+                raise
+        archive.unlink(missing_ok=True)
     return converted
 
 
@@ -399,7 +535,3 @@ def _folder_written_whole(destination: Path) -> Iterator[Path]:
         scratch.rename(destination)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import types
 import typing
@@ -82,7 +83,7 @@ class ModelConfig:
     ``f_max`` in Hz.
 
     Raises:
-        ConfigError: if a value has the wrong type or the values contradict one another; it names the field.
+        ConfigError: if the values contradict one another; it names the field.
     """
 
     name: str = ""
@@ -114,12 +115,27 @@ class ModelConfig:
         _require(self.embed_dim % self.num_heads == 0, f"embed_dim {self.embed_dim} is not a multiple of num_heads")
         _require(self.embed_dim % 4 == 0, f"embed_dim {self.embed_dim} is not a multiple of 4")
         _require(0 <= self.f_min < self.f_max <= self.sample_rate / 2, "need 0 <= f_min < f_max <= sample_rate / 2")
+        _require(self.mlp_ratio > 0, f"mlp_ratio must be positive, not {self.mlp_ratio}")
+        _require(
+            len(self.norm_stats) == 2 and all(map(math.isfinite, self.norm_stats)),
+            f"norm_stats must be a mean and a standard deviation, not {self.norm_stats}",
+        )
         _require(self.norm_stats[1] > 0, f"norm_stats has a standard deviation of {self.norm_stats[1]}")
+        if self.clap is not None:
+            first = self.clap.audio_layers[0] if self.clap.audio_layers else None
+            _require(
+                first == self.embed_dim, f"clap.audio_layers begins with {first}, but embed_dim is {self.embed_dim}"
+            )
 
     @property
     def grid_size(self) -> tuple[int, int]:
         """Patches of one full window: (rows in mel ``F``, columns in time ``T``)."""
         return self.input_size[0] // self.patch_size[0], self.input_size[1] // self.patch_size[1]
+
+    @property
+    def head_dim(self) -> int:
+        """Width of the features that the classification head takes."""
+        return self.embed_dim * (self.grid_size[0] if self.head is None or self.head.features == "stacked" else 1)
 
     @property
     def frame_ms(self) -> float:

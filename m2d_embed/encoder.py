@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -81,7 +83,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, log_mel: Tensor) -> Tensor:
         """(B, 1, mels, frames) -> (B, dim, F, T)."""
-        patches: Tensor = self.proj(log_mel)
+        patches: Tensor = self.proj(log_mel.to(self.proj.weight.dtype))
         return patches
 
 
@@ -177,13 +179,14 @@ def sincos_positions(dim: int, grid_size: tuple[int, int]) -> Tensor:
     """
     rows, columns = grid_size
     quarter = dim // 4
-    frequencies = 10_000.0 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
+    frequencies = 10_000.0 ** -(np.arange(quarter) / quarter)
 
-    def encode(index: Tensor) -> Tensor:
-        angles = index.double()[:, None] * frequencies
-        return torch.cat([angles.sin(), angles.cos()], dim=1)  # (n, dim / 2)
+    def encode(count: int) -> npt.NDArray[np.float64]:
+        angles = np.arange(count)[:, None] * frequencies
+        return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # (count, dim / 2)
 
-    by_column = encode(torch.arange(columns)).expand(rows, -1, -1)
-    by_row = encode(torch.arange(rows))[:, None].expand(-1, columns, -1)
-    positions = torch.cat([by_column, by_row], dim=-1).view(-1, dim)
-    return torch.cat([torch.zeros(1, dim), positions.float()])[None]
+    positions = np.zeros((1, 1 + rows * columns, dim), dtype=np.float32)
+    grid = positions[0, 1:].reshape(rows, columns, dim)  # a view
+    grid[:, :, : dim // 2] = encode(columns)[None, :]
+    grid[:, :, dim // 2 :] = encode(rows)[:, None]
+    return torch.from_numpy(positions)

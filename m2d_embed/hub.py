@@ -2,7 +2,8 @@
 
 The Hub client (downloads, cache, resuming, tokens, offline mode) is huggingface_hub's; its environment variables
 (``HF_HOME``, ``HF_TOKEN``, ``HF_HUB_OFFLINE``, ``HF_ENDPOINT``) apply. Releases are kept in ``M2D_EMBED_CACHE``
-(default ``~/.cache/m2d-embed``); ``M2D_EMBED_RELEASE_URL`` overrides the address they come from.
+(default ``~/.cache/m2d-embed``); ``M2D_EMBED_RELEASE_URL`` overrides the address they come from. Offline mode and
+``force_download`` hold for them too.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import shutil
 import sys
 import zipfile
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,7 +74,7 @@ def locate(
     if path.exists():
         return Location(path, str(path))
     if text in RELEASES:
-        return _locate_release(RELEASES[text])
+        return _locate_release(RELEASES[text], options)
     repository, _, revision = text.partition("@")
     looks_local = (
         isinstance(name, Path) or text.startswith((".", "~", os.sep)) or path.suffix in (".pth", ".pt", ".zip")
@@ -109,39 +113,25 @@ def _locate_on_hub(
     optional_files: Sequence[str],
     options: HubOptions,
 ) -> Location:
-    from huggingface_hub import errors, hf_hub_download
-
     shown = f"{repository}@{revision}" if revision else repository
+    with _hub_errors(shown):
+        config = _fetch(repository, CONFIG_FILE, revision, options)
+        commit = config.parent.name  # the other files come from this one, whatever is pushed meanwhile
+        if _fetch_first(repository, weight_files, commit, options) is None:
+            lacking = "local cache has its" if _is_offline(options) else "repository has a"
+            raise ModelNotFoundError(f"{shown}: the {lacking} {CONFIG_FILE} but none of {', '.join(weight_files)}.")
+        for file in optional_files:
+            _fetch_first(repository, [file], commit, options)
+    return Location(config.parent, f"Hub repository {shown}")
 
-    def fetch(file: str) -> Path:
-        return Path(
-            hf_hub_download(
-                repository,
-                file,
-                revision=revision,
-                token=options.token,
-                cache_dir=options.cache_dir,
-                force_download=options.force_download,
-                local_files_only=options.local_files_only,
-            )
-        )
 
-    def fetch_first(files: Sequence[str]) -> Path | None:
-        for file in files:
-            try:
-                return fetch(file)
-            except errors.EntryNotFoundError:
-                continue
-        return None
+@contextmanager
+def _hub_errors(shown: str) -> Iterator[None]:
+    """Turn the Hub client's errors into ours; ``shown`` is the repository's name in their messages."""
+    from huggingface_hub import errors
 
     try:
-        config = fetch(CONFIG_FILE)
-        if fetch_first(weight_files) is None:
-            raise ModelNotFoundError(
-                f"{shown}: the repository has a {CONFIG_FILE} but none of {', '.join(weight_files)}."
-            )
-        for file in optional_files:
-            fetch_first([file])
+        yield
     except errors.GatedRepoError as error:
         raise ModelNotFoundError(
             f"{shown}: access to this repository is gated. Accept its terms on the Hub and log in (hf auth login)."
@@ -153,30 +143,91 @@ def _locate_on_hub(
             f"{shown}: no such repository on the Hub, or it is private; check the name, or log in (hf auth login)."
         ) from error
     except errors.LocalEntryNotFoundError as error:
-        raise ModelNotFoundError(
-            f"{shown}: not in the local cache, and the Hub cannot be reached (offline mode, or no connection)."
-        ) from error
+        why = _first_line(error.__cause__) if error.__cause__ else "local_files_only"
+        raise ModelNotFoundError(f"{shown}: not in the local cache, and the Hub cannot be reached ({why}).") from error
     except errors.EntryNotFoundError as error:
         raise ModelNotFoundError(f"{shown}: not an m2d-embed model, the repository has no {CONFIG_FILE}.") from error
+    except errors.LocalTokenNotFoundError as error:
+        raise ModelNotFoundError(f"{shown}: asked for with token=True, but you are not logged in.") from error
     except errors.HfHubHTTPError as error:
-        raise ModelNotFoundError(f"{shown}: the Hub answered with an error ({error}).") from error
+        answer = f"{error.response.status_code} {error.server_message or error.response.reason_phrase}"
+        if error.response.status_code in (401, 403):
+            raise ModelNotFoundError(
+                f"{shown}: the Hub refuses access ({answer}); check the token, or log in (hf auth login)."
+            ) from error
+        raise ModelNotFoundError(f"{shown}: the Hub answered with an error ({answer}).") from error
     except errors.HFValidationError as error:
         raise ModelNotFoundError(f"{shown}: not a valid repository name ({error}).") from error
-    except OSError as error:
-        if error.errno is not None:  # the local disk's, not the network's
+    except ValueError as error:  # force_download without a connection
+        why = _first_line(error.__cause__ or error)
+        raise ModelNotFoundError(f"{shown}: cannot be downloaded again ({why}).") from error
+    except (OSError, _http_error()) as error:
+        if _is_of_disk(error):
             raise
-        raise CheckpointError(f"{shown}: the download did not arrive whole ({error}); try again.") from error
-    return Location(config.parent, f"Hub repository {shown}")
+        why = _first_line(error)
+        raise CheckpointError(f"{shown}: the download did not arrive whole ({why}); try again.") from error
 
 
-def _locate_release(release: Release) -> Location:
+def _fetch(repository: str, file: str, revision: str | None, options: HubOptions) -> Path:
+    from huggingface_hub import errors, hf_hub_download
+
+    try:
+        return Path(
+            hf_hub_download(
+                repository,
+                file,
+                revision=revision,
+                token=options.token,
+                cache_dir=options.cache_dir,
+                force_download=options.force_download,
+                local_files_only=options.local_files_only,
+            )
+        )
+    except (ValueError, errors.LocalEntryNotFoundError) as error:
+        if isinstance(error.__cause__, errors.HfHubHTTPError):  # the Hub did answer, and says what is wrong
+            raise error.__cause__ from None
+        raise
+
+
+def _fetch_first(repository: str, files: Sequence[str], commit: str, options: HubOptions) -> Path | None:
+    """The first of the files that the commit has; offline, the first that the cache has."""
+    from huggingface_hub import _CACHED_NO_EXIST, errors, try_to_load_from_cache
+
+    for file in files:
+        known = try_to_load_from_cache(repository, file, cache_dir=options.cache_dir, revision=commit)
+        if known is _CACHED_NO_EXIST:  # asking again would take many seconds where there is no connection
+            continue
+        try:
+            return _fetch(repository, file, commit, options)
+        except errors.LocalEntryNotFoundError:
+            if not _is_offline(options):  # the Hub fails, which says nothing about the file
+                raise
+        except errors.EntryNotFoundError:
+            continue
+    return None
+
+
+def _is_offline(options: HubOptions) -> bool:
+    """Whether downloads are off by the user's choice."""
+    from huggingface_hub import constants
+
+    return options.local_files_only or constants.HF_HUB_OFFLINE
+
+
+def _locate_release(release: Release, options: HubOptions) -> Location:
     folder = release_cache() / release.name
     archive = folder.with_name(f"{release.name}.zip")
-    if not folder.exists() and not archive.exists():
+    if options.force_download or not (folder.exists() or archive.exists()):
+        if _is_offline(options):
+            raise ModelNotFoundError(
+                f"{release.name}: would have to be downloaded into {folder.parent}, but this is offline mode "
+                "(HF_HUB_OFFLINE or local_files_only)."
+            )
         url = release.url(os.environ.get("M2D_EMBED_RELEASE_URL", RELEASE_URL))
         print(f"Downloading {release.name}\n{LICENSE_NOTICE}", file=sys.stderr)
         archive.parent.mkdir(parents=True, exist_ok=True)
         _download(url, archive)
+        shutil.rmtree(folder, ignore_errors=True)  # what an earlier download was converted to
     return Location(archive, f"official M2D release {release.tag}", release=folder)
 
 
@@ -190,19 +241,21 @@ def _download(url: str, file: Path) -> None:
         with partial.open("ab") as stream:
             http_get(url, stream, resume_size=partial.stat().st_size, displayed_filename=file.name)
     except errors.HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", None)
+        status = error.response.status_code
         if status == 416:  # the partial file is longer than the real one
             partial.unlink()
             raise CheckpointError(f"{url}: the part downloaded earlier does not fit; try again.") from error
         raise ModelNotFoundError(f"{url}: the server answered {status}.") from error
     except (OSError, _http_error()) as error:
-        if getattr(error, "errno", None) is not None and not isinstance(error, ConnectionError):
-            raise  # the local disk's, not the network's
-        raise CheckpointError(f"{url}: the download broke off ({error}); run it again to go on from there.") from error
+        if _is_of_disk(error):
+            raise
+        raise CheckpointError(
+            f"{url}: the download broke off ({_first_line(error)}); run it again to go on from there."
+        ) from error
     try:
         with zipfile.ZipFile(partial) as archive:
             damaged = archive.testzip()
-    except zipfile.BadZipFile:
+    except (zipfile.BadZipFile, zlib.error, EOFError):
         damaged = "the archive itself"
     if damaged is not None:
         partial.unlink()
@@ -215,3 +268,12 @@ def _http_error() -> type[Exception]:
     from huggingface_hub.errors import HfHubHTTPError
 
     return HfHubHTTPError.__bases__[0]
+
+
+def _is_of_disk(error: Exception) -> bool:
+    """Whether an error of a download is the local disk's, not the network's."""
+    return getattr(error, "errno", None) is not None and not isinstance(error, ConnectionError)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -7,9 +7,10 @@ stacked over frequency, are a frame feature; the mean over time is the scene emb
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -74,7 +75,8 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
         self.features.check(config)
         self.frontend = LogMel(config)
         self.encoder = Encoder(config)
-        self.encoder.init_weights()
+        if not self.encoder.cls_token.is_meta:
+            self.encoder.init_weights()
         stacked_dim = config.embed_dim * config.grid_size[0]
         self.head: TaggingHead | None = None
         if config.head is not None:
@@ -105,6 +107,11 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.encoder.cls_token.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the matrices of the blocks."""
+        return next(m.weight.dtype for m in self.encoder.blocks.modules() if isinstance(m, nn.Linear))
 
     # --- waveform or log-mel in, features out -------------------------------------------------------------------
 
@@ -273,6 +280,24 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
         stacked = torch.stack(scenes) if scenes else torch.empty(0, self.scene_embedding_size)
         result = stacked[0] if single else stacked
         return result.numpy() if output == "numpy" else result
+
+    @overload
+    def encode_timestamps(
+        self,
+        clips: str | os.PathLike[str],
+        batch_size: int = ...,
+        sample_rate: int | None = ...,
+        show_progress_bar: bool = ...,
+    ) -> Timestamps: ...
+
+    @overload
+    def encode_timestamps(
+        self,
+        clips: ClipLike | Sequence[ClipLike],
+        batch_size: int = ...,
+        sample_rate: int | None = ...,
+        show_progress_bar: bool = ...,
+    ) -> list[Timestamps] | Timestamps: ...
 
     def encode_timestamps(
         self,
@@ -452,9 +477,9 @@ def _combine(per_layer: Sequence[Tensor], features: FeatureConfig) -> Tensor:
 
 def _as_list(clips: ClipLike | Sequence[ClipLike]) -> tuple[list[ClipLike], bool]:
     """The clips, and whether there was only one, not in a sequence."""
-    if isinstance(clips, str | Path) or (isinstance(clips, np.ndarray | Tensor) and clips.ndim < 2):
+    if isinstance(clips, str | os.PathLike) or (isinstance(clips, np.ndarray | Tensor) and clips.ndim < 2):
         return [clips], True
-    return list(clips), False  # type: ignore[arg-type]
+    return list(clips), False
 
 
 def _in_order(encoded: Iterator[tuple[int, Any]], total: int, show_progress_bar: bool) -> list[Any]:

@@ -8,14 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from m2d_embed.config import ClapConfig
 from m2d_embed.encoder import Block
-from m2d_embed.errors import CheckpointError, UnsupportedError
+from m2d_embed.errors import CheckpointError, ModelNotFoundError, UnsupportedError
 
 TEXT_ENCODER_FILE = "text_encoder.safetensors"
+
+#: Where the learned temperature starts: log(1 / 0.07).
+FIRST_LOGIT_SCALE = 2.6593
+
 _RUN_FOREIGN_CODE = ("nvidia/NV-Embed-v2",)
 
 
@@ -45,7 +50,7 @@ class ClapHead(nn.Module):
         self.config = config
         self.audio_proj = _mlp(config.audio_layers) if config.audio_projector == "mlp" else _semantic(config)
         self.text_proj = _mlp(config.text_layers)
-        self.logit_scale = nn.Parameter(torch.tensor(2.6593))  # log(1 / 0.07), where training starts
+        self.logit_scale = nn.Parameter(torch.tensor(FIRST_LOGIT_SCALE))
 
     def project_audio(self, patches: Tensor) -> Tensor:
         """(B, N, dim) flat patch features -> (B, joint), not normalised."""
@@ -54,7 +59,12 @@ class ClapHead(nn.Module):
         return projected
 
     def project_text(self, embeddings: Tensor) -> Tensor:
-        """(B, text_dim) outputs of the text encoder -> (B, joint), not normalised."""
+        """(B, text_dim) outputs of the text encoder -> (B, joint), not normalised.
+
+        Raises:
+            UnsupportedError: if the checkpoint has no text projector.
+        """
+        _require_text_side(self.config)
         projected: Tensor = self.text_proj(embeddings.float())
         return projected
 
@@ -72,37 +82,43 @@ class TextEncoder:
 
     Raises:
         UnsupportedError: if transformers is not installed, or the text encoder would need code from its repository.
-        CheckpointError: if ``weights`` do not fit it.
+        ModelNotFoundError: if the text encoder's repository cannot be had.
+        CheckpointError: if ``weights`` are damaged or do not fit it.
     """
 
     def __init__(self, config: ClapConfig, weights: Path | Mapping[str, Tensor] | None, device: torch.device):
+        _require_text_side(config)
         if config.text_encoder in _RUN_FOREIGN_CODE:
-            raise UnsupportedError(
-                f"The text encoder {config.text_encoder} runs code from its repository, which m2d-embed never does. "
-                "Compute its embeddings yourself and pass them to model.clap.project_text()."
-            )
+            raise _runs_foreign_code(config)
         try:
             import transformers
         except ImportError as error:
             raise UnsupportedError("encode_text needs transformers: pip install 'm2d-embed[clap]'") from error
-        auto: Any = transformers
         self.pooling = config.text_pooling
         self.device = device
-        self.tokenizer: Any = auto.AutoTokenizer.from_pretrained(config.text_encoder)
-        if weights is None:
-            self.model: Any = auto.AutoModel.from_pretrained(config.text_encoder, use_safetensors=True)
-        else:
-            self.model = auto.AutoModel.from_config(auto.AutoConfig.from_pretrained(config.text_encoder))
-            _load_text_weights(self.model, load_file(weights) if isinstance(weights, Path) else weights)
-        self.model.to(device).eval()
+        try:
+            self.tokenizer, self.model = _from_repository(transformers, config.text_encoder, weights is None)
+        except OSError as error:
+            raise ModelNotFoundError(f"the text encoder {config.text_encoder} cannot be loaded: {error}") from error
+        except ValueError as error:
+            if "trust_remote_code" in str(error):
+                raise _runs_foreign_code(config) from error
+            raise
+        if weights is not None:
+            _load_text_weights(self.model, weights)
+        self.model.to(device).float().eval()
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Sentences -> (B, text_dim) float32; padding is masked, so a batch changes nothing.
 
         Raises:
-            UnsupportedError: if a text is longer than the encoder can take.
+            UnsupportedError: if ``texts`` is a single text, or one is longer than the encoder can take.
         """
+        if isinstance(texts, str):
+            raise UnsupportedError(f"encode_text takes a list of texts, not a single one: [{texts[:40]!r}]")
+        if not texts:
+            return torch.empty(0, self.model.config.hidden_size, device=self.device)
         tokens = self.tokenizer(list(texts), padding=True, return_tensors="pt").to(self.device)
         limit = self.model.config.max_position_embeddings
         if tokens["input_ids"].shape[1] > limit:
@@ -128,11 +144,41 @@ def _semantic(config: ClapConfig) -> nn.Module:
     return SemanticProjector(config.audio_layers[0], config.semantic_depth, config.semantic_mlp_dim)
 
 
-def _load_text_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def _require_text_side(config: ClapConfig) -> None:
+    if not config.text_layers:
+        raise UnsupportedError("this CLAP checkpoint has the audio projector only, so it cannot embed texts.")
+
+
+def _runs_foreign_code(config: ClapConfig) -> UnsupportedError:
+    return UnsupportedError(
+        f"The text encoder {config.text_encoder} runs code from its repository, which m2d-embed never does. "
+        "Compute its embeddings yourself and pass them to model.clap.project_text()."
+    )
+
+
+def _from_repository(transformers: Any, repository: str, with_weights: bool) -> tuple[Any, Any]:
+    """Tokenizer and model; ``trust_remote_code=False`` refuses where transformers would ask on the terminal."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(repository, trust_remote_code=False)
+    if with_weights:
+        model = transformers.AutoModel.from_pretrained(repository, trust_remote_code=False, use_safetensors=True)
+    else:
+        config = transformers.AutoConfig.from_pretrained(repository, trust_remote_code=False)
+        model = transformers.AutoModel.from_config(config, trust_remote_code=False)
+    return tokenizer, model
+
+
+def _load_text_weights(model: nn.Module, weights: Path | Mapping[str, Tensor]) -> None:
     """Load weights whose names may carry a prefix of the module that held the text encoder in training."""
+    try:
+        tensors = load_file(weights) if isinstance(weights, Path) else weights
+    except SafetensorError as error:
+        raise CheckpointError(f"{weights}: damaged or not a safetensors file ({error}).") from error
     anchor = "embeddings.word_embeddings.weight"
-    prefix = next((name.removesuffix(anchor) for name in weights if name.endswith(anchor)), "")
-    result = model.load_state_dict({n.removeprefix(prefix): t for n, t in weights.items()}, strict=False)
+    prefix = next((name.removesuffix(anchor) for name in tensors if name.endswith(anchor)), "")
+    try:
+        result = model.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items()}, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f"the checkpoint's text encoder does not fit its configuration: {error}") from error
     missing = [n for n in result.missing_keys if not n.startswith("pooler.") and not n.endswith("position_ids")]
     if missing:
         raise CheckpointError(f"the checkpoint's text encoder lacks {', '.join(missing[:3])} ({len(missing)} in all).")

@@ -33,7 +33,7 @@ class TaggingHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(..., dim) -> (..., labels) logits, float32."""
-        normalised = self.norm(features.float().flatten(0, -2)).view_as(features)
+        normalised = self.norm(features.float().reshape(-1, features.shape[-1])).view_as(features)
         logits: Tensor = self.linear(normalised)
         return logits
 

@@ -1,0 +1,417 @@
+"""The command line: ``m2d-embed embed | tag | zero-shot | similar | plot | convert | info``."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from tqdm.auto import tqdm
+
+from m2d_embed import __version__, registry
+from m2d_embed.audio import find_audio, load_audio
+from m2d_embed.config import FeatureConfig
+from m2d_embed.errors import AudioError, ConfigError, M2DEmbedError, ModelNotFoundError
+
+if TYPE_CHECKING:
+    from m2d_embed.heads.tagging import Tag
+    from m2d_embed.model import M2D
+
+_A_TAGGER = "m2d_as_vit_base-80x1001p16x16-240213_AS-FT_enconly"
+_A_CLAP = "m2d_clap_vit_base-80x608p16x16-240128"
+
+app = typer.Typer(
+    name="m2d-embed",
+    help="Audio embeddings from Masked Modeling Duo (M2D). Works offline on the bundled model; "
+    "--model takes a folder, a published .pth or .zip, a Hub repository (org/name or org/name@revision) or the name "
+    "of an official release.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Kind(StrEnum):
+    """What an embedding is of."""
+
+    scene = "scene"
+    timestamps = "timestamps"
+
+
+class Precision(StrEnum):
+    """Dtype of the model's matrices."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class HalfPrecision(StrEnum):
+    """A half-precision dtype to store."""
+
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+Inputs = Annotated[list[Path], typer.Argument(help="Sound files, folders (searched recursively) or glob patterns.")]
+Model = Annotated[str, typer.Option("--model", "-m", help="Which model; the bundled one by default.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps ... By default a GPU if there is one.")]
+Dtype = Annotated[Precision | None, typer.Option(help="Precision of the matrices.", show_default="fp32 on the CPU")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Windows encoded at a time.")]
+TopK = Annotated[int, typer.Option("--top-k", "-k", min=1, help="How many to show.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON lines instead of text.")]
+
+
+@app.command()
+def embed(
+    inputs: Inputs,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="*.parquet, *.npz, or a folder that gets one .npy a clip.")
+    ],
+    kind: Annotated[Kind, typer.Option(help="One embedding a clip, or one every hop with its time.")] = Kind.scene,
+    model: Model = "",
+    hop_ms: Annotated[float | None, typer.Option(help="Step of timestamps; the model's own by default.")] = None,
+    layers: Annotated[str, typer.Option(help="Transformer blocks to read, e.g. -1 or 6,9,11.")] = "-1",
+    concat: Annotated[
+        bool, typer.Option("--concat", help="Concatenate several layers; else they are averaged.")
+    ] = False,
+    flat: Annotated[bool, typer.Option("--flat", help="Average the patches of a column instead of stacking.")] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    batch_size: BatchSize = 32,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output; start anew.")] = False,
+) -> None:
+    """Turn sound files into embeddings.
+
+    A bad file is reported and skipped; the exit status is then 1. A killed run goes on where it stopped when the same
+    command is given again.
+    """
+    from m2d_embed.embed_files import embed_files
+
+    files = find_audio(inputs)
+    features = FeatureConfig(_parse_layers(layers), "concat" if concat else "mean", flat, hop_ms)
+    loaded = _load(model, device, dtype, features)
+    started = time.perf_counter()
+    with tqdm(total=len(files), unit="clip", disable=None) as bar:
+
+        def on_progress(file: Path, error: AudioError | None) -> None:
+            bar.update()
+            if error is not None:
+                tqdm.write(f"skipped: {error}", file=sys.stderr)
+
+        summary = embed_files(loaded, files, output, kind.value, batch_size, overwrite, on_progress)
+    seconds = time.perf_counter() - started
+    done = summary.embedded + summary.resumed
+    earlier = f" ({summary.resumed} by an earlier run)" if summary.resumed else ""
+    where = f" -> {output}" if done else "; nothing was written"
+    print(f"{done} clips{earlier}, {loaded.scene_embedding_size} values each, {seconds:.1f} s{where}")
+    if summary.failed:
+        print(f"{len(summary.failed)} of {len(files)} files could not be embedded, see above.", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+@app.command()
+def tag(
+    inputs: Inputs,
+    model: Annotated[str, typer.Option("--model", "-m", help=f"A fine-tuned checkpoint, e.g. {_A_TAGGER}.")],
+    top_k: TopK = 5,
+    frames: Annotated[bool, typer.Option("--frames", help="Tags of every time column, with its time.")] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Print the most probable labels of each clip, best first. Needs a fine-tuned checkpoint."""
+    import torch
+
+    files = find_audio(inputs)
+    loaded = _load(model, device, dtype, FeatureConfig())
+    head = loaded.tagging_head()
+    loaded.features = loaded.head_features()
+
+    def tag_clip(file: Path) -> None:
+        scene = torch.as_tensor(loaded.encode(file)).to(loaded.device)
+        _print_tags(file, None, head.top_tags(head(scene[None])[0], top_k), as_json)
+
+    def tag_columns(file: Path) -> None:
+        columns, times = loaded.encode_timestamps(file)
+        for logits, ms in zip(head(columns.to(loaded.device)), times.tolist(), strict=True):
+            _print_tags(file, ms / 1000, head.top_tags(logits, top_k), as_json)
+
+    with torch.no_grad():
+        _for_each(files, tag_columns if frames else tag_clip)
+
+
+@app.command()
+def zero_shot(
+    inputs: Inputs,
+    labels: Annotated[str, typer.Option("--labels", "-l", help="Labels, separated by commas.")],
+    model: Annotated[str, typer.Option("--model", "-m", help=f"A CLAP checkpoint, e.g. {_A_CLAP}.")],
+    template: Annotated[
+        str, typer.Option(help="Sentence put around each label; {} stands for it.")
+    ] = "{} can be heard",
+    top_k: TopK = 5,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Classify clips by labels of your own. Needs a CLAP checkpoint and the extra 'clap'."""
+    import torch
+
+    from m2d_embed.heads.tagging import Tag
+
+    names = [label.strip() for label in labels.split(",") if label.strip()]
+    if not names or "{}" not in template:
+        raise ConfigError("--labels needs at least one label, and --template the place {} for it.")
+    files = find_audio(inputs)
+    loaded = _load(model, device, dtype, FeatureConfig())
+    clap = loaded.clap_head()
+
+    with torch.no_grad():
+        texts = loaded.encode_text([template.format(name) for name in names])
+
+        def classify(file: Path) -> None:
+            audio = torch.from_numpy(load_audio(file, loaded.sample_rate)).to(loaded.device)
+            scores = clap.similarity(loaded.encode_audio_clap(audio[None]), texts)[0].softmax(-1)
+            best = scores.topk(min(top_k, len(names)))
+            tags = [Tag(names[i], s) for i, s in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+            _print_tags(file, None, tags, as_json)
+
+        _for_each(files, classify)
+
+
+@app.command()
+def similar(
+    query: Annotated[Path, typer.Argument(help="A sound file.")],
+    among: Annotated[
+        list[Path], typer.Argument(help="Sound files or folders to search, or one .npz / .parquet written by 'embed'.")
+    ],
+    model: Model = "",
+    top_k: TopK = 10,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Print the clips nearest to a query by cosine similarity of their scene embeddings, nearest first."""
+    import numpy as np
+
+    loaded = _load(model, device, dtype, FeatureConfig())
+    target = np.asarray(loaded.encode(query))
+    failed = 0
+    if len(among) == 1 and among[0].suffix in (".npz", ".parquet"):
+        names, embeddings = _read_index(among[0], loaded)
+    else:
+        files = [file for file in find_audio(among) if file.absolute() != query.absolute()]
+        names, embeddings, failed = _encode_readable(loaded, files)
+    lengths = np.linalg.norm(embeddings, axis=1) * np.linalg.norm(target)
+    scores = embeddings @ target / np.maximum(lengths, np.finfo(np.float32).tiny)
+    for i in np.argsort(-scores, kind="stable")[:top_k]:
+        line = {"file": names[i], "similarity": round(float(scores[i]), 6)}
+        print(json.dumps(line) if as_json else f"{scores[i]:.4f}  {names[i]}")
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def plot(
+    file: Annotated[Path, typer.Argument(help="A sound file.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The PNG; <file>.png by default.")] = None,
+    model: Model = "",
+    hop_ms: Annotated[float | None, typer.Option(help="Step of timestamps; the model's own by default.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Draw a clip: log-mel, self-similarity of its timestamps, their principal components over time."""
+    from m2d_embed.plots import plot_clip
+
+    output = output or Path(f"{file.name}.png")
+    plot_clip(_load(model, device, dtype, FeatureConfig(hop_ms=hop_ms)), file, output)
+    print(output)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A .pth, its folder, a release's .zip, or a converted folder.")],
+    destination: Annotated[Path, typer.Argument(help="A new folder for config.json, model.safetensors and README.md.")],
+    dtype: Annotated[
+        list[HalfPrecision] | None, typer.Option(help="Also write a half-precision file; repeatable.")
+    ] = None,
+) -> None:
+    """Convert a checkpoint of any layout to config.json + safetensors."""
+    from m2d_embed import checkpoints
+    from m2d_embed.model import parse_dtype
+
+    if not source.exists():
+        raise ModelNotFoundError(f"{source}: no such file or folder.")
+    checkpoint = checkpoints.convert(source, destination, [parse_dtype(half.value) for half in dtype or ()])
+    print(f"{destination}: {', '.join(sorted(file.name for file in destination.iterdir()))}")
+    if checkpoint.unused:
+        print(f"left out, not part of the model: {checkpoints.summarise_unused(checkpoint.unused)}")
+
+
+@app.command()
+def info(
+    model: Annotated[str, typer.Argument(help="Which model; the bundled one by default.")] = "", as_json: Json = False
+) -> None:
+    """Show a model's shape, rate, embedding sizes, source and licence."""
+    facts = _facts(_load(model, "cpu", None, FeatureConfig()))
+    if as_json:
+        print(json.dumps(facts))
+        return
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name:<{width}}  {value}")
+
+
+@app.command()
+def models(as_json: Json = False) -> None:
+    """List the models known by name: the bundled one and NTT's official releases."""
+    releases = [(release.name, f"official release {release.tag}") for release in registry.RELEASES.values()]
+    for name, where in [(registry.BUNDLED_NAME, "bundled"), *releases]:
+        print(json.dumps({"name": name, "where": where}) if as_json else f"{name:<56}  {where}")
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(f"m2d-embed {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Say more, e.g. what a checkpoint holds besides.")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(name)s: %(message)s")
+
+
+def main() -> None:
+    """Run the command line; errors of ours are printed without a traceback."""
+    try:
+        app()
+    except M2DEmbedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; try again to go on", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM):
+            raise
+        where = f" while writing {error.filename}" if error.filename else ""
+        print(f"error: {error.strerror}{where}; what was done is kept, try again to go on", file=sys.stderr)
+        sys.exit(2)
+
+
+def _load(model: str, device: str | None, dtype: Precision | None, features: FeatureConfig) -> M2D:
+    import torch
+
+    from m2d_embed.model import M2D
+
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return M2D.from_pretrained(model, device=device, dtype=dtype.value if dtype else None, features=features)
+
+
+def _facts(model: M2D) -> dict[str, Any]:
+    config = model.config
+    (mels, frames), (patch_mels, patch_frames) = config.input_size, config.patch_size
+    facts: dict[str, Any] = {
+        "name": config.name,
+        "origin": model.origin,
+        "source": config.source,
+        "licence": config.license,
+        "sample rate": f"{config.sample_rate} Hz",
+        "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M",
+        "encoder": f"{config.depth} layers x {config.embed_dim} d, {config.num_heads} heads",
+        "window": f"{mels} mels x {frames} frames ({frames * config.frame_ms / 1000:.2f} s)",
+        "patch": f"{patch_mels} mels x {patch_frames} frames ({config.column_ms:g} ms)",
+        "scene embedding": model.scene_embedding_size,
+        "timestamp embedding": f"{model.timestamp_embedding_size}, every {config.column_ms:g} ms",
+    }
+    if config.head is not None:
+        facts["labels"] = f"{len(config.head.labels)} ({', '.join(config.head.labels[:3])} ...)"
+    if config.clap is not None:
+        facts["text encoder"] = config.clap.text_encoder
+    return facts
+
+
+def _parse_layers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--layers takes numbers separated by commas, not {text!r}.") from None
+
+
+def _read_index(file: Path, model: M2D) -> tuple[list[str], Any]:
+    from m2d_embed.embed_files import job_settings, read_scenes
+
+    names, embeddings, settings = read_scenes(file)
+    mine = job_settings(model, "scene")
+    differing = [key for key in mine if key != "dtype" and settings.get(key) != mine[key]]
+    if differing:
+        shown = ", ".join(f"{key}={settings.get(key)!r}, not {mine[key]!r}" for key in differing)
+        raise ConfigError(f"{file}: made with other settings ({shown}); give the same --model.")
+    return names, embeddings
+
+
+def _encode_readable(model: M2D, files: list[Path]) -> tuple[list[str], Any, int]:
+    """Names and scene embeddings of the files that can be read, and how many cannot; those are reported."""
+    import torch
+
+    from m2d_embed.batching import encode_scenes
+
+    scenes: dict[int, Any] = {}
+    with torch.no_grad(), tqdm(total=len(files), unit="clip", disable=None) as bar:
+        clips = list(model.open_clips(files))
+        for index, result in encode_scenes(model, clips, model.features, batch_size=32):
+            bar.update()
+            if isinstance(result, AudioError):
+                tqdm.write(f"skipped: {result}", file=sys.stderr)
+            else:
+                scenes[index] = result
+    if not scenes:
+        raise AudioError("none of the files to search could be read.")
+    good = sorted(scenes)
+    return [str(files[i]) for i in good], torch.stack([scenes[i] for i in good]).numpy(), len(files) - len(good)
+
+
+def _print_tags(file: Path, seconds: float | None, tags: Sequence[Tag], as_json: bool) -> None:
+    if as_json:
+        line: dict[str, Any] = {"file": str(file)}
+        if seconds is not None:
+            line["seconds"] = seconds
+        line["tags"] = {tag.label: round(tag.score, 6) for tag in tags}
+        print(json.dumps(line, ensure_ascii=False))
+        return
+    print(f"{file}" if seconds is None else f"{file}  {seconds:.3f} s")
+    for tag in tags:
+        print(f"  {tag.score:.4f}  {tag.label}")
+
+
+def _for_each(files: Sequence[Path], work: Callable[[Path], None]) -> None:
+    """Do each file; report the bad ones, and exit with 1 if there were any."""
+    failed = 0
+    for file in files:
+        try:
+            work(file)
+        except AudioError as error:
+            print(f"skipped: {error}", file=sys.stderr)
+            failed += 1
+    if failed:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Fixtures: a tiny model with random weights, real clips, and the reference numbers beside the repository."""
+
+import importlib.util
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from m2d_embed.config import ModelConfig
+from m2d_embed.model import M2D
+
+DATA = Path(__file__).parent / "data"
+SHARED = Path(__file__).parents[2] / "shared"
+ORACLE = SHARED / "oracle"
+
+TINY = ModelConfig(
+    name="m2d_vit_test-80x64p16x16",
+    embed_dim=32,
+    depth=3,
+    num_heads=2,
+    input_size=(80, 64),
+    patch_size=(16, 16),
+)
+
+
+def random_model(config: ModelConfig, seed: int = 0, **fields: Any) -> M2D:
+    """A model whose weights are random but not trivial: biases and norms differ from their initial values."""
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        model = M2D(config, **fields).eval()
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape)
+    return model
+
+
+@pytest.fixture
+def tiny() -> M2D:
+    return random_model(TINY)
+
+
+@pytest.fixture(scope="session")
+def bundled() -> M2D:
+    return M2D.from_pretrained()
+
+
+@pytest.fixture
+def noise() -> Callable[..., torch.Tensor]:
+    """``noise(seconds, batch=1)``: white noise in [-1, 1] at 16 kHz, the same each time."""
+
+    def make(seconds: float, batch: int = 1, seed: int = 0) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.rand(batch, round(seconds * 16_000), generator=generator) * 2 - 1
+
+    return make
+
+
+@dataclass
+class OracleCase:
+    """One case of the reference numbers: its description, its weights, and what the reference computed."""
+
+    folder: Path
+
+    @property
+    def info(self) -> dict[str, Any]:
+        return json.loads((self.folder / "case.json").read_text())
+
+    @property
+    def expected(self) -> Any:
+        return np.load(self.folder / "expected.npz")
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        spec = importlib.util.spec_from_file_location("synthetic_weights", ORACLE / "synthetic_weights.py")
+        weights = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(weights)
+        arrays = weights.synthetic_state_dict(weights.load_layout(self.folder))
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def write_pth(self, folder: Path) -> Path:
+        """Save the weights as the published file would be: ``<folder>/<name>/<file>``."""
+        file = folder / self.info["name"] / self.info["file"]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"model": self.state_dict()}, file)
+        return file
+
+
+ORACLE_CASES = sorted(p.name for p in (ORACLE / "cases").iterdir()) if ORACLE.exists() else []
+
+
+def oracle_cases() -> Any:
+    """Parametrise a test over every case; skip it where the reference numbers are not there."""
+    if not ORACLE_CASES:
+        return pytest.mark.parametrize(
+            "case", [pytest.param(None, marks=pytest.mark.skip(reason="needs ../shared/oracle"))]
+        )
+    return pytest.mark.parametrize("case", [OracleCase(ORACLE / "cases" / n) for n in ORACLE_CASES], ids=ORACLE_CASES)

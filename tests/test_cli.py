@@ -1,0 +1,226 @@
+"""The command line as a user meets it, on real files."""
+
+import io
+import json
+import signal
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import soundfile
+from conftest import DATA, TINY, random_model
+
+from m2d_embed.cli import main
+from m2d_embed.config import HeadConfig
+from m2d_embed.embed_files import read_scenes
+from m2d_embed.registry import BUNDLED_NAME, RELEASES
+
+ALARM = DATA / "sounds" / "alarm-clock-elapsed.oga"
+
+
+class Result(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run(*arguments) -> Result:
+    """Run the command line in this process: what it prints and returns are a process's."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["m2d-embed", *map(str, arguments)])
+        try:
+            main()
+            status = 0
+        except SystemExit as stop:
+            status = stop.code or 0
+    return Result(status, out.getvalue(), err.getvalue())
+
+
+def command(*arguments) -> list[str]:
+    """The command line as a process of its own."""
+    return [sys.executable, "-m", "m2d_embed.cli", *map(str, arguments)]
+
+
+def picture_size(png: Path) -> tuple[int, int]:
+    header = png.read_bytes()[:24]
+    assert header[:8] == b"\x89PNG\r\n\x1a\n"
+    return int.from_bytes(header[16:20], "big"), int.from_bytes(header[20:24], "big")
+
+
+def test_help_names_every_command():
+    shown = run("--help").stdout
+    for command in ("embed", "tag", "zero-shot", "similar", "plot", "convert", "info", "models"):
+        assert command in shown
+        assert run(command, "--help").returncode == 0
+
+
+def test_embed_a_folder_with_a_bad_file(tmp_path):
+    (tmp_path / "bad.wav").write_text("text")
+    result = run("embed", DATA, tmp_path / "bad.wav", "-o", tmp_path / "out.parquet")
+    assert result.returncode == 1
+    assert "bad.wav: not audio that can be read" in result.stderr
+    assert "12 clips, 960 values each" in result.stdout
+    names, embeddings, _ = read_scenes(tmp_path / "out.parquet")
+    assert len(names) == 12
+    assert embeddings.shape == (12, 960)
+
+
+def test_embed_errors_have_no_traceback(tmp_path):
+    for arguments, message in [
+        ((tmp_path, "-o", tmp_path / "o.npz"), "no audio files in this folder"),
+        ((tmp_path / "no.wav", "-o", tmp_path / "o.npz"), "no such file or folder"),
+        ((DATA, "-o", tmp_path / "o.csv"), "unknown kind of output"),
+        ((DATA, "-o", tmp_path / "o.npz", "--hop-ms", "33"), "hop_ms=33"),
+        ((DATA, "-o", tmp_path / "o.npz", "--layers", "1,x"), "--layers"),
+        ((DATA, "-o", tmp_path / "o.npz", "--model", "m2d_vit_bsae"), "known model"),
+    ]:
+        result = run("embed", *arguments)
+        assert result.returncode == 2
+        assert message in result.stderr
+        assert "Traceback" not in result.stderr
+
+
+def test_embed_survives_being_killed(tmp_path, monkeypatch):
+    """SIGKILL in the middle; the same command goes on, and the result is that of an undisturbed run."""
+    noise = np.random.default_rng(0)
+    (tmp_path / "clips").mkdir()
+    for i in range(60):
+        soundfile.write(tmp_path / "clips" / f"{i:02}.wav", 0.1 * noise.standard_normal(60 * 16_000), 16_000)
+    monkeypatch.chdir(tmp_path)
+    arguments = ["embed", "clips", "--batch-size", "1", "-o", "out.npz"]
+    process = subprocess.Popen(command(*arguments), stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("out.npz.partial/part-*.json")) and time.monotonic() < deadline:
+        assert process.poll() is None, "finished before it could be killed"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out.npz").exists()
+    result = run(*arguments)
+    assert result.returncode == 0
+    assert "by an earlier run" in result.stdout
+    assert len(read_scenes(tmp_path / "out.npz")[0]) == 60
+    assert not (tmp_path / "out.npz.partial").exists()
+
+
+def test_a_disk_quota_is_reported(tmp_path):
+    """A limit on file size stands in for a full disk: the system refuses the write."""
+    limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); "
+    code = limit + "sys.argv[0] = 'm2d-embed'; runpy.run_module('m2d_embed.cli', run_name='__main__')"
+    limited = [sys.executable, "-B", "-c", code, "embed", str(DATA), "-o", str(tmp_path / "o.npz")]
+    result = subprocess.run(limited, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2
+    assert "File too large" in result.stderr
+    assert "try again to go on" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_timestamps_with_a_hop(tmp_path):
+    assert run("embed", ALARM, "--kind", "timestamps", "--hop-ms", 40, "-o", tmp_path / "o.npz").returncode == 0
+    times = np.load(tmp_path / "o.npz")["timestamps"]
+    assert np.allclose(np.diff(times), 40)
+    assert times[0] == 75
+
+
+def test_similar_in_a_folder_and_in_an_index(tmp_path):
+    query = DATA / "digits" / "3_theo_0.opus"
+    result = run("similar", query, DATA, "-k", 3, "--json")
+    assert result.returncode == 0
+    found = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(found) == 3
+    assert str(query) not in [line["file"] for line in found]
+    assert all(Path(line["file"]).parent.name == "digits" for line in found)
+    assert [line["similarity"] for line in found] == sorted((line["similarity"] for line in found), reverse=True)
+    run("embed", DATA, "-o", tmp_path / "index.npz")
+    indexed = run("similar", query, tmp_path / "index.npz", "-k", 1).stdout
+    assert indexed == f"1.0000  {query}\n"
+    run("embed", DATA, "-o", tmp_path / "flat.npz", "--flat")
+    refused = run("similar", query, tmp_path / "flat.npz")
+    assert refused.returncode == 2
+    assert "other settings" in refused.stderr
+
+
+@pytest.fixture(scope="module")
+def tagger(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tagger")
+    labels = ("alarm", "bell", "speech")
+    random_model(replace(TINY, head=HeadConfig(labels))).save_pretrained(folder)
+    return folder
+
+
+def test_tag(tagger):
+    shown = run("tag", ALARM, "--model", tagger, "-k", 2).stdout.splitlines()
+    assert shown[0] == str(ALARM)
+    assert len(shown) == 3
+    as_json = json.loads(run("tag", ALARM, "--model", tagger, "--json").stdout)
+    assert set(as_json["tags"]) == {"alarm", "bell", "speech"}
+    frames = [
+        json.loads(line) for line in run("tag", ALARM, "--model", tagger, "--frames", "--json").stdout.splitlines()
+    ]
+    assert [line["seconds"] for line in frames[:3]] == [0.075, 0.235, 0.395]
+    assert len(frames) == 38
+
+
+def test_tag_with_a_model_that_cannot(tmp_path):
+    result = run("tag", ALARM, "--model", BUNDLED_NAME)
+    assert result.returncode == 2
+    assert "has no tagging head" in result.stderr
+
+
+def test_tag_reports_bad_files(tagger, tmp_path):
+    (tmp_path / "bad.wav").write_text("text")
+    result = run("tag", tmp_path / "bad.wav", ALARM, "--model", tagger)
+    assert result.returncode == 1
+    assert "bad.wav" in result.stderr
+    assert str(ALARM) in result.stdout
+
+
+def test_plot(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run("plot", ALARM, "--hop-ms", 80)
+    assert result.returncode == 0
+    width, height = picture_size(tmp_path / "alarm-clock-elapsed.oga.png")
+    assert width > 800
+    assert height > 800
+    assert run("plot", DATA / "sounds" / "bell.oga", "-o", tmp_path / "one.png").returncode == 0  # one column
+    assert run("plot", ALARM, "-o", tmp_path / "x.jpg").returncode == 2
+
+
+def test_convert_and_info(tmp_path, tagger):
+    result = run("convert", tagger, tmp_path / "converted", "--dtype", "bf16")
+    assert result.returncode == 0
+    assert "model.bf16.safetensors" in result.stdout
+    facts = json.loads(run("info", tmp_path / "converted", "--json").stdout)
+    assert facts["name"] == TINY.name
+    assert facts["scene embedding"] == 160
+    again = run("convert", tagger, tmp_path / "converted")
+    assert again.returncode == 2
+    assert "choose another destination" in again.stderr
+    assert "no such file" in run("convert", tmp_path / "none", tmp_path / "x").stderr
+
+
+def test_info_of_the_bundled_model():
+    shown = run("info").stdout
+    for part in (BUNDLED_NAME, "bundled with m2d-embed", "16000 Hz", "960", "Apache-2.0"):
+        assert part in shown
+
+
+def test_models_lists_what_exists():
+    names = {line.split()[0] for line in run("models").stdout.splitlines()}
+    assert names == {BUNDLED_NAME, *RELEASES}
+
+
+def test_interrupting_says_how_to_go_on(tmp_path):
+    process = subprocess.Popen(command("embed", DATA, "-o", tmp_path / "o.npz"), stderr=subprocess.PIPE, text=True)
+    time.sleep(1.5)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode in (0, 130)  # it may just have finished
+    assert "Traceback" not in err

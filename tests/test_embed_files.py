@@ -1,0 +1,216 @@
+"""Files to vectors on disk: formats, order, bad files, resuming, atomic writes, a full disk."""
+
+import errno
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import DATA, TINY, random_model
+
+from m2d_embed import embed_files as module
+from m2d_embed.config import FeatureConfig
+from m2d_embed.embed_files import embed_files, read_scenes
+from m2d_embed.errors import ConfigError
+
+FILES = sorted(DATA.glob("*/*.o*"))
+
+
+@pytest.fixture
+def model():
+    return random_model(TINY)
+
+
+def contents(folder: Path) -> set[str]:
+    return {p.name for p in folder.iterdir()}
+
+
+@pytest.mark.parametrize("suffix", ["npz", "parquet"])
+def test_scenes_keep_the_files_order(tmp_path, model, suffix):
+    files = FILES[::-1]
+    summary = embed_files(model, files, tmp_path / f"out.{suffix}")
+    assert (summary.embedded, summary.resumed, summary.failed) == (len(files), 0, {})
+    names, embeddings, settings = read_scenes(tmp_path / f"out.{suffix}")
+    assert names == [str(file) for file in files]
+    assert np.abs(embeddings - model.encode(files)).max() <= 1e-5
+    assert settings["model"] == TINY.name
+    assert contents(tmp_path) == {f"out.{suffix}"}
+
+
+def test_timestamps_as_parquet(tmp_path, model):
+    model.features = FeatureConfig(hop_ms=40)
+    embed_files(model, FILES, tmp_path / "out.parquet", "timestamps")
+    table = pq.read_table(tmp_path / "out.parquet")
+    expected = model.encode_timestamps(FILES)
+    assert table["file"].to_pylist() == [str(f) for f, e in zip(FILES, expected, strict=True) for _ in e.timestamps]
+    assert table["timestamp_ms"].to_pylist() == [t for e in expected for t in e.timestamps.tolist()]
+    stacked = np.concatenate([e.embeddings.numpy() for e in expected])
+    assert np.abs(np.array(table["embedding"].to_pylist()) - stacked).max() <= 1e-5
+    with pytest.raises(ConfigError, match="holds timestamps"):
+        read_scenes(tmp_path / "out.parquet")
+
+
+def test_timestamps_as_npz(tmp_path, model):
+    embed_files(model, FILES, tmp_path / "out.npz", "timestamps")
+    held = np.load(tmp_path / "out.npz")
+    for i, expected in enumerate(model.encode_timestamps(FILES)):
+        rows = slice(held["offsets"][i], held["offsets"][i + 1])
+        assert np.abs(held["embeddings"][rows] - expected.embeddings.numpy()).max() <= 1e-5
+        assert held["timestamps"][rows].tolist() == expected.timestamps.tolist()
+    assert held["offsets"][-1] == len(held["embeddings"])
+
+
+def test_one_npy_a_clip(tmp_path, model):
+    embed_files(model, FILES, tmp_path / "out")
+    for file, expected in zip(FILES, model.encode(FILES), strict=True):
+        got = np.load(tmp_path / "out" / file.parent.name / f"{file.name}.npy")
+        assert np.abs(got - expected).max() <= 1e-5
+    embed_files(model, FILES[:1], tmp_path / "timed", "timestamps")
+    (expected,) = model.encode_timestamps(FILES[:1])
+    assert np.load(tmp_path / "timed" / f"{FILES[0].name}.times.npy").tolist() == expected.timestamps.tolist()
+    assert np.load(tmp_path / "timed" / f"{FILES[0].name}.npy").shape == expected.embeddings.shape
+
+
+@pytest.mark.parametrize("output", ["out.npz", "out.parquet", "out"])
+def test_bad_files_are_skipped_and_the_rest_kept(tmp_path, model, output):
+    (tmp_path / "bad.wav").write_text("not audio")
+    files = [FILES[0], tmp_path / "bad.wav", FILES[1], tmp_path / "missing.wav"]
+    seen = []
+    summary = embed_files(model, files, tmp_path / output, on_progress=lambda file, error: seen.append((file, error)))
+    assert set(summary.failed) == {files[1], files[3]}
+    assert "not audio" in str(summary.failed[files[1]])
+    assert {file for file, error in seen if error} == {files[1], files[3]}
+    assert len(seen) == 4
+    if output != "out":
+        assert read_scenes(tmp_path / output)[0] == [str(FILES[0]), str(FILES[1])]
+
+
+def test_nothing_is_written_if_every_file_is_bad(tmp_path, model):
+    (tmp_path / "bad.wav").write_text("not audio")
+    embed_files(model, [tmp_path / "bad.wav"], tmp_path / "out.npz")
+    assert contents(tmp_path) == {"bad.wav"}
+
+
+class Killed(BaseException):
+    """As sudden as a signal: no handler of the package catches it."""
+
+
+def kill_after(count: int):
+    def on_progress(file, error):
+        nonlocal count
+        count -= 1
+        if count == 0:
+            raise Killed
+
+    return on_progress
+
+
+@pytest.mark.parametrize("output", ["out.npz", "out.parquet", "out"])
+@pytest.mark.parametrize("kind", ["scene", "timestamps"])
+def test_a_killed_run_goes_on_where_it_stopped(tmp_path, model, monkeypatch, output, kind):
+    monkeypatch.setattr(module, "_SECONDS_A_PART", 0.0)
+    with pytest.raises(Killed):
+        embed_files(model, FILES, tmp_path / output, kind, batch_size=2, on_progress=kill_after(5))
+    if output != "out":
+        assert not (tmp_path / output).exists()
+    encoded = []
+    summary = embed_files(model, FILES, tmp_path / output, kind, on_progress=lambda file, error: encoded.append(file))
+    assert summary.resumed == 5
+    assert len(encoded) == len(FILES) - 5
+    embed_files(model, FILES, tmp_path / f"whole{Path(output).suffix}", kind)
+    if output == "out.npz":
+        resumed, whole = np.load(tmp_path / "out.npz"), np.load(tmp_path / "whole.npz")
+        assert set(resumed) == set(whole)
+        for key in set(whole) - {"embeddings"}:
+            assert np.array_equal(resumed[key], whole[key])
+        assert np.abs(resumed["embeddings"] - whole["embeddings"]).max() <= 1e-5
+    elif output == "out.parquet":
+        resumed, whole = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("out", "whole"))
+        assert resumed["file"] == whole["file"]
+        assert resumed.schema == whole.schema
+    else:
+        assert {p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*")} == {
+            p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("*")
+        }
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_file_that_changed_since_is_embedded_again(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(module, "_SECONDS_A_PART", 0.0)
+    file = tmp_path / "a.opus"
+    shutil.copy(FILES[0], file)
+    with pytest.raises(Killed):
+        embed_files(model, [file, FILES[1]], tmp_path / "out.npz", batch_size=1, on_progress=kill_after(2))
+    shutil.copy(FILES[2], file)
+    summary = embed_files(model, [file, FILES[1]], tmp_path / "out.npz")
+    assert summary.resumed == 1
+    _, embeddings, _ = read_scenes(tmp_path / "out.npz")
+    assert np.abs(embeddings[0] - model.encode(FILES[2])).max() <= 1e-5
+
+
+def test_other_settings_do_not_mix(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(module, "_SECONDS_A_PART", 0.0)
+    for output in ("out.npz", "out"):
+        with pytest.raises(Killed):
+            embed_files(model, FILES, tmp_path / output, batch_size=2, on_progress=kill_after(3))
+        model.features = FeatureConfig(flat=True)
+        with pytest.raises(ConfigError, match="flat=False, now True"):
+            embed_files(model, FILES, tmp_path / output)
+        other = random_model(TINY, seed=1)
+        with pytest.raises(ConfigError, match="weights="):
+            embed_files(other, FILES, tmp_path / output)
+        embed_files(model, FILES, tmp_path / output, overwrite=True)
+        model.features = FeatureConfig()
+    assert read_scenes(tmp_path / "out.npz")[1].shape == (len(FILES), 32)
+    assert np.load(next((tmp_path / "out").rglob("*.npy"))).shape == (32,)
+
+
+def test_outputs_are_not_replaced_unasked(tmp_path, model):
+    embed_files(model, FILES[:1], tmp_path / "out.npz")
+    with pytest.raises(ConfigError, match=r"out\.npz exists"):
+        embed_files(model, FILES[:2], tmp_path / "out.npz")
+    embed_files(model, FILES[:2], tmp_path / "out.npz", overwrite=True)
+    assert len(read_scenes(tmp_path / "out.npz")[0]) == 2
+
+
+@pytest.mark.parametrize(("output", "message"), [("out.csv", "unknown kind"), ("no/where.npz", "does not exist")])
+def test_impossible_outputs(tmp_path, model, output, message):
+    with pytest.raises(ConfigError, match=message):
+        embed_files(model, FILES[:1], tmp_path / output)
+
+
+def test_a_full_disk_keeps_what_was_done(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(module, "_SECONDS_A_PART", 0.0)
+    write, calls = module._write_array, []
+
+    def full_after_three(stream, shape, blocks):
+        calls.append(1)
+        if len(calls) > 3:
+            stream.write(b"the first bytes still fit")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(stream, shape, blocks)
+
+    monkeypatch.setattr(module, "_write_array", full_after_three)
+    with pytest.raises(OSError, match="No space left"):
+        embed_files(model, FILES, tmp_path / "out.npz", batch_size=1)
+    assert contents(tmp_path) == {"out.npz.partial"}
+    assert not [p for p in (tmp_path / "out.npz.partial").iterdir() if p.name.startswith(".")]  # no half-written file
+    monkeypatch.setattr(module, "_write_array", write)
+    assert embed_files(model, FILES, tmp_path / "out.npz").resumed == 3
+
+
+def test_reading_back_something_else(tmp_path):
+    np.savez(tmp_path / "other.npz", a=np.zeros(3))
+    (tmp_path / "text.parquet").write_text("not parquet")
+    for name, message in [("other.npz", "not embeddings"), ("text.parquet", "not embeddings"), ("no.npz", "no such")]:
+        with pytest.raises(ConfigError, match=message):
+            read_scenes(tmp_path / name)
+
+
+def test_settings_are_stored(tmp_path, model):
+    embed_files(model, FILES[:1], tmp_path / "out.npz")
+    settings = json.loads(str(np.load(tmp_path / "out.npz")["settings"]))
+    assert settings["dim"] == 160
+    assert settings["dtype"] == "float32"
