@@ -378,21 +378,20 @@ def _unwrap(content: Any, file: Path) -> dict[str, Tensor]:
 
 def _unpickle(file: Path) -> Any:
     """Load a pickle that holds nothing but tensors, plain containers and the allow-listed types."""
-    try:
-        with torch.serialization.safe_globals(_SAFE_GLOBALS):
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except OSError:  # the disk's
-        raise
-    except Exception as error:  # what a damaged or malicious pickle raises can be anything
-        held = _unsafe_objects(file, error)
-        if not held:
+    with file.open("rb") as stream:
+        try:
+            with torch.serialization.safe_globals(_SAFE_GLOBALS):
+                return torch.load(stream, map_location="cpu", weights_only=True)
+        except Exception as error:  # what a damaged or malicious file raises can be anything
+            held = _unsafe_objects(file, error)
+            if not held:
+                raise CheckpointError(
+                    f"{file}: not a readable checkpoint; it is damaged, or was not written by torch.save."
+                ) from error
             raise CheckpointError(
-                f"{file}: not a readable checkpoint; it is damaged, or was not written by torch.save."
+                f"{file}: refused, it holds objects that could run code when loaded: {', '.join(held)}. "
+                "Save its state dict alone (torch.save(model.state_dict(), ...)) and load that."
             ) from error
-        raise CheckpointError(
-            f"{file}: refused, it holds objects that could run code when loaded: {', '.join(held)}. "
-            "Save its state dict alone (torch.save(model.state_dict(), ...)) and load that."
-        ) from error
 
 
 def _unsafe_objects(file: Path, error: Exception) -> list[str]:
@@ -401,7 +400,7 @@ def _unsafe_objects(file: Path, error: Exception) -> list[str]:
         with torch.serialization.safe_globals(_SAFE_GLOBALS):
             held = torch.serialization.get_unsafe_globals_in_checkpoint(file)
     except Exception:  # not the zip of torch.save, but torch's layout before 2020 or a plain pickle
-        held = re.findall(r"GLOBAL (\S+)", str(error)) or _imports_of_pickle(file)
+        held = [*re.findall(r"GLOBAL (\S+)", str(error)), *_imports_of_pickle(file)]
     return sorted(set(held))
 
 

@@ -1,0 +1,47 @@
+"""Put the checked-in results into the README's tables: ``python -m benchmarks.render``."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+README = Path(__file__).parents[1] / "README.md"
+THROUGHPUT = Path(__file__).with_name("throughput.json")
+
+
+def throughput_table(result: dict[str, Any]) -> str:
+    machine = result["machine"]
+    units = ", ".join(machine["matrix units"]) or "no matrix units"
+    lines = [
+        f"Seconds of audio embedded per second, {result['clips']}, on {machine['cores']} cores of {machine['cpu']} ({units}), "
+        f"torch {machine['torch']}. The peer is the same architecture written in timm's style in float32, fed by nnAudio "
+        "as in the reference runtime; all take turns in one run.",
+        "",
+        "| model | runtime | s of audio per s | ratio |",
+        "| --- | --- | ---: | ---: |",
+    ]
+    for model, rows in result["models"].items():
+        lines += [
+            f"| {model} | {row['runtime']} | {row['seconds of audio per second']:.1f} | {row['ratio']:.2f} |"
+            for row in rows
+        ]
+    return "\n".join([*lines, "", f"Measured by `{result['command']}`."])
+
+
+def replace_section(text: str, name: str, content: str) -> str:
+    """Exchange what stands between ``<!-- name -->`` and ``<!-- /name -->``."""
+    pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+    replaced, count = re.subn(pattern, lambda m: f"{m[1]}{content}\n{m[2]}", text, flags=re.DOTALL)
+    if count != 1:
+        raise SystemExit(f"{README}: expected one section {name!r}, found {count}.")
+    return replaced
+
+
+def main() -> None:
+    text = README.read_text(encoding="utf-8")
+    text = replace_section(text, "throughput", throughput_table(json.loads(THROUGHPUT.read_text())))
+    README.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
