@@ -86,4 +86,5 @@ class ReferenceStyle(nn.Module):
         x = (x + self.pos_embed[..., :columns]).flatten(2).transpose(1, 2)
         x = torch.cat([self.cls_token.expand(batch, -1, -1), x], dim=1)
         x = self.norm(self.blocks(x))[:, 1:]
-        return x.reshape(batch, rows, columns, dim).transpose(1, 2).flatten(2)
+        frames: Tensor = x.reshape(batch, rows, columns, dim).transpose(1, 2).flatten(2)
+        return frames

@@ -13,18 +13,17 @@ def throughput_table(result: dict[str, Any]) -> str:
     machine = result["machine"]
     units = ", ".join(machine["matrix units"]) or "no matrix units"
     lines = [
-        f"Seconds of audio embedded per second, {result['clips']}, on {machine['cores']} cores of {machine['cpu']} ({units}), "
-        f"torch {machine['torch']}. The peer is the same architecture written in timm's style in float32, fed by nnAudio "
-        "as in the reference runtime; all take turns in one run.",
+        f"Seconds of audio embedded per second, {result['clips']}, on {machine['cores']} cores of {machine['cpu']} "
+        f"({units}), torch {machine['torch']}. The peer is the same architecture written in timm's style in float32, "
+        "fed by nnAudio as in the reference runtime; all take turns in one run.",
         "",
         "| model | runtime | s of audio per s | ratio |",
         "| --- | --- | ---: | ---: |",
     ]
     for model, rows in result["models"].items():
-        lines += [
-            f"| {model} | {row['runtime']} | {row['seconds of audio per second']:.1f} | {row['ratio']:.2f} |"
-            for row in rows
-        ]
+        for row in rows:
+            speed = row["seconds of audio per second"]
+            lines.append(f"| {model} | {row['runtime']} | {speed:.1f} | {row['ratio']:.2f} |")
     return "\n".join([*lines, "", f"Measured by `{result['command']}`."])
 
 

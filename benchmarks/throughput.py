@@ -93,17 +93,18 @@ def main(batch: int = 8, rounds: int = 9, threads: int = 0) -> None:
         torch.set_num_threads(threads)
     base = ModelConfig()
     bundled = m2d_embed.load_model(device="cpu").config
+    models = {
+        "ViT-Base, 80x608, 16x16 patches": compare(base, batch, rounds),
+        f"bundled ViT-Tiny, 80x{bundled.input_size[1]}, 16x16 patches": compare(bundled, batch, rounds),
+    }
     result = {
         "command": f"python -m benchmarks.throughput --batch {batch} --rounds {rounds}",
         "machine": machine(),
         "clips": f"batches of {batch} clips of {SECONDS} s",
-        "models": {
-            "ViT-Base, 80x608, 16x16 patches": compare(base, batch, rounds),
-            f"bundled ViT-Tiny, 80x{bundled.input_size[1]}, 16x16 patches": compare(bundled, batch, rounds),
-        },
+        "models": models,
     }
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    for model, rows in result["models"].items():
+    for model, rows in models.items():
         print(model)
         for row in rows:
             print(f"  {row['runtime']:<24}{row['seconds of audio per second']:>9.1f} s/s  x{row['ratio']:.2f}")

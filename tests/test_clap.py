@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from m2d_embed.checkpoints import convert, read_checkpoint
 from m2d_embed.config import ClapConfig
 from m2d_embed.errors import CheckpointError, ModelNotFoundError, UnsupportedError
-from m2d_embed.heads.clap import ClapHead, TextEncoder
+from m2d_embed.heads.clap import ClapHead, SemanticProjector, TextEncoder
 from m2d_embed.model import M2D
 
 NAME = "m2d_clap_vit_tiny-80x64p16x16-990101"
@@ -80,6 +80,15 @@ def test_semantic_projector(depth, prefix, tmp_path, noise):
         projected = model.encode_audio_clap(audio)
     assert projected.shape == (2, 192)
     assert (projected - semantic_projection(projector, flat_features(audio))).abs().max() < 1e-4
+
+
+def test_semantic_projector_norms_have_an_eps_of_1e_5():
+    state = semantic_state(16, 2) | {"audio_proj.sem_token": draw((1, 1, 16), 1, 1e-3)}
+    projector = SemanticProjector(16, depth=2, mlp_dim=16)
+    projector.load_state_dict({name.removeprefix("audio_proj."): tensor for name, tensor in state.items()})
+    quiet = draw((3, 6, 16), 2, 1e-3)  # a variance of 1e-6, so that the eps tells
+    with torch.no_grad():
+        assert (projector(quiet) - semantic_projection(state, quiet)).abs().max() < 1e-4
 
 
 def test_semantic_projector_sees_all_windows_of_a_long_clip(tmp_path, noise):
@@ -420,5 +429,5 @@ def test_without_transformers(bert, monkeypatch):
 
 
 def test_text_encoder_that_is_not_there(tmp_path, bert):
-    with pytest.raises(ModelNotFoundError, match="the text encoder .*nowhere cannot be loaded"):
+    with pytest.raises(ModelNotFoundError, match=r"the text encoder .*nowhere cannot be loaded"):
         clap_model(tmp_path / "nowhere").encode_text(["rain"])

@@ -171,14 +171,19 @@ def test_new_commit_is_noticed_and_an_old_one_is_not_downloaded_again(hub, files
     assert_same(M2D.from_pretrained(REPOSITORY), other)
 
 
-def test_push_during_a_download_does_not_mix_two_commits(hub, published, files, tiny, other):
+def test_push_during_a_download_does_not_mix_two_commits(hub, files, tiny, other):
+    first, second = files(tiny) | {TEXT_ENCODER: b"first"}, files(other) | {TEXT_ENCODER: b"second"}
+
     def push(request: Request) -> None:
         if request.file == FLOAT32:
-            hub.publish(REPOSITORY, files(other))
+            hub.publish(REPOSITORY, second)
 
+    hub.publish(REPOSITORY, first)
     hub.on_request = push
-    assert_same(M2D.from_pretrained(REPOSITORY), tiny)
-    assert_same(M2D.from_pretrained(REPOSITORY), other)
+    for expected, text_weights in ((tiny, b"first"), (other, b"second")):
+        model = M2D.from_pretrained(REPOSITORY)
+        assert_same(model, expected)
+        assert model._text_weights.read_bytes() == text_weights
 
 
 def test_token_and_cache_dir_reach_the_client(hub, published, tiny, tmp_path):
@@ -319,6 +324,19 @@ def test_offline_with_half_a_model(hub, published, monkeypatch, how):
     arguments = go_offline(how, hub, monkeypatch)
     with pytest.raises(ModelNotFoundError, match=f"local cache has its config.json but none of {FLOAT32}"):
         M2D.from_pretrained(REPOSITORY, **arguments)
+
+
+@pytest.mark.parametrize("how", OFFLINE)
+def test_without_connection_a_file_that_is_not_cached_is_missed(hub, published, monkeypatch, how):
+    """Whether the repository has it is not known; only one who asks to be offline wants to do without."""
+    for file in ("config.json", FLOAT32):
+        huggingface_hub.hf_hub_download(REPOSITORY, file)
+    arguments = go_offline(how, hub, monkeypatch)
+    if how == "no connection":
+        with pytest.raises(ModelNotFoundError, match=rf"{REPOSITORY}: not in the local cache, .*refused"):
+            M2D.from_pretrained(REPOSITORY)
+    else:
+        assert_same(M2D.from_pretrained(REPOSITORY, **arguments), random_model(TINY))
 
 
 @pytest.mark.parametrize("how", OFFLINE)

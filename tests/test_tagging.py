@@ -17,7 +17,7 @@ from published import (
     under,
 )
 
-from m2d_embed.checkpoints import convert
+from m2d_embed.checkpoints import convert, read_checkpoint
 from m2d_embed.config import HeadConfig
 from m2d_embed.errors import UnsupportedError
 from m2d_embed.heads.tagging import Tag, TaggingHead, audioset_labels
@@ -90,11 +90,12 @@ def test_variants_of_the_head_in_the_file(prefix, batches, tmp_path):
     state = under("module.", encoder_state()) | {
         name.replace("module.head.", prefix): tensor for name, tensor in head.items()
     }
-    model = M2D.from_pretrained(save(tmp_path, state))
+    file = save(tmp_path, state)
+    assert read_checkpoint(file).tensors["head.norm.num_batches_tracked"].dtype == torch.int64
+    model = M2D.from_pretrained(file)
     assert torch.equal(model.head.linear.weight, head_state(960)["module.head.mlp.mlp.0.weight"])
     assert torch.equal(model.head.norm.running_var, head_state(960)["module.head.norm.running_var"])
     assert model.head.norm.num_batches_tracked.item() == (7 if batches else 0)
-    assert model.head.norm.num_batches_tracked.dtype == torch.int64
 
 
 def test_other_tasks_have_numbered_labels(tmp_path):
