@@ -169,8 +169,10 @@ def read_native(folder: Path, prefer_half: Iterable[torch.dtype] = ()) -> Checkp
     if dtype is None:
         raise CheckpointError(f"{folder}: has a {CONFIG_FILE} but no {WEIGHT_FILES[torch.float32]}.")
     tensors = _load_safetensors(folder / WEIGHT_FILES[dtype])
-    text_encoder = folder / TEXT_ENCODER_FILE
-    return Checkpoint(config, tensors, text_encoder if text_encoder.exists() else None, file_dtype=dtype)
+    text_encoder = folder / TEXT_ENCODER_FILE if config.clap and config.clap.text_encoder_included else None
+    if text_encoder and not text_encoder.exists():
+        raise CheckpointError(f"{folder}: its {CONFIG_FILE} speaks of a {TEXT_ENCODER_FILE}, which is missing.")
+    return Checkpoint(config, tensors, text_encoder, file_dtype=dtype)
 
 
 def write_native(folder: Path, checkpoint: Checkpoint, dtypes: Iterable[torch.dtype] = (torch.float32,)) -> None:
@@ -338,6 +340,7 @@ def _find_clap(state: Mapping[str, Tensor], parsed: CheckpointName) -> tuple[Cla
         text_pooling="cls" if "bert-base" in parsed.text_encoder else "mean",
         semantic_depth=depth,
         semantic_mlp_dim=_matrix_shape(tensors, "clap.audio_proj.sem_blocks.0.mlp.fc1.weight")[0] if depth else 0,
+        text_encoder_included=any("text_encoder." in key for key in state),
     ), names
 
 

@@ -62,7 +62,8 @@ class ClapConfig:
 
     ``audio_projector`` is ``"mlp"`` (Linear, ReLU, Linear on the mean of the flat features) or ``"semantic"``
     (a learned token and ``semantic_depth`` transformer blocks over the flat features). ``text_layers`` are the
-    sizes of the text projector, input first; two entries are one Linear, more an MLP with ReLU.
+    sizes of the text projector, input first; two entries are one Linear, more an MLP with ReLU. With
+    ``text_encoder_included`` the checkpoint has weights of its own for ``text_encoder``.
     """
 
     audio_projector: Literal["mlp", "semantic"]
@@ -72,6 +73,7 @@ class ClapConfig:
     text_pooling: Literal["mean", "cls"]
     semantic_depth: int = 0
     semantic_mlp_dim: int = 0
+    text_encoder_included: bool = False
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from m2d_embed.config import ModelConfig, resolve_layers
 
-
 #: Fewest rows for which a convolution beats a matrix product.
 _MIN_CONV_ROWS = 512
 

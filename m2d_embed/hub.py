@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from m2d_embed.config import CONFIG_FILE
-from m2d_embed.errors import CheckpointError, ModelNotFoundError
+from m2d_embed.errors import CheckpointError, ConfigError, ModelNotFoundError
 from m2d_embed.registry import BUNDLED_NAME, LICENSE_NOTICE, RELEASE_URL, RELEASES, Release
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
@@ -66,6 +66,7 @@ def locate(
     Raises:
         ModelNotFoundError: if the name leads nowhere or access is refused.
         CheckpointError: if a download does not arrive whole.
+        ConfigError: if two different revisions are asked for.
     """
     text = str(name)
     if text in ("", "bundled", BUNDLED_NAME):
@@ -80,6 +81,8 @@ def locate(
         isinstance(name, Path) or text.startswith((".", "~", os.sep)) or path.suffix in (".pth", ".pt", ".zip")
     )
     if _REPOSITORY.fullmatch(repository) and not looks_local:
+        if revision and options.revision not in (None, revision):
+            raise ConfigError(f"{text}: names another revision than revision={options.revision!r}; give one of them.")
         return _locate_on_hub(repository, revision or options.revision, weight_files, optional_files, options)
     if looks_local or os.sep in text:
         raise ModelNotFoundError(f"{text}: no such file or folder.")

@@ -356,7 +356,8 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
             dtype: of the matrices: "fp32", "bf16", "fp16" or a torch.dtype. None is float32, but on a GPU the
                 half-precision file if the model has one.
             features: which features it returns.
-            revision, token, cache_dir, force_download, local_files_only: as in huggingface_hub.
+            revision, token, cache_dir: as in huggingface_hub, for a Hub repository.
+            force_download, local_files_only: as in huggingface_hub, for a Hub repository or an official release.
 
         Raises:
             ModelNotFoundError: if the name leads nowhere or access is refused.

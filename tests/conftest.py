@@ -14,6 +14,9 @@ import torch
 from m2d_embed.config import ModelConfig
 from m2d_embed.model import M2D
 
+# Threads of small operations wait for one another: on a machine that does something else besides, for very long.
+torch.set_num_threads(1)
+
 DATA = Path(__file__).parent / "data"
 SHARED = Path(__file__).parents[2] / "shared"
 ORACLE = SHARED / "oracle"

@@ -240,7 +240,8 @@ def bert(tmp_path_factory):
         max_position_embeddings=16,
     )
     transformers.BertModel(config).save_pretrained(folder)
-    transformers.BertTokenizerFast(vocab={word: i for i, word in enumerate(WORDS)}).save_pretrained(folder)
+    tokenizer = transformers.BertTokenizerFast(vocab={word: i for i, word in enumerate(WORDS)}, model_max_length=16)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -406,7 +407,8 @@ def test_text_encoder_that_runs_foreign_code():
 
 
 @pytest.mark.parametrize("weights", [None, {}])
-def test_code_of_a_text_encoders_repository_does_not_run(weights, tmp_path, bert):
+def test_code_of_a_text_encoders_repository_does_not_run(weights, tmp_path, bert, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # what a hasty user answers where transformers asks
     folder, marker = tmp_path / "repository", tmp_path / "ran"
     folder.mkdir()
     content = json.loads((bert / "config.json").read_text()) | {

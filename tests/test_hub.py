@@ -18,11 +18,14 @@ from hub_server import HubServer, Request
 import m2d_embed
 from m2d_embed import CheckpointError, ConfigError, ModelNotFoundError
 from m2d_embed.checkpoints import Checkpoint, write_native
-from m2d_embed.config import CheckpointName
+from m2d_embed.config import CheckpointName, ClapConfig
 from m2d_embed.model import M2D
 from m2d_embed.registry import BUNDLED_NAME, LICENSE_NOTICE, RELEASES, Release
 
 REPOSITORY = "someone/tiny-m2d"
+WITH_TEXT_ENCODER = replace(
+    TINY, clap=ClapConfig("mlp", (32, 24), (32, 24), "some/encoder", "mean", text_encoder_included=True)
+)
 FLOAT32, BF16, TEXT_ENCODER = "model.safetensors", "model.bf16.safetensors", "text_encoder.safetensors"
 OFFLINE = ["argument", "environment", "no connection"]
 
@@ -171,8 +174,9 @@ def test_new_commit_is_noticed_and_an_old_one_is_not_downloaded_again(hub, files
     assert_same(M2D.from_pretrained(REPOSITORY), other)
 
 
-def test_push_during_a_download_does_not_mix_two_commits(hub, files, tiny, other):
-    first, second = files(tiny) | {TEXT_ENCODER: b"first"}, files(other) | {TEXT_ENCODER: b"second"}
+def test_push_during_a_download_does_not_mix_two_commits(hub, files):
+    old, new = (random_model(WITH_TEXT_ENCODER, seed) for seed in (0, 1))
+    first, second = files(old) | {TEXT_ENCODER: b"first"}, files(new) | {TEXT_ENCODER: b"second"}
 
     def push(request: Request) -> None:
         if request.file == FLOAT32:
@@ -180,7 +184,7 @@ def test_push_during_a_download_does_not_mix_two_commits(hub, files, tiny, other
 
     hub.publish(REPOSITORY, first)
     hub.on_request = push
-    for expected, text_weights in ((tiny, b"first"), (other, b"second")):
+    for expected, text_weights in ((old, b"first"), (new, b"second")):
         model = M2D.from_pretrained(REPOSITORY)
         assert_same(model, expected)
         assert model._text_weights.read_bytes() == text_weights
@@ -195,11 +199,23 @@ def test_token_and_cache_dir_reach_the_client(hub, published, tiny, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-def test_text_encoder_is_downloaded_where_there_is_one(hub, files, tiny):
-    hub.publish(REPOSITORY, {**files(tiny), TEXT_ENCODER: b"some tensors"})
+def test_text_encoder_is_downloaded_where_there_is_one(hub, files):
+    hub.publish(REPOSITORY, {**files(random_model(WITH_TEXT_ENCODER)), TEXT_ENCODER: b"some tensors"})
     model = M2D.from_pretrained(REPOSITORY)
     assert model._text_weights.name == TEXT_ENCODER
     assert model._text_weights.read_bytes() == b"some tensors"
+
+
+def test_a_text_encoder_that_should_be_there_is_missed(hub, files):
+    hub.publish(REPOSITORY, files(random_model(WITH_TEXT_ENCODER)))
+    with pytest.raises(CheckpointError, match=rf"speaks of a {TEXT_ENCODER}, which is missing"):
+        M2D.from_pretrained(REPOSITORY)
+
+
+def test_two_different_revisions_are_refused(hub):
+    with pytest.raises(ConfigError, match="another revision than revision='b'"):
+        M2D.from_pretrained(f"{REPOSITORY}@a", revision="b")
+    assert hub.requests == []
 
 
 # --- half precision -----------------------------------------------------------------------------------------------
