@@ -87,6 +87,18 @@ def compare(config: ModelConfig, batch: int, rounds: int) -> list[dict[str, Any]
     ]
 
 
+def matrix_products(config: ModelConfig, rounds: int) -> dict[str, float]:
+    """GFLOP/s of a product of the model's shape, (tokens of 8 windows, d) x (d, 4 d): what no runtime can exceed."""
+    rows, columns = config.grid_size
+    m, k, n = 8 * (1 + rows * columns), config.embed_dim, 4 * config.embed_dim
+    rates = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
+        seconds = measure({"product": lambda a=a, b=b: a @ b.T}, 5 * rounds)["product"]  # type: ignore[misc]
+        rates[str(dtype).removeprefix("torch.")] = round(2 * m * k * n / statistics.median(seconds) / 1e9, 1)
+    return rates
+
+
 def main(batch: int = 8, rounds: int = 9, threads: int = 0) -> None:
     """Measure, print, and write the JSON."""
     if threads:
@@ -101,6 +113,7 @@ def main(batch: int = 8, rounds: int = 9, threads: int = 0) -> None:
         "command": f"python -m benchmarks.throughput --batch {batch} --rounds {rounds}",
         "machine": machine(),
         "clips": f"batches of {batch} clips of {SECONDS} s",
+        "matrix products, GFLOP/s": matrix_products(base, rounds),
         "models": models,
     }
     RESULT.write_text(json.dumps(result, indent=1) + "\n")

@@ -11,6 +11,7 @@ Our layout is a folder: ``config.json``, ``model.safetensors``, optional ``model
 from __future__ import annotations
 
 import argparse
+import errno
 import pathlib
 import pickletools
 import re
@@ -471,7 +472,9 @@ def _read_zip(path: Path) -> Checkpoint:
         file = Path(scratch) / "checkpoint.pth"
         try:
             inside = pathlib.PurePosixPath(_unpack_only_checkpoint(path, file))
-        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError) as error:
+            if isinstance(error, CheckpointError) or getattr(error, "errno", None) not in (None, errno.EINVAL):
+                raise  # ours, or the disk's; a damaged archive can make its reader seek to before the start
             raise CheckpointError(f"{path}: a damaged zip archive ({error}); download it again.") from error
         except (RuntimeError, NotImplementedError) as error:  # a password, an unusual compression
             raise CheckpointError(f"{path}: cannot be unpacked ({error}).") from error

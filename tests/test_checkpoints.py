@@ -629,6 +629,10 @@ DAMAGED_ZIPS = {  # the data begin after a local header of 30 bytes and the name
     "text": b"<html>404</html>",
     "a wrong byte": changed(small_zip(zipfile.ZIP_STORED), 1000),
     "a wrong byte, deflated": changed(small_zip(zipfile.ZIP_DEFLATED), 36, 37, 38),
+    "a wrong offset": changed(small_zip(zipfile.ZIP_STORED), small_zip(0).rindex(b"PK\x05\x06") + 17),
+    "a name that is no text": changed(small_zip(zipfile.ZIP_STORED), small_zip(0).rindex(b"PK\x01\x02") + 46).replace(
+        b"PK\x01\x02\x14\x03\x14\x00\x00\x00", b"PK\x01\x02\x14\x03\x14\x00\x00\x08"
+    ),
     "another compression": changed(small_zip(zipfile.ZIP_STORED), 8, small_zip(0).rindex(b"PK\x01\x02") + 10, to=97),
     "encrypted": changed(small_zip(zipfile.ZIP_STORED), 6, small_zip(0).rindex(b"PK\x01\x02") + 8, to=1),
 }

@@ -228,8 +228,9 @@ def bert(tmp_path_factory):
     """A folder like a repository of the Hub: a BERT of width 32 and its tokenizer."""
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("bert")
-    vocabulary = folder / "vocab.txt"
-    vocabulary.write_text("\n".join(WORDS))
+    (folder / "vocab.txt").write_text("\n".join(WORDS))
+    settings = {"tokenizer_class": "BertTokenizer", "model_max_length": 16}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     torch.manual_seed(0)
     config = transformers.BertConfig(
         vocab_size=len(WORDS),
@@ -240,8 +241,6 @@ def bert(tmp_path_factory):
         max_position_embeddings=16,
     )
     transformers.BertModel(config).save_pretrained(folder)
-    tokenizer = transformers.BertTokenizerFast(vocab={word: i for i, word in enumerate(WORDS)}, model_max_length=16)
-    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -390,8 +389,8 @@ def test_damaged_text_weights(tmp_path, bert):
 def test_half_precision_text_encoder_computes_in_float32(tmp_path, bert):
     transformers = pytest.importorskip("transformers")
     transformers.BertModel.from_pretrained(bert).half().save_pretrained(tmp_path)
-    (tmp_path / "tokenizer.json").write_bytes((bert / "tokenizer.json").read_bytes())
-    (tmp_path / "tokenizer_config.json").write_bytes((bert / "tokenizer_config.json").read_bytes())
+    for name in ("vocab.txt", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((bert / name).read_bytes())
     rounded = {name: t.half().float() for name, t in load_file(bert / "model.safetensors").items()}
     expected = torch.stack([hidden_states(bert, text, rounded).mean(dim=0) for text in TEXTS])
     text_encoder = TextEncoder(clap_model(tmp_path).config.clap, None, torch.device("cpu"))
@@ -417,7 +416,7 @@ def test_code_of_a_text_encoders_repository_does_not_run(weights, tmp_path, bert
     }
     (folder / "config.json").write_text(json.dumps(content))
     (folder / "foreign.py").write_text(f"open({str(marker)!r}, 'w')\n")
-    for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+    for name in ("model.safetensors", "vocab.txt", "tokenizer_config.json"):
         (folder / name).write_bytes((bert / name).read_bytes())
     with pytest.raises(UnsupportedError, match="runs code from its repository, which m2d-embed never does"):
         TextEncoder(clap_model(folder).config.clap, weights, torch.device("cpu"))

@@ -35,15 +35,6 @@ RELEASE_FILE = f"/releases/v9.9.9/{RELEASE}.zip"
 CHUNK = 64 * 1024
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """These models are too small for several threads, which on a busy machine mostly wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def waits(monkeypatch) -> list[float]:
     """The seconds the client would have waited between its tries; it does not wait."""
