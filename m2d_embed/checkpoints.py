@@ -47,6 +47,7 @@ from m2d_embed.encoder import Encoder, sincos_positions
 from m2d_embed.errors import CheckpointError, ConfigError, M2DEmbedError, ModelNotFoundError
 from m2d_embed.heads.clap import FIRST_LOGIT_SCALE, TEXT_ENCODER_FILE, ClapHead
 from m2d_embed.heads.tagging import TaggingHead, audioset_labels
+from m2d_embed.registry import RELEASES
 
 #: What the files of our layout are called, by the dtype of the matrices in them.
 WEIGHT_FILES = {
@@ -262,7 +263,7 @@ def read_published(file: Path, name: str, source: str = "") -> Checkpoint:
             head=head,
             clap=clap,
             source=source or f"{name}/{file.name}",
-            license=_LICENSE_OF_RELEASES,
+            license=_LICENSE_OF_RELEASES if name in RELEASES else "",
         )
     except ConfigError as error:
         raise CheckpointError(f"{file}: {error}") from error

@@ -20,6 +20,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock
+
 from m2d_embed.config import CONFIG_FILE
 from m2d_embed.errors import CheckpointError, ConfigError, ModelNotFoundError
 from m2d_embed.registry import BUNDLED_NAME, LICENSE_NOTICE, RELEASE_URL, RELEASES, Release
@@ -229,8 +231,12 @@ def _locate_release(release: Release, options: HubOptions) -> Location:
         url = release.url(os.environ.get("M2D_EMBED_RELEASE_URL", RELEASE_URL))
         print(f"Downloading {release.name}\n{LICENSE_NOTICE}", file=sys.stderr)
         archive.parent.mkdir(parents=True, exist_ok=True)
-        _download(url, archive)
-        shutil.rmtree(folder, ignore_errors=True)  # what an earlier download was converted to
+        with FileLock(
+            archive.with_name(f".{release.name}.lock")
+        ):  # another process that wants the same release waits for this one's
+            if options.force_download or not (folder.exists() or archive.exists()):
+                _download(url, archive)
+                shutil.rmtree(folder, ignore_errors=True)  # what an earlier download was converted to
     return Location(archive, f"official M2D release {release.tag}", release=folder)
 
 

@@ -101,3 +101,27 @@ def oracle_cases() -> Any:
             "case", [pytest.param(None, marks=pytest.mark.skip(reason="needs ../shared/oracle"))]
         )
     return pytest.mark.parametrize("case", [OracleCase(ORACLE / "cases" / n) for n in ORACLE_CASES], ids=ORACLE_CASES)
+
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "barks", "rain", "on", "the", "roof"]
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory):
+    """A folder like a repository of the Hub: a BERT of width 32 and its tokenizer."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("bert")
+    (folder / "vocab.txt").write_text("\n".join(WORDS))
+    settings = {"tokenizer_class": "BertTokenizer", "model_max_length": 16}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=len(WORDS),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=16,
+    )
+    transformers.BertModel(config).save_pretrained(folder)
+    return folder

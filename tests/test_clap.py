@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TINY, random_model
+from conftest import TINY, WORDS, random_model
 from published import (
     FINE_TUNED,
     affine,
@@ -219,29 +219,7 @@ def test_models_without_clap_say_so(tiny, noise):
 
 # --- text --------------------------------------------------------------------------------------------------------
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "barks", "rain", "on", "the", "roof"]
 TEXTS = ["a dog barks", "rain", "rain on the roof a dog barks on the roof"]
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory):
-    """A folder like a repository of the Hub: a BERT of width 32 and its tokenizer."""
-    transformers = pytest.importorskip("transformers")
-    folder = tmp_path_factory.mktemp("bert")
-    (folder / "vocab.txt").write_text("\n".join(WORDS))
-    settings = {"tokenizer_class": "BertTokenizer", "model_max_length": 16}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=len(WORDS),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=16,
-    )
-    transformers.BertModel(config).save_pretrained(folder)
-    return folder
 
 
 def hidden_states(folder, text, weights=None):

@@ -14,10 +14,12 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import soundfile
-from conftest import DATA, TINY, random_model
+import torch
+from conftest import DATA, TINY, WORDS, random_model
 
+from m2d_embed.audio import load_audio
 from m2d_embed.cli import main
-from m2d_embed.config import HeadConfig
+from m2d_embed.config import ClapConfig, HeadConfig
 from m2d_embed.embed_files import read_scenes
 from m2d_embed.model import M2D
 from m2d_embed.registry import BUNDLED_NAME, RELEASES
@@ -181,6 +183,31 @@ def test_tag_reports_bad_files(tagger, tmp_path):
     assert result.returncode == 1
     assert "bad.wav" in result.stderr
     assert str(ALARM) in result.stdout
+
+
+@pytest.fixture
+def clap(tmp_path, bert) -> Path:
+    config = ClapConfig("mlp", (32, 24), (32, 24), str(bert), "mean")
+    random_model(replace(TINY, clap=config)).save_pretrained(tmp_path / "clap")
+    return tmp_path / "clap"
+
+
+def test_zero_shot(clap, bert, tmp_path):
+    labels = WORDS[5:8]
+    arguments = ["--model", clap, "--labels", ",".join(labels), "--template", "a {}", "--json"]
+    line = json.loads(run("zero-shot", ALARM, *arguments).stdout)
+    model = M2D.from_pretrained(clap)
+    with torch.no_grad():
+        audio = model.encode_audio_clap(torch.from_numpy(load_audio(ALARM, 16_000))[None])
+        text = model.encode_text([f"a {label}" for label in labels])
+        cosine = torch.nn.functional.cosine_similarity(audio, text)
+        expected = (cosine * model.clap.logit_scale.exp()).softmax(0)
+    assert line["file"] == str(ALARM)
+    assert line["tags"] == {label: pytest.approx(p.item(), abs=1e-5) for label, p in zip(labels, expected, strict=True)}
+    assert list(line["tags"].values()) == sorted(line["tags"].values(), reverse=True)
+    (tmp_path / "bad.wav").write_text("text")
+    assert run("zero-shot", tmp_path / "bad.wav", *arguments).returncode == 1
+    assert "--template" in run("zero-shot", ALARM, "--model", clap, "--labels", "a", "--template", "x").stderr
 
 
 def test_plot(tmp_path, monkeypatch):
