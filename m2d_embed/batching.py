@@ -23,6 +23,7 @@ from m2d_embed.windows import WindowCutter, column_times, interleave, pad_to_pat
 #: Windows that may wait for others of their width, in batches; beyond it the fullest group goes ahead.
 _MAX_WAITING_BATCHES = 8
 
+R = TypeVar("R")
 Result = TypeVar("Result", covariant=True)
 
 
@@ -113,20 +114,71 @@ class _Columns:
 
 
 @dataclass
-class _ClipState(Generic[Result]):
+class _ClipState(Generic[R]):
+    """Where one clip is: how many of its windows wait, and what has been collected of the others."""
+
     index: int
-    collector: _Collector[Result]
+    collector: _Collector[R]
     waiting: int = 0
     read: bool = False
-    duration_ms: float = 0.0
+    num_samples: int = 0
+
+    @property
+    def done(self) -> bool:
+        return self.read and self.waiting == 0
+
+    def result(self, sample_rate: int) -> tuple[int, R]:
+        return self.index, self.collector.result(1000.0 * self.num_samples / sample_rate)
 
 
-class _Window(NamedTuple):
-    state: _ClipState[object]
+@dataclass
+class _Window(Generic[R]):
+    state: _ClipState[R]
     shift: int
     order: int
     log_mel: Tensor  # (mels, frames), whole patches
     columns: int
+
+
+class _WaitingRoom(Generic[R]):
+    """Windows wait here for others of their width, to be encoded together."""
+
+    def __init__(self, model: FrameEncoder, features: FeatureConfig, batch_size: int):
+        self.model = model
+        self.features = features
+        self.batch_size = batch_size
+        self.groups: dict[int, list[_Window[R]]] = defaultdict(list)  # width in frames -> windows
+
+    def push(self, window: _Window[R]) -> Iterator[_ClipState[R]]:
+        """Take a window; encode its group when that is complete, or the fullest one when there is no more room."""
+        width = window.log_mel.shape[1]
+        self.groups[width].append(window)
+        window.state.waiting += 1
+        if len(self.groups[width]) == self.batch_size:
+            yield from self._encode(width)
+        elif sum(map(len, self.groups.values())) >= _MAX_WAITING_BATCHES * self.batch_size:
+            yield from self._encode(max(self.groups, key=lambda w: len(self.groups[w])))
+
+    def flush(self) -> Iterator[_ClipState[R]]:
+        """Encode whatever waits."""
+        for width in list(self.groups):
+            yield from self._encode(width)
+
+    def drop(self, state: _ClipState[R]) -> None:
+        """Forget the windows of a clip that turned out to be bad."""
+        kept = {width: [w for w in group if w.state is not state] for width, group in self.groups.items()}
+        self.groups = defaultdict(list, {width: group for width, group in kept.items() if group})
+
+    def _encode(self, width: int) -> Iterator[_ClipState[R]]:
+        """Encode one group; yield the clips that are done with it."""
+        group = self.groups.pop(width)
+        log_mel = torch.stack([window.log_mel for window in group]).unsqueeze(1)
+        frames = self.model.window_frames(log_mel, self.features).cpu()  # (N, T, D)
+        for window, columns in zip(group, frames, strict=True):
+            window.state.collector.add(window.shift, window.order, columns[: window.columns])
+            window.state.waiting -= 1
+            if window.state.done:
+                yield window.state
 
 
 def _encode(
@@ -134,25 +186,11 @@ def _encode(
     clips: Sequence[Clip | AudioError],
     features: FeatureConfig,
     batch_size: int,
-    new_collector: Callable[[], _Collector[Result]],
-) -> Iterator[tuple[int, Result | AudioError]]:
-    waiting: dict[int, list[_Window]] = defaultdict(list)  # width in frames -> windows
-
-    def run(width: int) -> Iterator[tuple[int, Result]]:
-        group = waiting.pop(width)
-        frames = model.window_frames(torch.stack([w.log_mel for w in group]).unsqueeze(1), features).cpu()
-        for window, columns in zip(group, frames, strict=True):
-            state = window.state
-            state.collector.add(window.shift, window.order, columns[: window.columns])
-            state.waiting -= 1
-            if state.read and state.waiting == 0:
-                yield state.index, state.collector.result(state.duration_ms)  # type: ignore[misc]
-
-    def length(index: int) -> float:
-        clip = clips[index]
-        return clip.seconds if isinstance(clip, Clip) else 0.0
-
-    for index in sorted(range(len(clips)), key=length, reverse=True):
+    new_collector: Callable[[], _Collector[R]],
+) -> Iterator[tuple[int, R | AudioError]]:
+    rate = model.config.sample_rate
+    room: _WaitingRoom[R] = _WaitingRoom(model, features, batch_size)
+    for index in _longest_first(clips):
         clip = clips[index]
         if isinstance(clip, AudioError):
             yield index, clip
@@ -160,30 +198,26 @@ def _encode(
         state = _ClipState(index, new_collector())
         try:
             for window in _windows_of(clip, state, model, features):
-                width = window.log_mel.shape[1]
-                waiting[width].append(window)
-                state.waiting += 1
-                if len(waiting[width]) == batch_size:
-                    yield from run(width)
-                elif sum(map(len, waiting.values())) >= _MAX_WAITING_BATCHES * batch_size:
-                    yield from run(max(waiting, key=lambda w: len(waiting[w])))
+                for other in room.push(window):
+                    yield other.result(rate)
         except AudioError as error:
-            for width, group in list(waiting.items()):
-                waiting[width] = [w for w in group if w.state is not state]
-                if not waiting[width]:
-                    del waiting[width]
+            room.drop(state)
             yield index, error
             continue
         state.read = True
-        if state.waiting == 0:
-            yield index, state.collector.result(state.duration_ms)
-    for width in list(waiting):
-        yield from run(width)
+        if state.done:
+            yield state.result(rate)
+    for state in room.flush():
+        yield state.result(rate)
 
 
-def _windows_of(
-    clip: Clip, state: _ClipState[object], model: FrameEncoder, features: FeatureConfig
-) -> Iterator[_Window]:
+def _longest_first(clips: Sequence[Clip | AudioError]) -> list[int]:
+    """Indices by length: clips of one length, and so windows of one width, come together."""
+    seconds = [clip.seconds if isinstance(clip, Clip) else 0.0 for clip in clips]
+    return sorted(range(len(clips)), key=seconds.__getitem__, reverse=True)
+
+
+def _windows_of(clip: Clip, state: _ClipState[R], model: FrameEncoder, features: FeatureConfig) -> Iterator[_Window[R]]:
     """Stream a clip: samples -> log-mel -> windows, for each of the shifted copies that the hop asks for."""
     config, rate = model.config, model.config.sample_rate
     shifts = range(0, config.patch_size[1], features.hop_frames(config))
@@ -192,10 +226,10 @@ def _windows_of(
 
     def samples() -> Iterator[Tensor]:
         for block in clip.blocks(rate):
-            state.duration_ms += 1000.0 * len(block) / rate
+            state.num_samples += len(block)
             yield torch.from_numpy(block).to(model.device)
 
-    def emit(which: int, windows: Iterator[tuple[Tensor, int]]) -> Iterator[_Window]:
+    def emit(which: int, windows: Iterator[tuple[Tensor, int]]) -> Iterator[_Window[R]]:
         for log_mel, columns in windows:
             yield _Window(state, cutters[which].shift, orders[which], pad_to_patch(log_mel, config), columns)
             orders[which] += 1

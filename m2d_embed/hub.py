@@ -231,9 +231,8 @@ def _locate_release(release: Release, options: HubOptions) -> Location:
         url = release.url(os.environ.get("M2D_EMBED_RELEASE_URL", RELEASE_URL))
         print(f"Downloading {release.name}\n{LICENSE_NOTICE}", file=sys.stderr)
         archive.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(
-            archive.with_name(f".{release.name}.lock")
-        ):  # another process that wants the same release waits for this one's
+        # Another process that wants the same release waits for this one's download.
+        with FileLock(archive.with_name(f".{release.name}.lock")):
             if options.force_download or not (folder.exists() or archive.exists()):
                 _download(url, archive)
                 shutil.rmtree(folder, ignore_errors=True)  # what an earlier download was converted to

@@ -331,7 +331,7 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
     # --- loading and saving -------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(  # type: ignore[override]  # the mixin's takes any keyword on top; ours are listed
         cls,
         pretrained_model_name_or_path: str | Path = "",
         *,
@@ -454,9 +454,9 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
         ConfigError: on anything else.
     """
     parsed = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if parsed not in DTYPES.values():
+    if parsed is None or parsed not in DTYPES.values():
         raise ConfigError(f"dtype {dtype!r} is not possible; choose one of {', '.join(DTYPES)}.")
-    return parsed  # type: ignore[return-value]
+    return parsed
 
 
 def _stack(patches: Tensor) -> Tensor:
