@@ -151,7 +151,11 @@ def _audio_below(folder: Path) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise AudioError(f"{error.filename}: cannot read this folder ({error.strerror}).") from error
 
-    for directory, _, names in os.walk(folder, onerror=refuse, followlinks=True):
+    seen = set()
+    for directory, subfolders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        seen.add(os.path.realpath(directory))
+        # A link may lead to a folder above it.
+        subfolders[:] = [s for s in subfolders if os.path.realpath(Path(directory, s)) not in seen]
         yield from (Path(directory) / n for n in names if Path(n).suffix.lower() in AUDIO_SUFFIXES)
 
 

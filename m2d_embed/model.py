@@ -75,7 +75,7 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
         self.features.check(config)
         self.frontend = LogMel(config)
         self.encoder = Encoder(config)
-        if not self.encoder.cls_token.is_meta:
+        if not self.encoder.cls_token.is_meta:  # to load weights into; drawing numbers there imports half of torch
             self.encoder.init_weights()
         self.head = TaggingHead(config.head_dim, config.head) if config.head is not None else None
         self.clap = ClapHead(config.clap) if config.clap is not None else None

@@ -217,6 +217,15 @@ def test_folders_globs_and_files(tmp_path, monkeypatch):
     assert [str(p) for p in find_audio([type(tmp_path)("**/*.ogg")])] == ["sub/c.ogg"]
 
 
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "x.wav").touch()
+    (tmp_path / "a" / "b" / "up").symlink_to(tmp_path / "a")
+    (tmp_path / "link").symlink_to(tmp_path / "a" / "b")
+    assert [p.relative_to(tmp_path).as_posix() for p in find_audio([tmp_path / "a"])] == ["a/b/x.wav"]
+    assert [p.relative_to(tmp_path).as_posix() for p in find_audio([tmp_path / "link"])] == ["link/x.wav"]
+
+
 def test_nothing_found(tmp_path):
     with pytest.raises(AudioError, match="no audio files in this folder"):
         find_audio([tmp_path])
