@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 README = Path(__file__).parents[1] / "README.md"
+STARTUP = Path(__file__).with_name("startup.json")
 THROUGHPUT = Path(__file__).with_name("throughput.json")
 
 
@@ -34,6 +35,14 @@ def throughput_table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"Measured by `{result['command']}`."])
 
 
+def startup_sentence(result: dict[str, Any]) -> str:
+    seconds = result["seconds"]
+    return (
+        f"`import m2d_embed` takes {seconds['import m2d_embed']:.2f} s more than `import torch`, and loading the "
+        f"bundled model {seconds['m2d_embed.load_model()']:.2f} s (`{result['command']}`, same machine)."
+    )
+
+
 def replace_section(text: str, name: str, content: str) -> str:
     """Exchange what stands between ``<!-- name -->`` and ``<!-- /name -->``."""
     pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
@@ -46,6 +55,7 @@ def replace_section(text: str, name: str, content: str) -> str:
 def main() -> None:
     text = README.read_text(encoding="utf-8")
     text = replace_section(text, "throughput", throughput_table(json.loads(THROUGHPUT.read_text())))
+    text = replace_section(text, "startup", startup_sentence(json.loads(STARTUP.read_text())))
     README.write_text(text, encoding="utf-8")
 
 
