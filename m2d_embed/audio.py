@@ -31,6 +31,7 @@ AUDIO_SUFFIXES = frozenset(
     [".wav", ".wave", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf"]
 )
 
+_LOUDEST = 1e10  # far above any unscaled integer; the square of 1e19 overflows float32
 _BLOCK_SAMPLES = 1 << 18  # samples a channel read at a time: 16 s at 16 kHz
 _WAV_DATA_SIZE = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)
 _WAV_SIZE_UNKNOWN = 0xFFFF_FF00  # written from here on by programs that stream to a pipe
@@ -117,9 +118,10 @@ def check_batch(audio: Tensor) -> Tensor:
     if audio.numel() == 0:
         raise AudioError(f"audio is empty: its shape is {tuple(audio.shape)}.")
     audio = audio.float() if audio.is_floating_point() else _scale_integers(audio, "audio")
-    finite = torch.isfinite(audio).all(dim=1)
-    if not finite.all():
-        raise AudioError(f"audio[{int((~finite).nonzero()[0])}] has samples that are NaN or infinite.")
+    good = (audio.abs() <= _LOUDEST).all(dim=1)  # false for NaN, too
+    if not good.all():
+        at = int((~good).nonzero()[0])
+        raise AudioError(f"audio[{at}] has samples that are NaN or infinite, or far outside [-1, 1].")
     return audio
 
 
@@ -202,9 +204,11 @@ def _checked(blocks: Iterator[Samples], name: str) -> Iterator[Samples]:
     """Pass blocks on; refuse a clip without samples, and samples that are not finite."""
     seen = 0
     for block in blocks:
-        if not np.isfinite(block).all():
-            bad = seen + int(np.flatnonzero(~np.isfinite(block))[0])
-            raise AudioError(f"{name}: sample {bad} is NaN or infinite.")
+        good = np.abs(block) <= _LOUDEST  # false for NaN, too
+        if not good.all():
+            at = int(np.argmin(good))
+            what = f"{block[at]:.3g}; audio lies in [-1, 1]" if np.isfinite(block[at]) else "NaN or infinite"
+            raise AudioError(f"{name}: sample {seen + at} is {what}.")
         seen += len(block)
         yield block
     if seen == 0:
@@ -237,10 +241,11 @@ def _check_array(array: npt.NDArray[np.generic], name: str) -> Samples:
             "if it is (samples, channels), pass its transpose."
         )
     if np.issubdtype(array.dtype, np.floating):
-        return np.asarray(array, dtype=np.float32)
+        return np.ascontiguousarray(array, dtype=np.float32)
     if array.dtype.kind not in "iu":
         raise AudioError(f"{name}: samples of type {array.dtype} are not audio.")
-    return _scale_integers(torch.from_numpy(array), name).numpy()
+    native = np.array(array, dtype=array.dtype.newbyteorder("="))
+    return _scale_integers(torch.from_numpy(native), name).numpy()
 
 
 def _scale_integers(audio: Tensor, name: str) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from m2d_embed.audio import Clip
 from m2d_embed.config import FeatureConfig, ModelConfig
-from m2d_embed.errors import AudioError
+from m2d_embed.errors import AudioError, ConfigError
 from m2d_embed.frontend import LogMel
 from m2d_embed.windows import WindowCutter, column_times, interleave, pad_to_patch
 
@@ -188,6 +188,8 @@ def _encode(
     batch_size: int,
     new_collector: Callable[[], _Collector[R]],
 ) -> Iterator[tuple[int, R | AudioError]]:
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ConfigError(f"batch_size must be a whole number from 1 on, not {batch_size!r}.")
     rate = model.config.sample_rate
     room: _WaitingRoom[R] = _WaitingRoom(model, features, batch_size)
     for index in _longest_first(clips):
@@ -227,7 +229,7 @@ def _windows_of(clip: Clip, state: _ClipState[R], model: FrameEncoder, features:
     def samples() -> Iterator[Tensor]:
         for block in clip.blocks(rate):
             state.num_samples += len(block)
-            yield torch.from_numpy(block).to(model.device)
+            yield torch.tensor(block, device=model.device)
 
     def emit(which: int, windows: Iterator[tuple[Tensor, int]]) -> Iterator[_Window[R]]:
         for log_mel, columns in windows:

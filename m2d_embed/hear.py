@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+import operator
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Literal, SupportsIndex
 
 import torch
 from torch import Tensor
 
 from m2d_embed.audio import check_batch
 from m2d_embed.config import FeatureConfig
+from m2d_embed.errors import ConfigError
 
 if TYPE_CHECKING:
     from m2d_embed.model import M2D
@@ -51,7 +53,7 @@ def load_model(
     from m2d_embed.model import M2D  # here, as it costs a fifth of a second that `import m2d_embed` need not take
 
     features = FeatureConfig(
-        layers=(layers,) if isinstance(layers, int) else tuple(layers),
+        layers=_as_layers(layers),
         layer_pooling=layer_pooling,
         flat=flat,
         hop_ms=hop_ms,
@@ -59,6 +61,14 @@ def load_model(
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return M2D.from_pretrained(model_file_path, device=device, dtype=dtype, features=features)
+
+
+def _as_layers(layers: int | Sequence[int]) -> tuple[int, ...]:
+    """One block or several, as plain integers; numpy's count as such, floats and booleans do not."""
+    several = layers if isinstance(layers, Iterable) else [layers]
+    if any(isinstance(layer, bool) or not isinstance(layer, SupportsIndex) for layer in several):
+        raise ConfigError(f"layers is a whole number or several, not {layers!r}.")
+    return tuple(operator.index(layer) for layer in several)
 
 
 @torch.no_grad()

@@ -74,7 +74,7 @@ def locate(
     if text in ("", "bundled", BUNDLED_NAME):
         return Location(bundled_folder(), "bundled with m2d-embed")
     path = Path(text).expanduser()
-    if path.exists():
+    if os.path.exists(path):  # noqa: PTH110  (Path.exists raises on a name that is too long for a file)
         return Location(path, str(path))
     if text in RELEASES:
         return _locate_release(RELEASES[text], options)

@@ -268,7 +268,10 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
 
         Raises:
             AudioError: for a clip that cannot be embedded; it names the file, or the index in ``clips``.
+            ConfigError: on an impossible ``batch_size`` or ``output``.
         """
+        if output not in ("numpy", "torch"):
+            raise ConfigError(f'output is "numpy" or "torch", not {output!r}.')
         many, single = _as_list(clips)
         opened = list(self.open_clips(many, sample_rate, raise_errors=True))
         with torch.no_grad():
@@ -362,7 +365,7 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
             ConfigError: on an impossible option.
         """
         compute_dtype = None if dtype is None else parse_dtype(dtype)
-        target = torch.device(device)
+        target = _parse_device(device)
         on_gpu = target.type != "cpu"
         prefer_half = [d for d in _HALF if d == compute_dtype or (compute_dtype is None and on_gpu)]
         location = hub.locate(
@@ -414,9 +417,11 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
     # --- inside -------------------------------------------------------------------------------------------------
 
     def _as_log_mel(self, x: Tensor) -> Tensor:
-        if x.ndim == 2 and x.shape[1] > 0:
+        if not x.is_floating_point():
+            raise AudioError(f"expected floating-point audio in [-1, 1], but got {x.dtype}; scale integers first.")
+        if x.ndim == 2 and x.numel() > 0:
             return self.log_mel(x)
-        if x.ndim == 4 and x.shape[1:3] == (1, self.config.input_size[0]) and x.shape[3] > 0:
+        if x.ndim == 4 and x.shape[1:3] == (1, self.config.input_size[0]) and x.numel() > 0:
             return x
         raise AudioError(
             "expected a waveform (batch, samples) or a normalised log-mel "
@@ -448,15 +453,26 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """``"fp32"``, ``"bf16"``, ``"fp16"`` or the torch.dtype itself.
+    """``"fp32"``, ``"bf16"``, ``"fp16"``, torch's names for them, or the torch.dtype itself.
 
     Raises:
         ConfigError: on anything else.
     """
-    parsed = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    names = DTYPES | {str(known).removeprefix("torch."): known for known in DTYPES.values()}
+    parsed = names.get(dtype) if isinstance(dtype, str) else dtype
     if parsed is None or parsed not in DTYPES.values():
         raise ConfigError(f"dtype {dtype!r} is not possible; choose one of {', '.join(DTYPES)}.")
     return parsed
+
+
+def _parse_device(device: str | torch.device) -> torch.device:
+    """The device, if it exists and works here."""
+    try:
+        target = torch.device(device)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {str(device)!r} cannot be used here ({str(error).splitlines()[0]}).") from error
+    return target
 
 
 def _stack(patches: Tensor) -> Tensor:

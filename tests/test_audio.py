@@ -175,6 +175,26 @@ def test_arrays_of_a_wrong_type(dtype):
         read(np.zeros(100, dtype))
 
 
+@pytest.mark.parametrize("level", [1e11, -1e30])
+def test_samples_that_cannot_be_audio(tone, level):
+    tone[7] = level
+    with pytest.raises(AudioError, match=r"clips\[3\]: sample 7 is .*e\+\d+; audio lies in \[-1, 1\]"):
+        read(tone)
+    with pytest.raises(AudioError, match=r"audio\[0\] has samples .* far outside"):
+        check_batch(torch.from_numpy(tone)[None])
+
+
+def test_arrays_of_any_memory_layout(tone):
+    expected = read(tone)
+    frozen = tone.copy()
+    frozen.flags.writeable = False
+    for same in (frozen, tone[::-1].copy()[::-1], tone.astype(">f4"), np.repeat(tone, 2)[::2]):
+        assert np.array_equal(read(same), expected)
+    integers = np.arange(-100, 100, dtype=np.int16)
+    for same in (integers.astype(">i2"), integers[::-1].copy()[::-1]):
+        assert np.array_equal(read(same), integers / np.float32(32768))
+
+
 def test_things_that_are_not_clips():
     with pytest.raises(AudioError, match=r"clips\[3\]: a clip is a path, an array or a tensor, not list"):
         read([0.0, 0.1])

@@ -11,7 +11,7 @@ from conftest import DATA, TINY, random_model
 
 from m2d_embed.audio import load_audio
 from m2d_embed.config import FeatureConfig
-from m2d_embed.errors import AudioError
+from m2d_embed.errors import AudioError, ConfigError
 
 RATE = 16_000
 FILES = sorted(DATA.glob("*/*.o*"))
@@ -90,6 +90,24 @@ def test_arrays_of_another_rate_are_resampled_when_told(tiny):
     assert rate == 44_100
     assert np.abs(tiny.encode(array.T[None], sample_rate=rate)[0] - tiny.encode(file)).max() <= 1e-5
     assert np.abs(tiny.encode(array.T[None])[0] - tiny.encode(file)).max() > 1e-3
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 1.5, None])
+def test_impossible_batch_sizes(tiny, batch_size):
+    with pytest.raises(ConfigError, match="batch_size"):
+        tiny.encode(FILES[:1], batch_size=batch_size)
+
+
+def test_impossible_output(tiny):
+    with pytest.raises(ConfigError, match="numpy"):
+        tiny.encode(FILES[:1], output="list")
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_read_only_array_is_read_without_a_warning(tiny):
+    array = np.zeros(1000, np.float32)
+    array.flags.writeable = False
+    assert tiny.encode(array).shape == (160,)
 
 
 def test_no_clips(tiny):

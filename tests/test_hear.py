@@ -49,6 +49,7 @@ def test_the_device_of_the_audio_is_honoured(noise):
         ({"layers": [3, 7, 11]}, 960),
         ({"layers": [3, 11], "layer_pooling": "concat"}, 1920),
         ({"layers": 5}, 960),
+        ({"layers": np.arange(3)}, 960),
         ({"flat": True}, 192),
         ({"dtype": "bf16"}, 960),
         ({"hop_ms": 40}, 960),
@@ -68,6 +69,13 @@ def test_options(options, size, noise):
 def test_impossible_options():
     with pytest.raises(m2d_embed.ConfigError, match="hop_ms=30"):
         m2d_embed.load_model(hop_ms=30)
+    for layers in (1.0, [1.0], True, None, "3"):
+        with pytest.raises(m2d_embed.ConfigError, match="layers is a whole number"):
+            m2d_embed.load_model(layers=layers)
+    with pytest.raises(m2d_embed.ConfigError, match="device 'nonsense' cannot be used"):
+        m2d_embed.load_model(device="nonsense")
+    with pytest.raises(m2d_embed.ModelNotFoundError, match="neither a file"):
+        m2d_embed.load_model("x" * 5000)
     with pytest.raises(TypeError, match="hop_size"):
         m2d_embed.load_model(hop_size=40)
 

@@ -55,10 +55,17 @@ def test_log_mel_is_taken_too(tiny, noise):
     assert torch.equal(tiny.timestamps(log_mel).embeddings, tiny.timestamps(audio).embeddings)
 
 
-@pytest.mark.parametrize("shape", [(16_000,), (2, 1, 16_000), (0, 0), (2, 0), (2, 1, 40, 64), (2, 2, 80, 64)])
+@pytest.mark.parametrize(
+    "shape", [(16_000,), (0, 16_000), (2, 1, 16_000), (0, 0), (2, 0), (2, 1, 40, 64), (2, 2, 80, 64)]
+)
 def test_other_shapes_are_refused(tiny, shape):
     with pytest.raises(AudioError, match="shape"):
         tiny(torch.zeros(shape))
+
+
+def test_integers_are_refused(tiny):
+    with pytest.raises(AudioError, match="int16"):
+        tiny(torch.zeros(1, 16_000, dtype=torch.int16))
 
 
 def test_windows_are_encoded_on_their_own(tiny, noise):
@@ -164,7 +171,7 @@ def test_trains_inside_another_module(noise):
     assert losses[-1] < 0.3 * losses[0]
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["bf16", "float16", torch.bfloat16])
 def test_output_is_float32_whatever_the_dtype(tmp_path, tiny, noise, dtype):
     tiny.save_pretrained(tmp_path)
     model = M2D.from_pretrained(tmp_path, dtype=dtype)
