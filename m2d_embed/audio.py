@@ -163,6 +163,8 @@ def _audio_below(folder: Path) -> Iterator[Path]:
 
 def _open(path: Path) -> soundfile.SoundFile:
     """Open a sound file, or say what is wrong with it."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise AudioError(f"{path}: not a regular file; a pipe or a device would be waited for without end.")
     try:
         with path.open("rb"):  # libsndfile says only "System error" to a missing or forbidden file
             pass

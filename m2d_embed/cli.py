@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from m2d_embed.heads.tagging import Tag
     from m2d_embed.model import M2D
 
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _A_TAGGER = "m2d_as_vit_base-80x1001p16x16-240213_AS-FT_enconly"
 _A_CLAP = "m2d_clap_vit_base-80x608p16x16-240128"
 
@@ -293,7 +294,10 @@ def _common(
         bool, typer.Option("--version", help="Show the version.", callback=_version, is_eager=True)
     ] = False,
 ) -> None:
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(name)s: %(message)s")
+    logger = logging.getLogger("m2d_embed")  # not the root: huggingface_hub prints its own messages
+    if verbose and not logger.handlers:
+        logger.addHandler(logging.StreamHandler())
+        logger.setLevel(logging.INFO)
 
 
 def main() -> None:
@@ -307,10 +311,11 @@ def main() -> None:
         print("interrupted; try again to go on", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM):
+        if error.errno is None:
             raise
-        where = f" while writing {error.filename}" if error.filename else ""
-        print(f"error: {error.strerror}{where}; what was done is kept, try again to go on", file=sys.stderr)
+        where = f": {error.filename}" if error.filename else ""
+        hint = "; what was done is kept, try again to go on" if error.errno in _DISK_FULL else ""
+        print(f"error: {error.strerror}{where}{hint}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -382,7 +387,7 @@ def _encode_readable(model: M2D, files: list[Path]) -> tuple[list[str], Any, int
             else:
                 scenes[index] = result
     if not scenes:
-        raise AudioError("none of the files to search could be read.")
+        raise AudioError("there is no readable file to search besides the query.")
     good = sorted(scenes)
     return [str(files[i]) for i in good], torch.stack([scenes[i] for i in good]).numpy(), len(files) - len(good)
 

@@ -108,6 +108,12 @@ def test_folder_instead_of_file(tmp_path):
         load_audio(tmp_path, RATE)
 
 
+def test_pipe_instead_of_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe.wav")
+    with pytest.raises(AudioError, match=r"pipe\.wav: not a regular file"):
+        load_audio(tmp_path / "pipe.wav", RATE)
+
+
 def test_text_named_wav(tmp_path):
     (tmp_path / "notes.wav").write_text("this is not audio " * 20)
     with pytest.raises(AudioError, match=r"notes\.wav: not audio that can be read"):

@@ -19,7 +19,7 @@ from conftest import DATA, TINY, WORDS, random_model
 
 from m2d_embed.audio import load_audio
 from m2d_embed.cli import main
-from m2d_embed.config import ClapConfig, HeadConfig
+from m2d_embed.config import CheckpointName, ClapConfig, HeadConfig
 from m2d_embed.embed_files import read_scenes
 from m2d_embed.model import M2D
 from m2d_embed.registry import BUNDLED_NAME, RELEASES
@@ -169,6 +169,21 @@ def test_tag(tagger):
     ]
     assert [line["seconds"] for line in frames[:3]] == [0.075, 0.235, 0.395]
     assert len(frames) == 38
+
+
+def test_places_that_cannot_be_written(tmp_path):
+    result = run("plot", ALARM, "-o", tmp_path / "nowhere" / "x.png")
+    assert result.returncode == 2
+    assert result.stderr.strip() == f"error: No such file or directory: {tmp_path / 'nowhere' / 'x.png'}"
+
+
+def test_verbose_says_what_a_checkpoint_holds_besides(tmp_path):
+    name = "m2d_vit_tiny-80x64p16x16-990101"
+    state = M2D(CheckpointName.parse(name).model_config()).encoder.state_dict()
+    (tmp_path / name).mkdir()
+    torch.save({**state, "mask_token": torch.zeros(1)}, tmp_path / name / "checkpoint.pth")
+    assert "mask_token (1)" in run("convert", tmp_path / name, tmp_path / "converted").stdout
+    assert "mask_token (1)" in run("--verbose", "info", tmp_path / name).stderr
 
 
 def test_tag_with_a_model_that_cannot(tmp_path):
