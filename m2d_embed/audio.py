@@ -31,6 +31,7 @@ AUDIO_SUFFIXES = frozenset(
     [".wav", ".wave", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf"]
 )
 
+_POSSIBLE_RATES = range(1_000, 1_000_001)  # Hz
 _LOUDEST = 1e10  # far above any unscaled integer; the square of 1e19 overflows float32
 _BLOCK_SAMPLES = 1 << 18  # samples a channel read at a time: 16 s at 16 kHz
 _WAV_DATA_SIZE = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)
@@ -69,8 +70,12 @@ def open_clip(clip: ClipLike, sample_rate: int | None, model_rate: int, name: st
     Raises:
         AudioError: if a file is missing, unreadable or of another rate than stated, or an array is of a wrong rank.
     """
+    if sample_rate is not None and not (type(sample_rate) is int and sample_rate in _POSSIBLE_RATES):
+        raise AudioError(f"{name}: sample_rate={sample_rate!r} is not a rate in Hz.")
     if isinstance(clip, str | os.PathLike):
         path = Path(clip)
+        if not _is_unicode(path):
+            raise AudioError(f"{str(path)!a}: this name is not valid UTF-8 and could not be written down; rename it.")
         with _open(path) as file:
             rate, seconds = file.samplerate, file.frames / file.samplerate
         if sample_rate is not None and rate != sample_rate:
@@ -131,7 +136,7 @@ def find_audio(paths: list[Path]) -> list[Path]:
     Raises:
         AudioError: if a path does not exist, a folder cannot be read, or nothing is found in one.
     """
-    found: dict[Path, None] = {}
+    found: dict[str, Path] = {}
     for path in paths:
         if path.is_dir():
             files = sorted(_audio_below(path))
@@ -142,11 +147,15 @@ def find_audio(paths: list[Path]) -> list[Path]:
         else:
             # An absolute pattern is split at its root, as Path.glob only takes relative ones.
             root = Path(path.anchor)
-            files = sorted(f for f in root.glob(str(path.relative_to(root))) if f.is_file())
+            try:
+                files = sorted(f for f in root.glob(str(path.relative_to(root))) if f.is_file())
+            except (ValueError, NotImplementedError) as error:
+                raise AudioError(f"{path}: no such file, and not a glob pattern ({error}).") from error
             if not files:
                 raise AudioError(f"{path}: no such file or folder.")
-        found.update(dict.fromkeys(files))
-    return list(found)
+        for file in files:
+            found.setdefault(os.path.abspath(file), file)  # noqa: PTH100  (Path.absolute keeps "..")
+    return list(found.values())
 
 
 def _audio_below(folder: Path) -> Iterator[Path]:
@@ -159,6 +168,14 @@ def _audio_below(folder: Path) -> Iterator[Path]:
         # A link may lead to a folder above it.
         subfolders[:] = [s for s in subfolders if os.path.realpath(Path(directory, s)) not in seen]
         yield from (Path(directory) / n for n in names if Path(n).suffix.lower() in AUDIO_SUFFIXES)
+
+
+def _is_unicode(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _open(path: Path) -> soundfile.SoundFile:

@@ -1,10 +1,11 @@
-"""The command line: ``m2d-embed embed | tag | zero-shot | similar | plot | convert | info``."""
+"""The command line: ``m2d-embed embed | tag | zero-shot | similar | plot | convert | info | models``."""
 
 from __future__ import annotations
 
 import errno
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -92,8 +93,8 @@ def embed(
 ) -> None:
     """Turn sound files into embeddings.
 
-    A bad file is reported and skipped; the exit status is then 1. A killed run goes on where it stopped when the same
-    command is given again.
+    A bad file is reported and skipped; the exit status is then 1. Give the same command again after a run was killed:
+    it goes on where that stopped.
     """
     from m2d_embed.embed_files import embed_files
 
@@ -176,7 +177,7 @@ def zero_shot(
     clap = loaded.clap_head()
 
     with torch.no_grad():
-        texts = loaded.encode_text([template.format(name) for name in names])
+        texts = loaded.encode_text([template.replace("{}", name) for name in names])
 
         def classify(file: Path) -> None:
             audio = torch.from_numpy(load_audio(file, loaded.sample_rate)).to(loaded.device)
@@ -209,13 +210,13 @@ def similar(
     if len(among) == 1 and among[0].suffix in (".npz", ".parquet"):
         names, embeddings = _read_index(among[0], loaded)
     else:
-        files = [file for file in find_audio(among) if file.absolute() != query.absolute()]
-        names, embeddings, failed = _encode_readable(loaded, files)
+        names, embeddings, failed = _encode_readable(loaded, find_audio(among))
     lengths = np.linalg.norm(embeddings, axis=1) * np.linalg.norm(target)
     scores = embeddings @ target / np.maximum(lengths, np.finfo(np.float32).tiny)
-    for i in np.argsort(-scores, kind="stable")[:top_k]:
+    others = [i for i in np.argsort(-scores, kind="stable") if not _same_file(names[i], query)]
+    for i in others[:top_k]:
         line = {"file": names[i], "similarity": round(float(scores[i]), 6)}
-        print(json.dumps(line) if as_json else f"{scores[i]:.4f}  {names[i]}")
+        print(json.dumps(line, ensure_ascii=False) if as_json else f"{scores[i]:.4f}  {names[i]}")
     if failed:
         raise typer.Exit(1)
 
@@ -223,7 +224,9 @@ def similar(
 @app.command()
 def plot(
     file: Annotated[Path, typer.Argument(help="A sound file.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="The PNG; <file>.png by default.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The PNG; by default <file>.png in the current folder.")
+    ] = None,
     model: Model = "",
     hop_ms: Annotated[float | None, typer.Option(help="Step of timestamps; the model's own by default.")] = None,
     device: Device = None,
@@ -387,9 +390,13 @@ def _encode_readable(model: M2D, files: list[Path]) -> tuple[list[str], Any, int
             else:
                 scenes[index] = result
     if not scenes:
-        raise AudioError("there is no readable file to search besides the query.")
+        raise AudioError("none of the files to search can be read.")
     good = sorted(scenes)
     return [str(files[i]) for i in good], torch.stack([scenes[i] for i in good]).numpy(), len(files) - len(good)
+
+
+def _same_file(name: str, file: Path) -> bool:
+    return os.path.realpath(name) == os.path.realpath(file)
 
 
 def _print_tags(file: Path, seconds: float | None, tags: Sequence[Tag], as_json: bool) -> None:

@@ -124,6 +124,8 @@ def open_sink(output: Path, settings: dict[str, Any], kind: Kind, files: Sequenc
         raise ConfigError(f"{output}: unknown kind of output; use .npz, .parquet, or a folder for one .npy a clip.")
     if not output.parent.is_dir():
         raise ConfigError(f"{output}: the folder {output.parent} does not exist.")
+    if output.exists() and output.is_dir() != (not output.suffix):
+        raise ConfigError(f"{output} is {'a folder' if output.is_dir() else 'a file'}; choose another name.")
     if not output.suffix:
         return NpyFolder(output, settings, files, overwrite)
     if output.exists() and not overwrite:
@@ -156,8 +158,8 @@ def read_scenes(file: Path) -> tuple[list[str], Array, dict[str, Any]]:
         raise ConfigError(f"{file}: no such file.") from None
     except (KeyError, ValueError, TypeError, OSError, zipfile.BadZipFile) as error:
         raise ConfigError(f"{file}: not embeddings written by m2d-embed ({error}).") from error
-    if settings["kind"] != "scene":
-        raise ConfigError(f"{file}: holds {settings['kind']} embeddings; scene embeddings are needed.")
+    if settings.get("kind") != "scene":
+        raise ConfigError(f"{file}: holds {settings.get('kind')} embeddings; scene embeddings are needed.")
     return names, embeddings, settings
 
 
@@ -166,7 +168,7 @@ class NpyFolder:
 
     def __init__(self, folder: Path, settings: dict[str, Any], files: Sequence[Path], overwrite: bool):
         self.folder = folder
-        self.root = Path(os.path.commonpath([file.absolute().parent for file in files]))
+        self.root = Path(os.path.commonpath([_parent(file) for file in files]))
         if overwrite and folder.exists():
             for file in files:
                 self._target(file).unlink(missing_ok=True)
@@ -191,7 +193,12 @@ class NpyFolder:
         """Nothing is left to do."""
 
     def _target(self, file: Path) -> Path:
-        return self.folder / file.absolute().parent.relative_to(self.root) / f"{file.name}.npy"
+        return self.folder / _parent(file).relative_to(self.root) / f"{file.name}.npy"
+
+
+def _parent(file: Path) -> Path:
+    """The folder of a file without ``..``, which must not lead out of the output."""
+    return Path(os.path.abspath(file)).parent  # noqa: PTH100  (Path.absolute keeps "..")
 
 
 class PartsFile:

@@ -40,7 +40,9 @@ class LogMel(nn.Module):
         self.eps = torch.finfo(torch.float32).eps
         filterbank = get_mel(config.sample_rate, config.n_fft, config.input_size[0], config.f_min, config.f_max)
         # On the CPU whatever the default device is: building a model on "meta" must not lose these constants.
-        self.register_buffer("window", torch.hann_window(config.n_fft, device="cpu"), persistent=False)
+        self.register_buffer(
+            "window", torch.hann_window(config.n_fft, dtype=torch.float32, device="cpu"), persistent=False
+        )
         self.register_buffer("filterbank", torch.from_numpy(filterbank).float().T.contiguous(), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LogMel:

@@ -492,6 +492,11 @@ def _as_list(clips: ClipLike | Sequence[ClipLike]) -> tuple[list[ClipLike], bool
     """The clips, and whether there was only one, not in a sequence."""
     if isinstance(clips, str | os.PathLike) or (isinstance(clips, np.ndarray | Tensor) and clips.ndim < 2):
         return [clips], True
+    if isinstance(clips, np.ndarray | Tensor) and clips.ndim == 2:
+        raise AudioError(
+            f"an array of shape {tuple(clips.shape)} may be one clip of several channels or several clips; "
+            "pass [array] for one, list(array) for several."
+        )
     return list(clips), False
 
 

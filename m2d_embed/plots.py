@@ -27,10 +27,12 @@ def plot_clip(model: M2D, file: Path, output: Path) -> None:
 
     Raises:
         AudioError: if the file cannot be read.
-        ConfigError: if ``output`` does not end in ``.png``.
+        ConfigError: if ``output`` does not end in ``.png``, or its folder does not exist.
     """
     if output.suffix.lower() != ".png":
         raise ConfigError(f"{output}: plots are PNG files; give a name that ends in .png.")
+    if not output.parent.is_dir():
+        raise ConfigError(f"{output}: the folder {output.parent} does not exist.")
     from matplotlib.figure import Figure
 
     audio = torch.from_numpy(load_audio(file, model.sample_rate)).unsqueeze(0).to(model.device)

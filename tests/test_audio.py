@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -112,6 +113,14 @@ def test_pipe_instead_of_file(tmp_path):
     os.mkfifo(tmp_path / "pipe.wav")
     with pytest.raises(AudioError, match=r"pipe\.wav: not a regular file"):
         load_audio(tmp_path / "pipe.wav", RATE)
+
+
+def test_name_that_is_not_unicode(tmp_path, tone):
+    path = os.fsencode(tmp_path / "caf") + b"\xe9.wav"
+    soundfile.write(path, tone, RATE)
+    (found,) = find_audio([tmp_path])
+    with pytest.raises(AudioError, match=r"caf\\udce9\.wav': this name is not valid UTF-8"):
+        load_audio(found, RATE)
 
 
 def test_text_named_wav(tmp_path):
@@ -240,7 +249,7 @@ def test_folders_globs_and_files(tmp_path, monkeypatch):
     assert [p.name for p in find_audio([tmp_path / "*.wav", tmp_path])] == ["b.wav", "a.FLAC", "c.ogg"]
     assert [p.name for p in find_audio([tmp_path / "sub" / "notes.txt"])] == ["notes.txt"]  # named, so meant
     monkeypatch.chdir(tmp_path)
-    assert [str(p) for p in find_audio([type(tmp_path)("**/*.ogg")])] == ["sub/c.ogg"]
+    assert [str(p) for p in find_audio([Path("**/*.ogg")])] == ["sub/c.ogg"]
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path):
@@ -250,6 +259,21 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "a" / "b")
     assert [p.relative_to(tmp_path).as_posix() for p in find_audio([tmp_path / "a"])] == ["a/b/x.wav"]
     assert [p.relative_to(tmp_path).as_posix() for p in find_audio([tmp_path / "link"])] == ["link/x.wav"]
+
+
+def test_no_file_twice(tmp_path, monkeypatch):
+    (tmp_path / "a.wav").touch()
+    monkeypatch.chdir(tmp_path)
+    named = [Path("a.wav"), tmp_path / "a.wav", Path("../") / tmp_path.name / "a.wav", Path("*.wav")]
+    assert find_audio(named) == [Path("a.wav")]
+    with pytest.raises(AudioError, match="not a glob pattern"):
+        find_audio([Path("x/**.wav")])
+
+
+@pytest.mark.parametrize("rate", [0, -16_000, 1, 16_000.0, "16000", True])
+def test_impossible_rates(tone, rate):
+    with pytest.raises(AudioError, match="is not a rate in Hz"):
+        read(tone, sample_rate=rate)
 
 
 def test_nothing_found(tmp_path):

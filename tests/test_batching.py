@@ -92,6 +92,11 @@ def test_arrays_of_another_rate_are_resampled_when_told(tiny):
     assert np.abs(tiny.encode(array.T[None])[0] - tiny.encode(file)).max() > 1e-3
 
 
+def test_an_array_that_may_be_one_clip_or_several(tiny):
+    with pytest.raises(AudioError, match=r"\(2, 1000\) may be one clip of several channels or several clips"):
+        tiny.encode(np.zeros((2, 1000), np.float32))
+
+
 @pytest.mark.parametrize("batch_size", [0, -1, 1.5, None])
 def test_impossible_batch_sizes(tiny, batch_size):
     with pytest.raises(ConfigError, match="batch_size"):

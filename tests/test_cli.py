@@ -143,7 +143,7 @@ def test_similar_in_a_folder_and_in_an_index(tmp_path):
     assert [line["similarity"] for line in found] == sorted((line["similarity"] for line in found), reverse=True)
     run("embed", DATA, "-o", tmp_path / "index.npz")
     indexed = run("similar", query, tmp_path / "index.npz", "-k", 1).stdout
-    assert indexed == f"1.0000  {query}\n"
+    assert indexed == f"{found[0]['similarity']:.4f}  {found[0]['file']}\n"
     run("embed", DATA, "-o", tmp_path / "flat.npz", "--flat")
     refused = run("similar", query, tmp_path / "flat.npz")
     assert refused.returncode == 2
@@ -174,7 +174,15 @@ def test_tag(tagger):
 def test_places_that_cannot_be_written(tmp_path):
     result = run("plot", ALARM, "-o", tmp_path / "nowhere" / "x.png")
     assert result.returncode == 2
-    assert result.stderr.strip() == f"error: No such file or directory: {tmp_path / 'nowhere' / 'x.png'}"
+    assert "nowhere does not exist" in result.stderr
+    (tmp_path / "plain").touch()
+    assert "is a file" in run("embed", ALARM, "-o", tmp_path / "plain").stderr
+    (tmp_path / "d.npz").mkdir()
+    assert "is a folder" in run("embed", ALARM, "-o", tmp_path / "d.npz", "--overwrite").stderr
+    (tmp_path / "weights").mkdir()
+    refused = run("convert", tmp_path / "weights", tmp_path / "plain" / "out")
+    assert refused.returncode == 2
+    assert "Traceback" not in refused.stderr
 
 
 def test_verbose_says_what_a_checkpoint_holds_besides(tmp_path):

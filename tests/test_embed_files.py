@@ -73,6 +73,18 @@ def test_one_npy_a_clip(tmp_path, model):
     assert np.load(tmp_path / "timed" / f"{FILES[0].name}.npy").shape == expected.embeddings.shape
 
 
+def test_nothing_is_written_outside_the_folder(tmp_path, model, monkeypatch):
+    for place in ("a", "b/c"):
+        (tmp_path / place).mkdir(parents=True)
+        shutil.copy(FILES[0], tmp_path / place / "x.opus")
+    monkeypatch.chdir(tmp_path / "b")
+    embed_files(model, [Path("../a/x.opus"), Path("c/x.opus")], Path("out"))
+    assert {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.npy")} == {
+        "b/out/a/x.opus.npy",
+        "b/out/b/c/x.opus.npy",
+    }
+
+
 @pytest.mark.parametrize("output", ["out.npz", "out.parquet", "out"])
 def test_bad_files_are_skipped_and_the_rest_kept(tmp_path, model, output):
     (tmp_path / "bad.wav").write_text("not audio")

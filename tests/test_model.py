@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import TINY, random_model
 
-from m2d_embed.config import FeatureConfig
+from m2d_embed.config import ClapConfig, FeatureConfig, HeadConfig
 from m2d_embed.errors import AudioError, CheckpointError, ConfigError, UnsupportedError
 from m2d_embed.model import M2D
 
@@ -188,6 +188,30 @@ def test_works_when_cast_as_a_whole(tiny, noise):
     got = tiny.to(torch.bfloat16).scene(audio.to(torch.bfloat16).float())
     assert got.dtype == torch.float32
     assert torch.nn.functional.cosine_similarity(got, expected, dim=-1) > 0.99
+
+
+def test_heads_work_when_cast_and_under_autocast(noise):
+    clap = ClapConfig("mlp", (32, 24), (32, 24), "some/encoder", "mean")
+    model = random_model(replace(TINY, head=HeadConfig(("a", "b")), clap=clap))
+    audio = noise(1.0)
+    expected = [model.logits(audio), model.frame_logits(audio), model.encode_audio_clap(audio)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = [model.logits(audio), model.frame_logits(audio), model.encode_audio_clap(audio)]
+    model.to(torch.bfloat16)
+    cast += [model.logits(audio), model.frame_logits(audio), model.encode_audio_clap(audio)]
+    for got, exact in zip(cast, expected * 2, strict=True):
+        assert got.dtype == torch.float32
+        assert (got - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+def test_the_default_dtype_does_not_matter(noise):
+    audio = noise(0.5)
+    torch.set_default_dtype(torch.float64)
+    try:
+        log_mel = M2D(TINY).log_mel(audio)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(log_mel, M2D(TINY).log_mel(audio))
 
 
 def test_unknown_dtype_is_refused(tmp_path, tiny):

@@ -54,9 +54,10 @@ class ClapHead(nn.Module):
 
     def project_audio(self, patches: Tensor) -> Tensor:
         """(B, N, dim) flat patch features -> (B, joint), not normalised."""
-        gathers_itself = self.config.audio_projector == "semantic"
-        projected: Tensor = self.audio_proj(patches.float() if gathers_itself else patches.float().mean(dim=1))
-        return projected
+        if self.config.audio_projector == "mlp":
+            patches = patches.float().mean(dim=1)
+        projected: Tensor = self.audio_proj(patches.to(self.logit_scale.dtype))
+        return projected.float()
 
     def project_text(self, embeddings: Tensor) -> Tensor:
         """(B, text_dim) outputs of the text encoder -> (B, joint), not normalised.
@@ -65,8 +66,8 @@ class ClapHead(nn.Module):
             UnsupportedError: if the checkpoint has no text projector.
         """
         _require_text_side(self.config)
-        projected: Tensor = self.text_proj(embeddings.float())
-        return projected
+        projected: Tensor = self.text_proj(embeddings.to(self.logit_scale.dtype))
+        return projected.float()
 
     def similarity(self, audio: Tensor, text: Tensor) -> Tensor:
         """Scaled cosine similarity, (A, joint) x (B, joint) -> (A, B): logits over the texts."""

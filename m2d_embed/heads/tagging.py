@@ -6,9 +6,11 @@ The labels (``audioset_labels.csv``) are from the AudioSet ontology, Google, CC 
 from __future__ import annotations
 
 import csv
+from copy import deepcopy
 from dataclasses import dataclass
 from importlib import resources
 
+import torch
 from torch import Tensor, nn
 
 from m2d_embed.config import HeadConfig
@@ -33,9 +35,12 @@ class TaggingHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(..., dim) -> (..., labels) logits, float32."""
-        normalised = self.norm(features.float().reshape(-1, features.shape[-1])).view_as(features)
-        logits: Tensor = self.linear(normalised)
-        return logits
+        dtype = self.linear.weight.dtype
+        # Batch norm takes no statistics of lower precision than float32, which they are when the model is cast.
+        norm = self.norm if dtype == torch.float32 else deepcopy(self.norm).float()
+        normalised: Tensor = norm(features.float().reshape(-1, features.shape[-1])).view_as(features)
+        logits: Tensor = self.linear(normalised.to(dtype))
+        return logits.float()
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Sigmoid for multi-label heads, softmax over the labels for the others."""
