@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 import typer
-from torch import Tensor
+from torch import Tensor, nn
 
 import m2d_embed
 from benchmarks.reference_style import ReferenceStyle
 from m2d_embed.config import ModelConfig
+from m2d_embed.encoder import Linear
 from m2d_embed.model import M2D
 
 RESULT = Path(__file__).with_suffix(".json")
@@ -92,12 +93,16 @@ def matrix_products(config: ModelConfig, rounds: int) -> dict[str, float]:
     """GFLOP/s of a product of the model's shape, (tokens of 8 windows, d) x (d, 4 d): what no runtime can exceed."""
     rows, columns = config.grid_size
     m, k, n = 8 * (1 + rows * columns), config.embed_dim, 4 * config.embed_dim
-    rates = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
-        seconds = measure({"product": partial(torch.matmul, a, b.T)}, 5 * rounds)["product"]
-        rates[str(dtype).removeprefix("torch.")] = round(2 * m * k * n / statistics.median(seconds) / 1e9, 1)
-    return rates
+    contestants: dict[str, Callable[[], Tensor]] = {}
+    for name, layer, dtype in (
+        ("float32", nn.Linear(k, n), torch.float32),
+        ("float32 through oneDNN", Linear(k, n), torch.float32),
+        ("bfloat16", nn.Linear(k, n), torch.bfloat16),
+    ):
+        contestants[name] = partial(layer.to(dtype), torch.randn(m, k, dtype=dtype))
+    with torch.no_grad():
+        seconds = measure(contestants, 5 * rounds)
+    return {name: round(2 * m * k * n / statistics.median(times) / 1e9, 1) for name, times in seconds.items()}
 
 
 def main(batch: int = 8, rounds: int = 9, threads: int = 0) -> None:

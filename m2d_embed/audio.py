@@ -68,9 +68,11 @@ def open_clip(clip: ClipLike, sample_rate: int | None, model_rate: int, name: st
         name: what to call an array in messages.
 
     Raises:
-        AudioError: if a file is missing, unreadable or of another rate than stated, or an array is of a wrong rank.
+        AudioError: if a file is missing, unreadable or of another rate than stated, an array is of a wrong rank or
+            type, or the rate is impossible.
     """
-    if sample_rate is not None and not (type(sample_rate) is int and sample_rate in _POSSIBLE_RATES):
+    is_whole = isinstance(sample_rate, int | np.integer) and not isinstance(sample_rate, bool)
+    if sample_rate is not None and not (is_whole and sample_rate in _POSSIBLE_RATES):
         raise AudioError(f"{name}: sample_rate={sample_rate!r} is not a rate in Hz.")
     if isinstance(clip, str | os.PathLike):
         path = Path(clip)
@@ -111,7 +113,8 @@ def check_batch(audio: Tensor) -> Tensor:
         audio: (sounds, samples) in [-1, 1]; integers are scaled by their dtype.
 
     Raises:
-        AudioError: on another rank, no samples, or a sample that is NaN or infinite; it names the sound.
+        AudioError: on another rank, no samples, or a sample that is NaN, infinite or beyond all audio; it names the
+            sound.
     """
     if not isinstance(audio, Tensor):
         raise AudioError(f"audio must be a torch.Tensor of shape (sounds, samples), not {type(audio).__name__}.")
@@ -149,7 +152,7 @@ def find_audio(paths: list[Path]) -> list[Path]:
             root = Path(path.anchor)
             try:
                 files = sorted(f for f in root.glob(str(path.relative_to(root))) if f.is_file())
-            except (ValueError, NotImplementedError) as error:
+            except ValueError as error:
                 raise AudioError(f"{path}: no such file, and not a glob pattern ({error}).") from error
             if not files:
                 raise AudioError(f"{path}: no such file or folder.")

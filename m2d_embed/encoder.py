@@ -27,8 +27,8 @@ _MIN_CONV_ROWS = 512
 class Linear(nn.Linear):
     """``nn.Linear``, which for float32 inference on a CPU goes through oneDNN as a 1x1 convolution.
 
-    PyTorch gives float32 matrix products to MKL, whose kernels for AMD processors are slower: 150-185 GFLOP/s where
-    oneDNN reaches 190-210 (measured with the shapes of ViT-Base on 2 cores).
+    PyTorch gives float32 matrix products to MKL, whose kernels for AMD processors are slower than oneDNN's:
+    ``benchmarks/throughput.py`` measures both.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -257,7 +257,7 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
         the result for a clip does not depend on the others.
 
         Args:
-            clips: paths, arrays or tensors, (samples,) or (channels, samples); or a single one.
+            clips: paths, arrays or tensors, (samples,) or (channels, samples); or a single path or (samples,) array.
             batch_size: windows encoded at a time.
             sample_rate: rate of arrays and tensors in Hz; None means the model's. Files state their own.
             show_progress_bar: show one on stderr.

@@ -22,7 +22,7 @@ def plot_clip(model: M2D, file: Path, output: Path) -> None:
 
     Args:
         model: gives the timestamp embeddings; its ``features.hop_ms`` sets how fine they are.
-        file: a sound file of any length and rate.
+        file: a sound file of any rate; the picture takes memory with the square of its length.
         output: the PNG to write.
 
     Raises:

@@ -276,6 +276,10 @@ def test_impossible_rates(tone, rate):
         read(tone, sample_rate=rate)
 
 
+def test_rates_may_be_numpys(tone):
+    assert len(read(tone, sample_rate=np.int64(32_000))) == len(tone) // 2
+
+
 def test_nothing_found(tmp_path):
     with pytest.raises(AudioError, match="no audio files in this folder"):
         find_audio([tmp_path])
