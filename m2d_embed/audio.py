@@ -54,7 +54,7 @@ class Clip:
             AudioError: if it is unreadable, truncated, empty, or has a sample that is NaN or infinite.
         """
         raw = _file_blocks(self.source) if isinstance(self.source, Path) else _array_blocks(self.source)
-        checked = _checked(raw, self.name)
+        checked = checked_blocks(raw, self.name)
         return checked if self.source_rate == sample_rate else _resampled(checked, self.source_rate, sample_rate)
 
 
@@ -78,7 +78,7 @@ def open_clip(clip: ClipLike, sample_rate: int | None, model_rate: int, name: st
         path = Path(clip)
         if not _is_unicode(path):
             raise AudioError(f"{str(path)!a}: this name is not valid UTF-8 and could not be written down; rename it.")
-        with _open(path) as file:
+        with open_sound(path) as file:
             rate, seconds = file.samplerate, file.frames / file.samplerate
         if sample_rate is not None and rate != sample_rate:
             raise AudioError(
@@ -181,8 +181,12 @@ def _is_unicode(path: Path) -> bool:
     return True
 
 
-def _open(path: Path) -> soundfile.SoundFile:
-    """Open a sound file, or say what is wrong with it."""
+def open_sound(path: Path) -> soundfile.SoundFile:
+    """Open a sound file, or say what is wrong with it.
+
+    Raises:
+        AudioError: if it is missing, not a regular file, forbidden, empty or not audio.
+    """
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise AudioError(f"{path}: not a regular file; a pipe or a device would be waited for without end.")
     try:
@@ -200,11 +204,16 @@ def _open(path: Path) -> soundfile.SoundFile:
         raise AudioError(f"{path}: {what}.") from error
 
 
+def check_size(file: soundfile.SoundFile, name: str) -> None:
+    """Raise AudioError if an open WAV file is shorter than its header says; libsndfile itself takes it as it is."""
+    size = _WAV_DATA_SIZE.search(file.extra_info)
+    if size and int(size[2]) < int(size[1]) < _WAV_SIZE_UNKNOWN:
+        raise AudioError(f"{name}: truncated, it holds {size[2]} of the {size[1]} bytes its header promises.")
+
+
 def _file_blocks(path: Path) -> Iterator[Samples]:
-    with _open(path) as file:
-        size = _WAV_DATA_SIZE.search(file.extra_info)
-        if size and int(size[2]) < int(size[1]) < _WAV_SIZE_UNKNOWN:
-            raise AudioError(f"{path}: truncated, it holds {size[2]} of the {size[1]} bytes its header promises.")
+    with open_sound(path) as file:
+        check_size(file, str(path))
         remaining = file.frames
         try:
             while len(block := file.read(_BLOCK_SAMPLES, dtype="float32", always_2d=True)):
@@ -222,7 +231,7 @@ def _array_blocks(samples: Samples) -> Iterator[Samples]:
         yield mono[start : start + _BLOCK_SAMPLES]
 
 
-def _checked(blocks: Iterator[Samples], name: str) -> Iterator[Samples]:
+def checked_blocks(blocks: Iterator[Samples], name: str) -> Iterator[Samples]:
     """Pass blocks on; refuse a clip without samples, and samples that are not finite."""
     seen = 0
     for block in blocks:

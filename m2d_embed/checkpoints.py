@@ -274,6 +274,31 @@ def read_published(file: Path, name: str, source: str = "") -> Checkpoint:
     return Checkpoint(config, tensors, text_encoder, unused)
 
 
+def read_full_state(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a published checkpoint, predictor ("decoder") and target network included.
+
+    Args:
+        path: a ``.pth``, the folder of one, or a release's ``.zip``.
+
+    Returns:
+        Tensors by their published names, without the prefix of modules around the encoder.
+
+    Raises:
+        CheckpointError: if it cannot be read, or is in our own layout, which holds the encoder alone.
+    """
+    if path.is_dir() and (path / CONFIG_FILE).exists():
+        raise CheckpointError(f"{path}: a folder with {CONFIG_FILE} holds the encoder alone, no predictor.")
+    if path.suffix == ".zip":
+        with tempfile.TemporaryDirectory() as scratch:
+            file = Path(scratch) / "checkpoint.pth"
+            _unpack_only_checkpoint(path, file)
+            return read_full_state(file)
+    file = _only_checkpoint(path) if path.is_dir() else path
+    state = _unwrap(_unpickle(file), file)
+    prefix = _encoder_prefix(state, file)
+    return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+
+
 def _completed(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Add what some checkpoints leave out because it is fixed or plays no part in inference."""
     tensors.setdefault("encoder.pos_embed", sincos_positions(config.embed_dim, config.grid_size))

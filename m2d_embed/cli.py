@@ -1,8 +1,12 @@
-"""The command line: ``m2d-embed embed | tag | zero-shot | similar | plot | convert | info | models``."""
+"""The command line: ``m2d-embed embed | tag | zero-shot | similar | plot | convert | info | models``.
+
+And for pre-training ``pretrain | masks | corpus``.
+"""
 
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import logging
 import os
@@ -19,7 +23,7 @@ from tqdm.auto import tqdm
 from m2d_embed import __version__, registry
 from m2d_embed.audio import find_audio, load_audio
 from m2d_embed.config import FeatureConfig
-from m2d_embed.errors import AudioError, ConfigError, M2DEmbedError, ModelNotFoundError
+from m2d_embed.errors import AudioError, ConfigError, M2DEmbedError, ModelNotFoundError, UnsupportedError
 
 if TYPE_CHECKING:
     from m2d_embed.heads.tagging import Tag
@@ -39,6 +43,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+corpus_app = typer.Typer(help="Build training corpora from public sources.", no_args_is_help=True)
+app.add_typer(corpus_app, name="corpus")
 
 
 class Kind(StrEnum):
@@ -282,6 +290,64 @@ def models(as_json: Json = False) -> None:
         print(json.dumps({"name": name, "where": where}) if as_json else f"{name:<56}  {where}")
 
 
+@app.command()
+def pretrain(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe of the package (--list).")] = "",
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="E.g. data.source=sounds/ training.steps=1000")
+    ] = None,
+    export: Annotated[
+        bool, typer.Option("--export", help="Export the newest checkpoint of the run, without training further.")
+    ] = False,
+    show: Annotated[bool, typer.Option("--show", help="Print the whole recipe, defaults included, and stop.")] = False,
+    list_recipes: Annotated[bool, typer.Option("--list", help="List the recipes of the package.")] = False,
+) -> None:
+    """Pre-train a model. Needs the extra 'pretrain'.
+
+    Give the same command again to go on with a run that was stopped. On several devices: torchrun --nproc-per-node N
+    -m m2d_embed pretrain ..., or accelerate launch.
+    """
+    _require_extra("pretrain", "accelerate", "yaml", "tensorboard")
+    from m2d_embed.pretrain.recipe import known_recipes, load_recipe
+
+    if list_recipes:
+        for name, about in known_recipes().items():
+            print(f"{name:<20}{about}")
+        return
+    if not recipe:
+        raise ConfigError("which recipe? Give a YAML file, or one of the names that --list shows.")
+    loaded = load_recipe(recipe, overrides or ())
+    if show:
+        print(loaded.to_yaml(), end="")
+        return
+    from m2d_embed.pretrain import loop
+
+    if export:
+        print(loop.export_latest(loaded))
+        return
+    exported = loop.pretrain(loaded)
+    if not loop.is_main_process():
+        return
+    print(exported or f"stopped and saved in {loaded.folder}; give the same command again to go on")
+
+
+@app.command()
+def masks(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The PNG.")] = Path("masks.png"),
+    input_size: Annotated[tuple[int, int], typer.Option(help="Mels and frames of the window.")] = (80, 608),
+    patch_size: Annotated[tuple[int, int], typer.Option(help="Mels and frames of a patch.")] = (16, 16),
+    mask_ratio: Annotated[float, typer.Option(help="Share of patches masked.")] = 0.7,
+    seed: Annotated[int, typer.Option(help="Other examples.")] = 0,
+) -> None:
+    """Draw a sheet of example masks, a row for each strategy of pre-training."""
+    from m2d_embed.config import ModelConfig
+    from m2d_embed.pretrain.mask_sheet import draw_sheet
+
+    grid = ModelConfig(input_size=input_size, patch_size=patch_size).grid_size
+    draw_sheet(output, grid, mask_ratio, seed)
+    print(output)
+
+
 def _version(show: bool) -> None:
     if show:
         print(f"m2d-embed {__version__}")
@@ -320,6 +386,12 @@ def main() -> None:
         hint = "; what was done is kept, try again to go on" if error.errno in _DISK_FULL else ""
         print(f"error: {error.strerror}{where}{hint}", file=sys.stderr)
         sys.exit(2)
+
+
+def _require_extra(extra: str, *modules: str) -> None:
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        raise UnsupportedError(f"this needs {', '.join(missing)}: pip install 'm2d-embed[{extra}]'")
 
 
 def _load(model: str, device: str | None, dtype: Precision | None, features: FeatureConfig) -> M2D:

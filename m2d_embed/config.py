@@ -333,7 +333,10 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
             return None
         return _convert(key, value, next(a for a in arguments if a is not types.NoneType))
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        return from_dict(typing.cast(type[Any], hint), value)
+        try:
+            return from_dict(typing.cast(type[Any], hint), value)
+        except ConfigError as error:
+            raise ConfigError(f"{key}: {error}") from error
     if origin is Literal and value in arguments:
         return value
     if origin is tuple and isinstance(value, list):

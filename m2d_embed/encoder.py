@@ -128,10 +128,7 @@ class Encoder(nn.Module):
 
     def init_weights(self) -> None:
         """Draw fresh weights as in arXiv 2111.06377: Xavier-uniform matrices, N(0, 0.02) tokens, zero biases."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        init_linears(self)
         projection = self.patch_embed.proj
         nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
         if projection.bias is not None:
@@ -152,6 +149,11 @@ class Encoder(nn.Module):
         positions = positions[:, :, : patches.shape[3]].flatten(1, 2)  # a shorter input takes the first columns
         return patches.flatten(2).transpose(1, 2) + positions  # (B, F * T, dim)
 
+    def with_class_token(self, tokens: Tensor) -> Tensor:
+        """Prepend the class token, with its position: (B, N, dim) -> (B, 1 + N, dim)."""
+        cls_token = self.cls_token + self.pos_embed[:, :1]
+        return torch.cat([cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
+
     def encode(self, tokens: Tensor, layers: Sequence[int] = (-1,)) -> list[Tensor]:
         """Prepend the class token, run the blocks, and read the named layers through the final norm.
 
@@ -163,8 +165,7 @@ class Encoder(nn.Module):
             One (B, 1 + N, dim) tensor a layer, in the order asked for, the class token first.
         """
         wanted = resolve_layers(layers, len(self.blocks))
-        cls_token = self.cls_token + self.pos_embed[:, :1]
-        x = torch.cat([cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
+        x = self.with_class_token(tokens)
         outputs: dict[int, Tensor] = {}
         for index, block in enumerate(self.blocks[: max(wanted) + 1]):
             x = block(x)
@@ -185,6 +186,14 @@ class Encoder(nn.Module):
         batch, rows = len(log_mel), self.grid_size[0]
         features = self.encode(self.embed(log_mel), layers)
         return [x[:, 1:].view(batch, rows, -1, x.shape[-1]) for x in features]
+
+
+def init_linears(module: nn.Module) -> None:
+    """Draw Xavier-uniform matrices and zero biases for every ``nn.Linear`` inside a module."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
 
 def sincos_positions(dim: int, grid_size: tuple[int, int]) -> Tensor:

@@ -23,3 +23,7 @@ class ModelNotFoundError(M2DEmbedError, LookupError):
 
 class UnsupportedError(M2DEmbedError, TypeError):
     """Something asked of a model that it was not made for, e.g. tags from a model without a tagging head."""
+
+
+class TrainingError(M2DEmbedError, RuntimeError):
+    """A training run that cannot go on: a loss that is not finite, data that is mostly unreadable."""

@@ -80,7 +80,8 @@ class OracleCase:
         spec = importlib.util.spec_from_file_location("synthetic_weights", ORACLE / "synthetic_weights.py")
         weights = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(weights)
-        arrays = weights.synthetic_state_dict(weights.load_layout(self.folder))
+        layout = {name: shape for name, shape in weights.load_layout(self.folder).items() if shape != "sincos"}
+        arrays = weights.synthetic_state_dict(layout)
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def write_pth(self, folder: Path) -> Path:

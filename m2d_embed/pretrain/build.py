@@ -1,0 +1,101 @@
+"""A recipe -> the objective, its optimiser, and what makes its offline targets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from m2d_embed.config import ClapConfig, ModelConfig
+from m2d_embed.model import M2D as Model
+from m2d_embed.pretrain import inputs, objectives
+from m2d_embed.pretrain.inputs import Captions, OfflineTarget, Teacher
+from m2d_embed.pretrain.objectives import Objective
+from m2d_embed.pretrain.recipe import Recipe
+
+
+class Task(NamedTuple):
+    """An objective with fresh weights, and what makes its offline targets."""
+
+    objective: Objective
+    offline: OfflineTarget | None
+
+
+def build_task(
+    recipe: Recipe, config: ModelConfig, device: torch.device, label_names: Sequence[str], feature_dim: int
+) -> Task:
+    """Build what a recipe trains; weights are drawn by its seed.
+
+    Args:
+        recipe: the run's.
+        config: the encoder's.
+        device: of the training; the teacher and the text encoder go there.
+        label_names: for m2d_as.
+        feature_dim: size of precomputed frame features, for m2d_s.
+
+    Raises:
+        ConfigError, ModelNotFoundError, UnsupportedError: if the teacher or the text encoder cannot be had.
+    """
+    offline: OfflineTarget | None = None
+    clap: ClapConfig | None = None
+    offline_dim = 0
+    if recipe.objective == "m2d_x":
+        teacher = Teacher(Model.from_pretrained(recipe.offline.teacher, device=device), config)
+        offline, offline_dim = teacher, teacher.dim
+    elif recipe.objective == "m2d_s":
+        offline, offline_dim = inputs.precomputed_features, feature_dim
+    elif recipe.objective == "m2d_as":
+        offline, offline_dim = inputs.labels, len(label_names)
+    elif recipe.objective == "m2d_clap":
+        clap, offline = _captions(recipe, config, device)
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.training.seed)
+        objective = _objective(recipe, config, offline_dim, clap)
+        objective.init_weights()
+    return Task(objective, offline)
+
+
+def build_optimizer(objective: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW in one fused kernel a step; no weight decay on biases and norms."""
+    training = recipe.training
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": training.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=peak_rate(recipe), betas=training.betas, fused=True)
+
+
+def peak_rate(recipe: Recipe) -> float:
+    """The learning rate after the warm-up."""
+    return recipe.training.base_lr * recipe.training.effective_batch / 256
+
+
+def _objective(recipe: Recipe, config: ModelConfig, offline_dim: int, clap: ClapConfig | None) -> Objective:
+    predictor, weights = recipe.predictor, recipe.offline.weights
+    if clap is not None:
+        return objectives.M2DCLAP(config, predictor, clap, weights)
+    plain = {"m2d": objectives.M2D, "data2vec": objectives.Data2Vec, "msm_mae": objectives.MSMMAE}
+    if recipe.objective in plain:
+        return plain[recipe.objective](config, predictor)
+    kinds = {"m2d_x": objectives.M2DX, "m2d_s": objectives.M2DS, "m2d_as": objectives.M2DAS}
+    return kinds[recipe.objective](config, predictor, offline_dim, weights)
+
+
+def _captions(recipe: Recipe, config: ModelConfig, device: torch.device) -> tuple[ClapConfig, Captions]:
+    section = recipe.offline
+    joint = section.joint_dim
+
+    def clap_config(text_dim: int) -> ClapConfig:
+        return ClapConfig(
+            audio_projector="mlp",
+            audio_layers=(config.embed_dim, joint, joint),
+            text_layers=(text_dim, joint),
+            text_encoder=section.text_encoder,
+            text_pooling=section.text_pooling,
+        )
+
+    captions = Captions(clap_config(joint), device)  # the projection in this one is not used
+    return clap_config(captions.encoder.model.config.hidden_size), captions

@@ -1,0 +1,149 @@
+"""A batch of crops -> what an objective sees: log-mel on the training device, noise mixed in, offline targets.
+
+Background noise is mixed in the linear mel domain (M2D-X, arXiv 2404.06095, section 3): M2D sees the mixture, the
+teacher the clean crop.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from m2d_embed.config import ClapConfig, ModelConfig
+from m2d_embed.errors import ConfigError, TrainingError
+from m2d_embed.frontend import LogMel
+from m2d_embed.heads.clap import TextEncoder
+from m2d_embed.model import M2D
+from m2d_embed.pretrain.datasets import Batch
+from m2d_embed.pretrain.objectives import Example
+
+_FRONT_END = ("sample_rate", "n_fft", "hop_length", "f_min", "f_max")
+
+
+class OfflineTarget(Protocol):
+    """Makes ``Example.offline`` of a batch; ``log_mel`` is its clean one, not normalised."""
+
+    def __call__(self, batch: Batch, log_mel: Tensor) -> Tensor: ...
+
+
+class Inputs(nn.Module):
+    """Batches on the training device -> examples."""
+
+    def __init__(self, config: ModelConfig, visible: int, noise_ratio: float, offline: OfflineTarget | None):
+        super().__init__()
+        self.log_mel = LogMel(dataclasses.replace(config, norm_stats=(0.0, 1.0)))
+        self.normalized = LogMel(config).normalize
+        self.visible = visible
+        self.noise_ratio = noise_ratio
+        self.offline = offline
+
+    @torch.no_grad()
+    def forward(self, batch: Batch) -> Example:
+        """Everything of an example; the padding of short clips is zero after normalisation, as in inference."""
+        clean = self._raw(batch.audio, batch.log_mel)
+        offline = self.offline(batch, clean) if self.offline is not None else None
+        online = clean
+        if batch.noise_audio is not None or batch.noise_log_mel is not None:
+            online = mix(clean, self._raw(batch.noise_audio, batch.noise_log_mel), self.noise_ratio)
+        normalized = blank_padding(self.normalized(online), batch.valid_frames)
+        return Example(normalized, batch.order, self.visible, offline)
+
+    def _raw(self, audio: Tensor | None, log_mel: Tensor | None) -> Tensor:
+        if log_mel is not None:
+            return log_mel.float()
+        assert audio is not None
+        raw: Tensor = self.log_mel(audio)
+        return raw
+
+
+def mix(clean: Tensor, noise: Tensor, ratio: float) -> Tensor:
+    """``log(ratio * exp(noise) + (1 - ratio) * exp(clean))`` of log-mels that are not normalised."""
+    weights = torch.tensor([ratio, 1 - ratio], device=clean.device).log()
+    return torch.logaddexp(noise + weights[0], clean + weights[1])
+
+
+def blank_padding(log_mel: Tensor, valid_frames: Tensor) -> Tensor:
+    """Zero the frames of (B, 1, mels, frames) from ``valid_frames`` (B,) on."""
+    frames = torch.arange(log_mel.shape[-1], device=log_mel.device)
+    return log_mel.masked_fill(frames >= valid_frames.view(-1, 1, 1, 1), 0.0)
+
+
+def precomputed_features(batch: Batch, log_mel: Tensor) -> Tensor:
+    """M2D-S: the frame features that the manifest names."""
+    if batch.features is None:
+        raise TrainingError("objective m2d_s needs the column `features` in the manifest, or .npy members in the shards.")
+    return batch.features
+
+
+def labels(batch: Batch, log_mel: Tensor) -> Tensor:
+    """M2D-AS: the multi-hot labels."""
+    if batch.labels is None:
+        raise TrainingError("objective m2d_as needs the column `labels` in the manifest, or in the shards' .json.")
+    return batch.labels
+
+
+class Teacher(nn.Module):
+    """M2D-X: frame features of a frozen model, brought to the number of time columns of the one in training."""
+
+    def __init__(self, model: M2D, config: ModelConfig):
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+        self.columns = config.grid_size[1]
+        mine, teachers = (tuple(getattr(c, name) for name in _FRONT_END) for c in (config, model.config))
+        self.same_front_end = mine == teachers and config.input_size[0] == model.config.input_size[0]
+        if config.sample_rate != model.sample_rate:
+            raise ConfigError(
+                f"offline.teacher: {model.config.name} takes {model.sample_rate} Hz, but the model in training "
+                f"{config.sample_rate} Hz; choose a teacher of the same rate."
+            )
+
+    @property
+    def dim(self) -> int:
+        """Size of its frame features."""
+        return self.model.timestamp_embedding_size
+
+    @torch.no_grad()
+    def forward(self, batch: Batch, log_mel: Tensor) -> Tensor:
+        """(B, T, dim) float32 from the clean audio or its log-mel."""
+        if self.same_front_end:
+            x = blank_padding(self.model.frontend.normalize(log_mel), batch.valid_frames)
+        elif batch.audio is not None:
+            x = batch.audio
+        else:
+            raise ConfigError("offline.teacher has another front end, so it needs the audio: leave out data.cache.")
+        return resample_columns(self.model.encode_frames(x), self.columns)
+
+
+def resample_columns(frames: Tensor, columns: int) -> Tensor:
+    """(B, T, D) -> (B, columns, D): the mean over each column where T is larger, else linear interpolation."""
+    if frames.shape[1] == columns:
+        return frames
+    by_channel = frames.transpose(1, 2)
+    if frames.shape[1] > columns:
+        return F.adaptive_avg_pool1d(by_channel, columns).transpose(1, 2)
+    return F.interpolate(by_channel, size=columns, mode="linear").transpose(1, 2)
+
+
+class Captions:
+    """M2D-CLAP: embeddings of the captions by a frozen text encoder, each computed once."""
+
+    def __init__(self, config: ClapConfig, device: torch.device):
+        self.encoder = TextEncoder(config, None, device)
+        self.device = device
+        self.known: dict[str, Tensor] = {}
+
+    def __call__(self, batch: Batch, log_mel: Tensor) -> Tensor:
+        """(B, text_dim) float32."""
+        if batch.captions is None:
+            raise TrainingError("objective m2d_clap needs the column `caption` in the manifest, or .txt in the shards.")
+        self._embed([text for text in dict.fromkeys(batch.captions) if text not in self.known])
+        return torch.stack([self.known[text] for text in batch.captions]).to(self.device)
+
+    def _embed(self, texts: Sequence[str]) -> None:
+        if texts:
+            self.known |= dict(zip(texts, self.encoder(texts).cpu(), strict=True))

@@ -1,0 +1,408 @@
+"""The training loop: from a recipe to an exported encoder, on one core or many GPUs, and on again after any stop.
+
+Accelerate chooses devices, wraps the model for several of them, and casts; ``torchrun`` or ``accelerate launch`` start the
+processes. Every random choice is keyed by the seed and the position in the stream of crops, so the number of data
+workers or processes changes nothing, and a resumed run repeats no and leaves out no step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from m2d_embed.config import ModelConfig
+from m2d_embed.errors import AudioError, ConfigError, TrainingError
+from m2d_embed.evaluate.probes import embed_clips, knn_accuracy, linear_probe_accuracy, read_labelled
+from m2d_embed.model import M2D as Model
+from m2d_embed.pretrain import run_state
+from m2d_embed.pretrain.build import build_optimizer, build_task, peak_rate
+from m2d_embed.pretrain.data import TrainingData, open_data
+from m2d_embed.pretrain.datasets import BadFiles, Batch, measure_stats
+from m2d_embed.pretrain.export import describe_model, export
+from m2d_embed.pretrain.inputs import Inputs
+from m2d_embed.pretrain.masking import num_visible
+from m2d_embed.pretrain.monitor import RunLog, mean_variance, rank_me
+from m2d_embed.pretrain.objectives import Objective
+from m2d_embed.pretrain.recipe import Recipe
+from m2d_embed.pretrain.run_state import RunState
+from m2d_embed.pretrain.schedule import ema_decay, learning_rate
+from m2d_embed.pretrain.warm_start import apply_start, read_start
+
+RECIPE_FILE = "recipe.yaml"
+_STATS_FILE = "norm_stats.json"
+_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+def pretrain(recipe: Recipe) -> Path | None:
+    """Run a recipe to its end and export the encoder; go on where an earlier call stopped.
+
+    Returns:
+        The folder of the exported model, or None if the run was stopped by SIGTERM or SIGINT; it is saved then.
+
+    Raises:
+        ConfigError: if the recipe makes no sense, or ``output`` holds a run of another recipe.
+        AudioError: if more than 1 % of the files are unreadable, or the source holds none.
+        TrainingError: if a loss or a gradient is not finite; it names the batch's files.
+    """
+    with _Stop() as stop:
+        run = _Run(recipe, stop)
+        finished = run.train()
+        return run.export() if finished else None
+
+
+def is_main_process() -> bool:
+    """Whether this is the first of the processes that torchrun or accelerate started, or the only one."""
+    return PartialState().is_main_process
+
+
+def export_latest(recipe: Recipe) -> Path:
+    """Export the newest checkpoint of a run without training any further.
+
+    Raises:
+        ConfigError: if the run has no checkpoint, or is of another recipe.
+    """
+    state = _previous(recipe)
+    if state is None:
+        raise ConfigError(f"{recipe.folder}: no checkpoint to export; train first.")
+    return export(recipe.folder, state, recipe, recipe.data.source)
+
+
+class _Run:
+    """A run in one process: what it trains, and how far it is."""
+
+    def __init__(self, recipe: Recipe, stop: _Stop):
+        self.recipe = recipe
+        self.stop = stop
+        self.accelerator = Accelerator(
+            mixed_precision=_PRECISION[recipe.training.precision],
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        )
+        self.accumulation = self._accumulation()
+        previous = _previous(recipe)
+        start = read_start(recipe.start) if previous is None else None
+        shape = previous.config if previous else recipe.model_config(start and start.config, (0.0, 1.0))
+        if self.accelerator.is_main_process:
+            recipe.folder.mkdir(parents=True, exist_ok=True)
+            (recipe.folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+        self.data = self._open_data(shape)
+        self.config = previous.config if previous else self._with_stats(start and start.config)
+        visible = num_visible(self.config.grid_size[0] * self.config.grid_size[1], recipe.masking.mask_ratio)
+        names, dim = self.data.label_names, self.data.feature_dim()
+        task = build_task(recipe, self.config, self.accelerator.device, names, dim)
+        if start is not None:
+            apply_start(task.objective, start, recipe.start.parts)
+        self.config = _with_clap(self.config, task.objective)
+        self.inputs = Inputs(self.config, visible, recipe.data.noise_ratio, task.offline).to(self.accelerator.device)
+        network: nn.Module = task.objective
+        if recipe.training.compile:
+            network = torch.compile(network)  # type: ignore[assignment]
+        optimizer = build_optimizer(task.objective, recipe)
+        self.model, self.optimizer = self.accelerator.prepare(network, optimizer)
+        self.objective: Objective = task.objective
+        self.total = self._total_steps()
+        self.step = 0
+        self.bad = BadFiles(self.data.num_files)
+        self.pending: dict[str, float] = {}
+        if previous is not None:
+            run_state.restore(previous, self.model, self.optimizer.optimizer)
+            self.step, self.pending = previous.step, previous.pending
+            self.bad.restore(previous.bad_files)
+
+    # --- training -------------------------------------------------------------------------------------------------
+
+    def train(self) -> bool:
+        """Take the steps that are left; False if a signal stopped it before the last."""
+        recipe, main = self.recipe, self.accelerator.is_main_process
+        if self.step >= self.total:
+            return True
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        batches = self.data.batches(recipe.training.micro_batch, rank, processes, self.accumulation, self.step)
+        log = RunLog(recipe.folder, self.step) if main else None
+        if main:
+            self._announce()
+        bar = tqdm(total=self.total, initial=self.step, unit="step", disable=None if main else True)
+        saved = self.step
+        try:
+            with bar:
+                while self.step < self.total and not self._stop_agreed():
+                    values = self._step(batches)
+                    self.step += 1
+                    bar.update()
+                    bar.set_postfix_str(f"loss {values['loss']:.4f}")
+                    self._log(log, values)
+                    if self.step % recipe.training.save_every == 0:
+                        self.save()
+                        saved = self.step
+        finally:
+            if log is not None:
+                log.close()
+        if saved != self.step:
+            self.save()
+        return self.step >= self.total
+
+    def save(self) -> None:
+        """Write a checkpoint; every process has to call it."""
+        model, optimizer = run_state.capture(self.model, self.optimizer.optimizer)
+        if self.accelerator.is_main_process:
+            self._state(model, optimizer).write(self.recipe.folder, self.recipe.training.keep)
+        self.accelerator.wait_for_everyone()
+
+    def export(self) -> Path:
+        """Export the encoder as it is now; every process has to call it."""
+        model, optimizer = run_state.capture(self.model, self.optimizer.optimizer)
+        if self.accelerator.is_main_process:
+            export(self.recipe.folder, self._state(model, optimizer), self.recipe, self.data.description)
+        self.accelerator.wait_for_everyone()
+        return self.recipe.folder / "export"
+
+    def _step(self, batches: Iterator[Batch]) -> dict[str, float]:
+        """One optimiser step: forward and backward of every micro-batch, then the update. Returns what to log."""
+        training = self.recipe.training
+        rate = learning_rate(self.step, self.total, training.warmup, peak_rate(self.recipe))
+        decay = ema_decay(self.step, self.total, *training.ema_decay)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        began, waited = time.perf_counter(), 0.0
+        names: list[str] = []
+        losses: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
+        self.model.train()
+        for micro in range(self.accumulation):
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - asked
+            self._count_bad(batch)
+            names += batch.names
+            last = micro == self.accumulation - 1
+            example = self.inputs(batch.to(self.accelerator.device, non_blocking=True))
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                outputs = self.model(example)
+                self.accelerator.backward(outputs["loss"] / self.accumulation)
+            for key in [key for key in outputs if key.startswith("loss")]:
+                losses[key] = losses.get(key, 0) + outputs[key].detach().float() / self.accumulation
+        norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), training.clip_norm)
+        values = self._shared({**losses, "grad_norm": torch.as_tensor(norm)})
+        self._check_finite(values, losses["loss"], names)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.objective.update_target(decay)
+        if (self.step + 1) % training.log_every == 0:
+            values |= self._collapse_signs(outputs)
+        seconds = time.perf_counter() - began
+        return {**values, "lr": rate, "ema_decay": decay, "seconds": seconds, "waited": waited}
+
+    def _shared(self, values: dict[str, Tensor]) -> dict[str, float]:
+        """Means over all processes, in one exchange."""
+        stacked = torch.stack([value.float().to(self.accelerator.device) for value in values.values()])
+        shared: Tensor = self.accelerator.reduce(stacked, reduction="mean")  # type: ignore[assignment]
+        return dict(zip(values, shared.tolist(), strict=True))
+
+    def _check_finite(self, values: dict[str, float], mine: Tensor, names: list[str]) -> None:
+        """Stop before the update if the loss or the gradient is not finite; the state before this step is saved."""
+        scaled = self.accelerator.scaler is not None  # a scaler of float16 meets infinite gradients on its way
+        wrong = [k for k, v in values.items() if not _is_finite(v) and not (scaled and k == "grad_norm")]
+        if not wrong:
+            return
+        self.optimizer.zero_grad()
+        self.save()
+        where = "" if torch.isfinite(mine) or self.accelerator.num_processes == 1 else " (in this process)"
+        raise TrainingError(
+            f"step {self.step}: {wrong[0]} is {values[wrong[0]]}{where}. The run is saved as it was before that step. "
+            f"The batch's files: {', '.join(dict.fromkeys(names))}"
+        )
+
+    def _collapse_signs(self, outputs: dict[str, Tensor]) -> dict[str, float]:
+        if not self.accelerator.is_main_process:
+            return {}
+        target = outputs["target"].detach().flatten(0, 1).float()
+        return {"target_variance": mean_variance(target), "target_rank": rank_me(target)}
+
+    def _stop_agreed(self) -> bool:
+        """Whether any process was told to stop; all have to leave at the same step."""
+        if self.accelerator.num_processes == 1:
+            return self.stop.wanted
+        flag = torch.tensor(float(self.stop.wanted), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, reduction="sum") > 0)  # type: ignore[operator]
+
+    def _count_bad(self, batch: Batch) -> None:
+        for name, reason in self.bad.add(batch).items():
+            tqdm.write(f"skipped: {name}: {reason}", file=sys.stderr)
+        self.bad.check()
+
+    def _share_bad(self) -> None:
+        """Count what other processes could not read; every process has to call it."""
+        if self.accelerator.num_processes > 1:
+            for reasons in gather_object([self.bad.reasons]):
+                self.bad.reasons |= reasons
+            self.bad.check(self.step * self.recipe.training.effective_batch)
+
+    # --- log and probes -------------------------------------------------------------------------------------------
+
+    def _log(self, log: RunLog | None, values: dict[str, float]) -> None:
+        """Add up what is averaged, and write a line every ``log_every`` steps and after each probe."""
+        training = self.recipe.training
+        averaged = ("loss", "grad_norm", "seconds", "waited")
+        for key in [k for k in values if k.startswith(averaged)]:
+            self.pending[key] = self.pending.get(key, 0.0) + values[key]
+        self.pending["steps"] = self.pending.get("steps", 0.0) + 1
+        if self.step % training.log_every == 0:
+            self._share_bad()
+        due = self.step % training.log_every == 0 or self.step == self.total
+        probed = self._probe() if self._probe_due() else {}
+        if not due and not probed:
+            return
+        steps = self.pending.pop("steps")
+        means = {key: total / steps for key, total in self.pending.items()}
+        self.pending = {}
+        seconds, waited = means.pop("seconds"), means.pop("waited")
+        line = {
+            **means,
+            **{key: value for key, value in values.items() if key not in (*means, "seconds", "waited")},
+            "clips_per_second": training.effective_batch / seconds,
+            "data_share": waited / seconds,
+            **probed,
+        }
+        if log is not None:
+            log.write(self.step, line)
+
+    def _probe_due(self) -> bool:
+        probe = self.recipe.probe
+        return probe.data is not None and (self.step % probe.every == 0 or self.step == self.total)
+
+    def _probe(self) -> dict[str, float]:
+        """kNN and linear probe of the encoder as it is; only the main process computes it."""
+        values: dict[str, float] = {}
+        if self.accelerator.is_main_process:
+            probe = self.recipe.probe
+            clips = read_labelled(Path(str(probe.data)), probe.clips, self.recipe.training.seed)
+            model = Model(self.config).to(self.accelerator.device)
+            model.encoder.load_state_dict(self.objective.encoder.state_dict())
+            embeddings = embed_clips(model.eval(), clips)
+            values = {
+                "probe/knn": knn_accuracy(embeddings, clips),
+                "probe/linear": linear_probe_accuracy(embeddings, clips),
+            }
+            tqdm.write(
+                f"step {self.step}: kNN {values['probe/knn']:.1%}, linear probe {values['probe/linear']:.1%}",
+                file=sys.stderr,
+            )
+        self.accelerator.wait_for_everyone()
+        return values
+
+    # --- setting up -----------------------------------------------------------------------------------------------
+
+    def _accumulation(self) -> int:
+        training, processes = self.recipe.training, self.accelerator.num_processes
+        at_once = training.micro_batch * processes
+        if training.effective_batch % at_once:
+            raise ConfigError(
+                f"training.effective_batch {training.effective_batch} is not a multiple of training.micro_batch "
+                f"{training.micro_batch} x {processes} process{'es' if processes > 1 else ''}."
+            )
+        return training.effective_batch // at_once
+
+    def _open_data(self, shape: ModelConfig) -> TrainingData:
+        """The main process first: it may have a cache to build."""
+        with self.accelerator.main_process_first():
+            return open_data(self.recipe, shape, self.accelerator.is_main_process)
+
+    def _with_stats(self, start: ModelConfig | None) -> ModelConfig:
+        """The configuration with mean and standard deviation, given or measured by the main process."""
+        file = self.recipe.folder / _STATS_FILE
+        stats = self.recipe.data.norm_stats
+        if stats is None:
+            if self.accelerator.is_main_process:
+                measured = measure_stats(self.data.dataset)
+                file.write_text(json.dumps(measured))
+            self.accelerator.wait_for_everyone()
+            mean, std = json.loads(file.read_text())
+            stats = (mean, std)
+        return self.recipe.model_config(start, stats)
+
+    def _total_steps(self) -> int:
+        training, files = self.recipe.training, self.data.clips_per_epoch
+        if training.steps is not None:
+            return training.steps
+        if files is None:
+            raise ConfigError("training.epochs cannot be counted with tar shards; give training.steps.")
+        return max(1, round(float(training.epochs or 0) * files / training.effective_batch))
+
+    def _announce(self) -> None:
+        objective = self.objective
+        count = sum(p.numel() for p in objective.encoder.parameters()) / 1e6
+        print(
+            f"{self.recipe.name}: {self.recipe.objective}, encoder of {count:.1f} M parameters "
+            f"({describe_model(self.config)})\n"
+            f"{self.data.description}; mean {self.config.norm_stats[0]:.3f}, std {self.config.norm_stats[1]:.3f}\n"
+            f"{self.total} steps of {self.recipe.training.effective_batch} crops on {self.accelerator.num_processes} x "
+            f"{self.accelerator.device.type}, {self.recipe.training.precision} -> {self.recipe.folder}",
+            file=sys.stderr,
+        )
+
+    def _state(self, model: dict[str, Tensor], optimizer: dict[str, Any]) -> RunState:
+        return RunState(
+            self.step, model, optimizer, self.recipe.to_dict(), self.config, self.bad.state(), self.pending
+        )
+
+
+class _Stop:
+    """Notes SIGTERM and SIGINT, so that the loop can save and leave; a second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self.wanted = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Stop:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: object) -> None:
+        if self.wanted and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.wanted = True
+        print("stopping after this step; the run is saved", file=sys.stderr)
+
+
+def _previous(recipe: Recipe) -> RunState | None:
+    """The newest checkpoint of the run, if it has one, and is of the same recipe."""
+    file = run_state.latest(recipe.folder)
+    if file is None:
+        return None
+    state = RunState.read(file)
+    if differing := recipe.differences(state.recipe):
+        raise ConfigError(
+            f"{recipe.folder} holds a run of another recipe ({'; '.join(differing[:4])}). Give another output=, "
+            "or the recipe it was begun with."
+        )
+    return state
+
+
+def _with_clap(config: ModelConfig, objective: Objective) -> ModelConfig:
+    clap = getattr(objective, "clap", None)
+    if clap is None:
+        return config
+    return dataclasses.replace(config, clap=clap.config)
+
+
+def _is_finite(value: float) -> bool:
+    return value - value == 0

@@ -1,0 +1,335 @@
+"""A run in one YAML file: what is trained, on what, how. Unknown keys and values of the wrong type are errors.
+
+``RECIPES`` are the ones that come with the package; ``m2d-embed pretrain --list`` shows them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from m2d_embed.config import FRONT_ENDS, VIT_SIZES, ModelConfig, from_dict
+from m2d_embed.errors import ConfigError
+from m2d_embed.pretrain.datasets import DataConfig
+from m2d_embed.pretrain.masking import MaskingConfig
+from m2d_embed.pretrain.predictor import PredictorConfig
+
+RECIPES = Path(__file__).parent / "recipes"
+
+ObjectiveName = Literal["m2d", "m2d_x", "m2d_s", "m2d_as", "m2d_clap", "msm_mae", "data2vec"]
+
+#: Objectives with an additional task, described by the section `offline`.
+WITH_OFFLINE = ("m2d_x", "m2d_s", "m2d_as", "m2d_clap")
+
+#: What may differ when a run is resumed: it changes neither the data nor the steps.
+_FREE_ON_RESUME = re.compile(
+    r"about|output|license|data\.workers|training\.(micro_batch|log_every|save_every|keep)|probe\..*"
+)
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """Shape of the encoder. What is null comes from the checkpoint in ``start``, else is the published ViT-Base's.
+
+    ``size`` is tiny, small, base or large; ``embed_dim``, ``depth`` and ``num_heads`` override it. ``input_size`` and
+    ``patch_size`` are (mels, frames).
+    """
+
+    size: Literal["tiny", "small", "base", "large"] | None = None
+    embed_dim: int | None = None
+    depth: int | None = None
+    num_heads: int | None = None
+    input_size: tuple[int, int] | None = None
+    patch_size: tuple[int, int] | None = None
+    sample_rate: int | None = None
+
+    def given(self) -> dict[str, Any]:
+        """Fields of ``ModelConfig`` that this section states."""
+        stated: dict[str, Any] = {}
+        if self.size is not None:
+            stated |= dict(zip(("embed_dim", "depth", "num_heads"), VIT_SIZES[self.size], strict=True))
+        if self.sample_rate is not None:
+            if self.sample_rate not in FRONT_ENDS:
+                raise ConfigError(f"model.sample_rate: no front end for {self.sample_rate} Hz, only {[*FRONT_ENDS]}.")
+            stated |= FRONT_ENDS[self.sample_rate]
+        names = ("embed_dim", "depth", "num_heads", "input_size", "patch_size", "sample_rate")
+        stated |= {name: value for name in names if (value := getattr(self, name)) is not None}
+        return stated
+
+
+@dataclass(frozen=True)
+class StartSection:
+    """What the weights start from; fresh ones if ``model`` is empty.
+
+    ``model`` is anything that ``load_model`` takes, a full upstream ``.pth``, or a checkpoint of a run of ours.
+    ``parts`` "encoder" takes the encoder alone; "all" the predictor and the target network too, which must be there.
+    """
+
+    model: str = ""
+    parts: Literal["encoder", "all"] = "encoder"
+
+
+@dataclass(frozen=True)
+class OfflineSection:
+    """The additional task of m2d_x, m2d_s, m2d_as and m2d_clap.
+
+    ``weights`` are those of the M2D loss and of the additional one. ``teacher`` (m2d_x) is anything that ``load_model``
+    takes. ``labels`` (m2d_as) is a file with one label a line; null takes the labels that the manifest has.
+    ``text_encoder`` (m2d_clap) is a repository or folder of transformers, ``joint_dim`` the size of the common space.
+    """
+
+    weights: tuple[float, float] = (1.0, 1.0)
+    teacher: str = ""
+    labels: str | None = None
+    text_encoder: str = "thenlper/gte-base"
+    text_pooling: Literal["mean", "cls"] = "mean"
+    joint_dim: int = 768
+
+
+@dataclass(frozen=True)
+class TrainingSection:
+    """Length, batch, optimiser and bookkeeping of a run. Defaults are the published settings.
+
+    Exactly one of ``steps`` and ``epochs`` is given. ``effective_batch`` crops make one optimiser step, whatever the
+    number of devices; ``micro_batch`` of them are on a device at a time. The peak learning rate is
+    ``base_lr * effective_batch / 256``, after a warm-up over the share ``warmup`` of the run. ``ema_decay`` rises linearly
+    from its first to its second value.
+    """
+
+    steps: int | None = None
+    epochs: float | None = None
+    effective_batch: int = 2048
+    micro_batch: int = 128
+    base_lr: float = 3e-4
+    warmup: float = 20 / 300
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip_norm: float = 3.0
+    ema_decay: tuple[float, float] = (0.99995, 0.99999)
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    compile: bool = False
+    seed: int = 0
+    log_every: int = 10
+    save_every: int = 1000
+    keep: int = 3
+
+    def __post_init__(self) -> None:
+        _require((self.steps is None) != (self.epochs is None), "training needs either steps or epochs")
+        for name in ("steps", "epochs", "effective_batch", "micro_batch", "clip_norm", "log_every", "save_every", "keep"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"training.{name} must be positive, not {value}")
+        _require(self.base_lr > 0, f"training.base_lr must be positive, not {self.base_lr}")
+        _require(self.weight_decay >= 0, f"training.weight_decay must not be negative, not {self.weight_decay}")
+        _require(0 <= self.warmup < 1, f"training.warmup is a share of the run, 0 <= warmup < 1, not {self.warmup}")
+        _require(self.seed >= 0, f"training.seed must not be negative, not {self.seed}")
+        for name in ("ema_decay", "betas"):
+            inside = all(0 <= v <= 1 for v in getattr(self, name))
+            _require(inside, f"training.{name} must lie between 0 and 1, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class ProbeSection:
+    """A kNN and a linear probe every ``every`` steps, on at most ``clips`` clips of a labelled folder or CSV."""
+
+    data: str | None = None
+    every: int = 1000
+    clips: int = 500
+
+    def __post_init__(self) -> None:
+        _require(self.every > 0 and self.clips > 1, "probe.every must be positive, and probe.clips at least 2")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything about a run. ``license`` is what the model card says about the weights."""
+
+    name: str
+    objective: ObjectiveName
+    data: DataConfig
+    training: TrainingSection
+    about: str = ""
+    license: str = ""
+    output: str = ""
+    model: ModelSection = field(default_factory=ModelSection)
+    predictor: PredictorConfig = field(default_factory=PredictorConfig)
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    start: StartSection = field(default_factory=StartSection)
+    offline: OfflineSection = field(default_factory=OfflineSection)
+    probe: ProbeSection = field(default_factory=ProbeSection)
+
+    def __post_init__(self) -> None:
+        _require(re.fullmatch(r"[\w.-]+", self.name) is not None, f"name {self.name!r}: letters, digits, '.', '_', '-'")
+        teacher = self.objective == "m2d_x"
+        _require(not teacher or bool(self.offline.teacher), "objective m2d_x needs offline.teacher, a model's name")
+        _require(teacher or not self.offline.teacher, f"offline.teacher: objective {self.objective} has no teacher")
+
+    @property
+    def folder(self) -> Path:
+        """Where the run is kept; ``runs/<name>`` unless ``output`` says otherwise."""
+        return Path(self.output or f"runs/{self.name}")
+
+    def model_config(self, start: ModelConfig | None, norm_stats: tuple[float, float]) -> ModelConfig:
+        """The encoder's configuration, given that of the checkpoint it starts from.
+
+        Raises:
+            ConfigError: if the section ``model`` contradicts the checkpoint in more than the window.
+        """
+        stated = self.model.given()
+        base = start or ModelConfig()
+        for name, value in stated.items():
+            if start is not None and name != "input_size" and value != getattr(start, name):
+                raise ConfigError(
+                    f"model: {name} is {value}, but {self.start.model} has {getattr(start, name)}; "
+                    "leave it out to take the checkpoint's."
+                )
+        return dataclasses.replace(
+            base,
+            **stated,
+            name=self.name,
+            norm_stats=norm_stats,
+            head=None,
+            clap=None,
+            source=f"m2d_embed.pretrain, recipe {self.name}",
+            license=self.license,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as YAML or JSON hold them."""
+        plain: dict[str, Any] = _plain(dataclasses.asdict(self))
+        return plain
+
+    def to_yaml(self) -> str:
+        """The whole recipe, defaults included."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    def differences(self, other: dict[str, Any]) -> list[str]:
+        """What differs from the recipe another run was begun with, as ``key: theirs -> ours``; what may is left out."""
+        mine, theirs = _flatten(self.to_dict()), _flatten(other)
+        keys = [key for key in {**theirs, **mine} if not _FREE_ON_RESUME.fullmatch(key)]
+        return [f"{k}: {theirs.get(k)!r} -> {mine.get(k)!r}" for k in keys if theirs.get(k) != mine.get(k)]
+
+
+def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe and apply ``key=value`` overrides, e.g. ``training.steps=1000``.
+
+    Args:
+        name: a YAML file, or the name of a recipe that comes with the package.
+        overrides: dotted keys; values are YAML.
+
+    Raises:
+        ConfigError: if there is no such recipe, it is not YAML, or a key or value is wrong; it names the key.
+    """
+    file = _find(name)
+    content = _parse(file.read_text(encoding="utf-8"), str(file))
+    _require(isinstance(content, dict), f"{file}: a recipe is a mapping of keys to values")
+    for override in overrides:
+        _override(content, override)
+    for key, how in (("data", "data.source=FOLDER"), ("training", "training.steps=1000")):
+        _require(isinstance(content.get(key, {}), dict), f"{file}: {key} is a section, e.g. {how}")
+    if "source" not in content.setdefault("data", {}):
+        raise ConfigError(f"{file}: data.source is missing; say what to train on: data.source=FOLDER, a .csv or *.tar.")
+    try:
+        recipe: Recipe = from_dict(Recipe, content)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error
+    return recipe
+
+
+def known_recipes() -> dict[str, str]:
+    """Names of the recipes that come with the package, and what each is about."""
+    return {
+        file.stem: str(_parse(file.read_text(encoding="utf-8"), str(file)).get("about", "")).strip()
+        for file in sorted(RECIPES.glob("*.yaml"))
+    }
+
+
+def _find(name: str) -> Path:
+    file = Path(name)
+    if file.suffix in (".yaml", ".yml") or file.exists():
+        _require(file.is_file(), f"{name}: no such recipe file")
+        return file
+    packaged = RECIPES / f"{name}.yaml"
+    known = [f.stem for f in sorted(RECIPES.glob("*.yaml"))]
+    if name not in known:
+        close = difflib.get_close_matches(name, known) or known
+        raise ConfigError(f"{name!r} is neither a YAML file nor a known recipe; known: {', '.join(close)}.")
+    return packaged
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without surprises: a key given twice is an error, and 3e-4 is a number."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        for key in keys:
+            _require(isinstance(key, str), f"line {node.start_mark.line + 1}: the key {key!r} is not a word")
+            _require(keys.count(key) == 1, f"line {node.start_mark.line + 1}: the key {key!r} is there twice")
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
+
+
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
+)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _StrictLoader)  # noqa: S506  (a SafeLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not valid YAML ({' '.join(str(error).split())}).") from error
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    """Set ``a.b=value`` in nested dicts."""
+    path, equals, value = override.partition("=")
+    keys = path.split(".")
+    _require(bool(equals) and all(keys), f"{override!r}: an override is key=value, e.g. training.steps=1000")
+    known = _known_keys(Recipe)
+    if path not in known:
+        close = [k for k in known if k.rpartition(".")[2] == keys[-1]] or difflib.get_close_matches(path, known)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise ConfigError(f"{override!r}: there is no key {path!r} in a recipe{hint}")
+    inner = content
+    for key in keys[:-1]:
+        inner = inner.setdefault(key, {})
+        _require(isinstance(inner, dict), f"{override!r}: {key} is not a section in this recipe")
+    inner[keys[-1]] = _parse(value, override)
+
+
+def _known_keys(cls: type[Any], prefix: str = "") -> list[str]:
+    """Dotted keys of a config class, sections included."""
+    keys = []
+    for name, hint in typing.get_type_hints(cls).items():
+        keys.append(prefix + name)
+        if dataclasses.is_dataclass(hint):
+            keys += _known_keys(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
+    return keys
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)

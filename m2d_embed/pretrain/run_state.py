@@ -1,0 +1,114 @@
+"""What a run needs to go on where it stopped: one file a checkpoint, written whole or not at all, the last few kept.
+
+All randomness is keyed by the seed and the position in the stream of crops, so the step number stands for every random
+state.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+from m2d_embed.config import ModelConfig, from_dict
+from m2d_embed.errors import CheckpointError, ConfigError
+
+FORMAT_VERSION = 1
+_FOLDER = "checkpoints"
+_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+@dataclass
+class RunState:
+    """A run after ``step`` steps.
+
+    ``model`` and ``optimizer`` are state dicts with full names, the same whatever the number of processes; ``recipe`` is
+    the run's as plain values, ``config`` the encoder's; ``bad_files`` and ``pending`` are what the loop has counted.
+    """
+
+    step: int
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    recipe: dict[str, Any]
+    config: ModelConfig
+    bad_files: dict[str, Any] = field(default_factory=dict)
+    pending: dict[str, float] = field(default_factory=dict)
+
+    def write(self, folder: Path, keep: int) -> Path:
+        """Write ``<folder>/checkpoints/step-<step>.ckpt`` and delete all but the last ``keep``."""
+        file = folder / _FOLDER / f"step-{self.step:09d}.ckpt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        content = {
+            "format_version": FORMAT_VERSION,
+            **{name: getattr(self, name) for name in self.__dataclass_fields__ if name != "config"},
+            "config": self.config.to_json(),
+        }
+        partial = file.with_suffix(".partial")
+        with partial.open("wb") as stream:
+            torch.save(content, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(file)
+        for old in _files(folder)[:-keep]:
+            old.unlink()
+        return file
+
+    @classmethod
+    def read(cls, file: Path) -> RunState:
+        """Read a checkpoint of ours; it holds tensors and plain values, nothing else is unpickled.
+
+        Raises:
+            CheckpointError: if it is missing, damaged, or of another format.
+        """
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{file}: no such checkpoint.") from error
+        except Exception as error:  # what a damaged file raises can be anything
+            raise CheckpointError(
+                f"{file}: damaged, or not a checkpoint of m2d-embed; delete it to go on from the one before."
+            ) from error
+        version = content.pop("format_version", None) if isinstance(content, dict) else None
+        if version != FORMAT_VERSION:
+            raise CheckpointError(f"{file}: format_version {version!r}, but this release reads {FORMAT_VERSION}.")
+        return cls(**{**content, "config": _config(content["config"], file)})
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest checkpoint of a run, or None."""
+    return next(reversed(_files(folder)), None)
+
+
+def capture(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Full state dicts of a model and its optimiser, on the CPU; every process has to call it."""
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=_FULL)
+    return {name: t for name, t in model_state.items() if isinstance(t, Tensor)}, dict(optimizer_state)
+
+
+def restore(state: RunState, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put captured state dicts back; every process has to call it."""
+    options = StateDictOptions(full_state_dict=True)
+    set_state_dict(
+        model, optimizer, model_state_dict=state.model, optim_state_dict=state.optimizer, options=options
+    )
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted((folder / _FOLDER).glob("step-*.ckpt"))
+
+
+def _config(text: str, file: Path) -> ModelConfig:
+    content = json.loads(text)
+    for key in ("model_type", "format_version"):
+        content.pop(key, None)
+    try:
+        config: ModelConfig = from_dict(ModelConfig, content)
+    except ConfigError as error:
+        raise CheckpointError(f"{file}: its model configuration makes no sense ({error}).") from error
+    return config

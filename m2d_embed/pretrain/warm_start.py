@@ -1,0 +1,143 @@
+"""Where the weights of a run start: fresh, from any checkpoint of an encoder, or from a full checkpoint of pre-training.
+
+Full checkpoints are the upstream ``.pth`` files with predictor ("decoder") and target network, and our own runs'.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from m2d_embed import hub
+from m2d_embed.checkpoints import WEIGHT_FILES, load_checkpoint, read_full_state
+from m2d_embed.config import ModelConfig
+from m2d_embed.encoder import sincos_positions
+from m2d_embed.errors import CheckpointError, ConfigError
+from m2d_embed.pretrain.objectives import Objective
+from m2d_embed.pretrain.recipe import StartSection
+from m2d_embed.pretrain.run_state import RunState
+
+log = logging.getLogger("m2d_embed")
+
+#: Parts of a full upstream checkpoint -> ours; what is not listed belongs to the encoder.
+PUBLISHED_PARTS = {
+    "mask_token": "predictor.mask_token",
+    "decoder_pos_embed": "predictor.pos_embed",
+    "decoder_embed": "predictor.embed",
+    "decoder_blocks": "predictor.blocks",
+    "decoder_norm": "predictor.norm",
+    "decoder_pred": "predictor.out",
+    "target_blocks": "target.blocks",
+    "target_norm": "target.norm",
+    "offline_predictor": "offline",
+}
+_ENCODER_PARTS = ("cls_token", "pos_embed", "patch_embed", "blocks", "norm")
+
+
+@dataclass(frozen=True)
+class Start:
+    """A checkpoint to start from: its configuration, and its tensors by the names of ``Objective.state_dict()``."""
+
+    config: ModelConfig
+    tensors: dict[str, Tensor]
+    origin: str
+
+
+def read_start(section: StartSection) -> Start | None:
+    """Read the checkpoint that a recipe starts from; None for fresh weights.
+
+    Raises:
+        ModelNotFoundError: if the name leads nowhere.
+        CheckpointError: if it cannot be read, or holds no predictor where all parts are asked for.
+    """
+    if not section.model:
+        return None
+    path = Path(section.model).expanduser()
+    if path.suffix == ".ckpt":
+        state = RunState.read(path)
+        return Start(state.config, state.model, str(path))
+    location = hub.locate(section.model, [WEIGHT_FILES[torch.float32]], [], hub.HubOptions())
+    checkpoint = load_checkpoint(location)
+    tensors = {name: t for name, t in checkpoint.tensors.items() if name.startswith("encoder.")}
+    if section.parts == "all":
+        if location.release is not None:
+            raise CheckpointError(
+                f"start.model {section.model}: a release is kept without its predictor; download the .zip and give its path."
+            )
+        tensors |= our_names(read_full_state(location.path))
+    return Start(checkpoint.config, {name: t.float() for name, t in tensors.items()}, location.origin)
+
+
+def our_names(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a full upstream checkpoint by the names of ``Objective.state_dict()``; other keys are left out."""
+    renamed = {}
+    for name, tensor in published.items():
+        part, dot, rest = name.partition(".")
+        if part in PUBLISHED_PARTS:
+            renamed[PUBLISHED_PARTS[part] + dot + rest] = tensor
+        elif part in _ENCODER_PARTS:
+            renamed[f"encoder.{name}"] = tensor
+    return renamed
+
+
+def apply_start(objective: Objective, start: Start, parts: str) -> None:
+    """Load a checkpoint into an objective whose other weights are fresh.
+
+    With ``parts="encoder"`` the target network becomes a copy of the encoder. Positions of another window are rebuilt if
+    they are the fixed ones, else interpolated.
+
+    Raises:
+        CheckpointError: if tensors are missing or of another shape; it names them.
+    """
+    expected = objective.state_dict()
+    wanted = [n for n in expected if parts == "all" or n.startswith("encoder.")]
+    has_target = any(name.startswith("target.") for name in start.tensors)
+    if not has_target:
+        wanted = [n for n in wanted if not n.startswith("target.")]
+    tensors = dict(start.tensors)
+    for name in [n for n in wanted if n.endswith("pos_embed")]:
+        fixed = expected[name].cpu()
+        old_grid = start.config.grid_size
+        tensors[name] = resize_positions(tensors.get(name, fixed), old_grid, fixed, objective.encoder.grid_size)
+    problems = [f"{n} is missing" for n in wanted if n not in tensors]
+    problems += [
+        f"{n} has shape {tuple(tensors[n].shape)}, not {tuple(expected[n].shape)}"
+        for n in wanted
+        if n in tensors and tensors[n].shape != expected[n].shape
+    ]
+    if problems:
+        more = f", and {len(problems) - 4} more" if len(problems) > 4 else ""
+        hint = " Set start.parts=encoder to take the encoder alone." if parts == "all" else ""
+        raise CheckpointError(f"{start.origin}: does not fit the run: {'; '.join(problems[:4])}{more}.{hint}")
+    objective.load_state_dict({name: tensors[name] for name in wanted}, strict=False)
+    if parts == "encoder" or not has_target:
+        objective.reset_target()
+    left = sorted({name.partition(".")[0] for name in start.tensors if name not in wanted})
+    log.info("started from %s%s", start.origin, f"; left out: {', '.join(left)}" if left else "")
+
+
+def resize_positions(positions: Tensor, old_grid: tuple[int, int], fixed: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Positions (1, 1 + F * T, dim) of one grid for another.
+
+    Fixed sin-cos positions are those of the new grid, ``fixed``; others are interpolated (bicubic) over the grid.
+
+    Raises:
+        ConfigError: if the positions are not those of ``old_grid``.
+    """
+    rows, columns = old_grid
+    if positions.shape[1] != 1 + rows * columns:
+        raise ConfigError(f"{positions.shape[1]} positions do not belong to a grid of {rows} x {columns} patches")
+    is_fixed = torch.allclose(positions.float(), sincos_positions(positions.shape[2], old_grid), atol=1e-2)
+    if is_fixed and positions.shape[2] == fixed.shape[2]:
+        return fixed
+    if old_grid == grid:
+        return positions
+    image = positions[:, 1:].unflatten(1, old_grid).permute(0, 3, 1, 2)  # (1, dim, F, T)
+    resized = F.interpolate(image.float(), size=grid, mode="bicubic", align_corners=False)
+    return torch.cat([positions[:, :1], resized.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
