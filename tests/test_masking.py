@@ -1,5 +1,3 @@
-import collections
-
 import matplotlib.image
 import numpy as np
 import pytest
@@ -41,13 +39,12 @@ def runs(line):
 def test_num_visible_is_the_published_formula(num_patches):
     for ratio in RATIOS:
         expected = int(num_patches * (1 - ratio))
-        if 0 < expected:
+        if expected > 0:
             assert num_visible(num_patches, ratio) == expected
 
 
 def test_num_visible_of_the_published_settings():
     assert (num_visible(190, 0.7), num_visible(190, 0.6)) == (57, 76)
-    assert num_visible(10, 0.9) == 0 + int(10 * (1 - 0.9)) if int(10 * (1 - 0.9)) else True
 
 
 @pytest.mark.parametrize(("num_patches", "ratio"), [(1, 0.5), (3, 0.7), (19, 0.95), (0, 0.5), (95, 1e-20), (95, 0.0)])
@@ -190,12 +187,12 @@ def test_wider_filters_make_larger_patches():
 
 def test_patches_that_a_filter_makes_equal_are_hidden_at_random():
     # So wide a filter leaves whole columns equal up to rounding, of which one is hidden in part.
-    partly = collections.Counter()
+    partly = np.zeros(5)
     for visible in draws(MaskingConfig("red_noise", 0.7, sigmas=(1.0, 12.0)), (5, 19), 400):
         mixed = visible.any(axis=0) & ~visible.all(axis=0)
-        partly.update(np.flatnonzero(visible[:, mixed].any(axis=1)))
-    assert set(partly) == set(range(5))
-    assert max(partly.values()) < 1.5 * min(partly.values())
+        partly += visible[:, mixed].any(axis=1)
+    assert partly.min() > 50
+    assert partly.max() < 1.5 * partly.min()
 
 
 def test_a_filter_that_leaves_nothing_is_an_error():
@@ -226,20 +223,16 @@ def test_bad_settings_are_named(fields, message):
         MaskingConfig(**fields)
 
 
-def colours_of(file):
-    """Pixels of a PNG by colour, the commonest first."""
-    pixels = (matplotlib.image.imread(file)[..., :3] * 255).round().astype(int).reshape(-1, 3)
-    values, counts = np.unique(pixels, axis=0, return_counts=True)
-    return {tuple(map(int, values[i])): int(counts[i]) for i in np.argsort(-counts)}
+def count_pixels(file, colour):
+    pixels = (matplotlib.image.imread(file)[..., :3] * 255).round()
+    return (pixels == colour).all(axis=-1).sum()
 
 
 def test_sheet_shows_the_share_of_visible_patches(tmp_path):
     for ratio, file in [(0.7, tmp_path / "a.png"), (0.3, tmp_path / "b.PNG")]:
         draw_sheet(file, (5, 19), ratio, examples=3)
-        colours = colours_of(file)
-        visible, masked = colours[0xFF, 0xC5, 0x3D], colours[0x20, 0x30, 0x4F]
-        share = num_visible(95, ratio) / 95
-        assert visible / (visible + masked) == pytest.approx(share, abs=0.02)
+        visible, masked = count_pixels(file, (0xFF, 0xC5, 0x3D)), count_pixels(file, (0x20, 0x30, 0x4F))
+        assert visible / (visible + masked) == pytest.approx(num_visible(95, ratio) / 95, abs=0.02)
 
 
 def test_sheet_depends_on_the_seed_alone(tmp_path):

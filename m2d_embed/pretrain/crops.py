@@ -118,7 +118,8 @@ def _read(sound: soundfile.SoundFile, start: int, stop: int, name: str) -> Sampl
         missing = stop - start - len(block)
         raise AudioError(f"{name}: truncated, {missing} samples fewer than its header promises.")
     mono = block[:, 0] if block.shape[1] == 1 else block.mean(axis=1)
-    return next(checked_blocks(iter([mono]), f"{name}, from sample {start} on" if start else name))
+    (checked,) = checked_blocks(iter([mono]), f"{name}, from sample {start} on" if start else name)
+    return checked
 
 
 def _resample(samples: Samples, rate: int, sample_rate: int) -> Samples:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -87,6 +88,7 @@ class _Run:
     def __init__(self, recipe: Recipe, stop: _Stop):
         self.recipe = recipe
         self.stop = stop
+        AcceleratorState._reset_state()  # else a second run in one process keeps the precision of the first
         self.accelerator = Accelerator(
             mixed_precision=_PRECISION[recipe.training.precision],
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],

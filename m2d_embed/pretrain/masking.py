@@ -191,15 +191,14 @@ def _filter(strategy: Strategy, grid: Grid, sigmas: tuple[float, float]) -> npt.
     mel, time = np.fft.fftfreq(grid[0]), np.fft.rfftfreq(grid[1])  # cycles per patch
     squared = mel[:, None] ** 2 + time**2
     narrow, wide = (np.exp(-2 * (math.pi * sigma) ** 2 * squared) for sigma in sigmas)  # transforms of the Gaussians
-    gains = {
-        "red_noise": wide,
-        "green_noise": narrow - wide,
-        "blue_noise": 1 - narrow,
-        "purple_noise": 1 - (narrow - wide),
-    }
+    tiny = np.finfo(np.float32).tiny
+    middle = (narrow - wide) / max((narrow - wide).max(), tiny)  # peak 1, so that purple has a gap and not a dent
+    gains = {"red_noise": wide, "green_noise": middle, "blue_noise": 1 - narrow, "purple_noise": 1 - middle}
     gain = gains[strategy]
     gain[0, 0] = 0  # the mean has no part in which values are largest
-    if gain.max() < np.finfo(np.float32).tiny:
-        raise ConfigError(f"sigmas {sigmas} leave nothing of {strategy} on a grid of {grid} patches; change them.")
+    if gain.max() < tiny:
+        raise ConfigError(
+            f"sigmas {sigmas} leave nothing of {strategy} on a grid of {grid} patches; change them or the strategy."
+        )
     normalised: npt.NDArray[np.float64] = gain / gain.max() + _TIE_BREAK
     return normalised

@@ -187,7 +187,7 @@ class Recipe:
         for name, value in stated.items():
             if start is not None and name != "input_size" and value != getattr(start, name):
                 raise ConfigError(
-                    f"model: {name} is {value}, but {self.start.model} has {getattr(start, name)}; "
+                    f"model: {name} is {value}, but {start.name or self.start.model} has {getattr(start, name)}; "
                     "leave it out to take the checkpoint's."
                 )
         return dataclasses.replace(

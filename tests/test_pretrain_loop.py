@@ -1,0 +1,484 @@
+"""Runs from a recipe to an exported model: resuming, several processes, stops, bad data, warm starts."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import yaml
+
+import m2d_embed
+from conftest import WORDS
+from m2d_embed.errors import AudioError, CheckpointError, ConfigError, TrainingError
+from m2d_embed.pretrain import loop, run_state
+from m2d_embed.pretrain.inputs import Inputs
+from m2d_embed.pretrain.loop import pretrain
+from m2d_embed.pretrain.recipe import load_recipe
+from m2d_embed.pretrain.run_state import RunState
+from m2d_embed.pretrain.warm_start import PUBLISHED_PARTS
+
+RATE = 16_000
+TINY_RUN = {
+    "name": "tiny-run",
+    "objective": "m2d",
+    "model": {"embed_dim": 32, "depth": 2, "num_heads": 2, "input_size": [80, 64], "patch_size": [16, 16]},
+    "predictor": {"dim": 16, "depth": 1, "num_heads": 2},
+    "data": {"norm_crops": 8, "workers": 0},
+    "training": {
+        "steps": 6,
+        "effective_batch": 4,
+        "micro_batch": 4,
+        "base_lr": 0.02,
+        "ema_decay": [0.9, 0.99],
+        "precision": "fp32",
+        "log_every": 1,
+        "save_every": 100,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory):
+    """Twenty clips of a second and more, each a tone in noise."""
+    folder = tmp_path_factory.mktemp("sounds")
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        t = np.arange(RATE + 200 * i) / RATE
+        tone = 0.3 * np.sin(2 * np.pi * (200 + 150 * i) * t) + 0.05 * rng.standard_normal(len(t))
+        soundfile.write(folder / f"tone{i:02d}.wav", tone.astype(np.float32), RATE)
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path, sounds):
+    """``recipe("training.steps=3", ...)``: the tiny run with overrides."""
+
+    def make(*overrides, output="run"):
+        file = tmp_path / "tiny-run.yaml"
+        file.write_text(yaml.safe_dump(TINY_RUN))
+        return load_recipe(str(file), [f"data.source={sounds}", f"output={tmp_path / output}", *overrides])
+
+    return make
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def stop_at(monkeypatch, step):
+    """Have the run see a stop signal once it has taken ``step`` steps."""
+    original = loop._Run._step
+
+    def stepping(self, batches):
+        values = original(self, batches)
+        self.stop.wanted = self.step + 1 >= step
+        return values
+
+    monkeypatch.setattr(loop._Run, "_step", stepping)
+
+
+def final_state(folder):
+    return RunState.read(run_state.latest(Path(folder)))
+
+
+# --- a whole run -------------------------------------------------------------------------------------------------
+
+
+def test_a_run_learns_and_exports_a_model(recipe, tmp_path, sounds, capsys):
+    run = recipe("training.steps=40")
+    exported = pretrain(run)
+    curve = losses(run.folder)
+    assert len(curve) == 40
+    assert np.mean(curve[-5:]) < np.mean(curve[:5]) - 0.2
+    model = m2d_embed.load_model(str(exported))
+    assert model.config.name == "tiny-run"
+    assert model.encode([str(sounds / "tone00.wav")]).shape == (1, 5 * 32)
+    state = final_state(run.folder)
+    for name, tensor in model.encoder.state_dict().items():
+        assert torch.equal(tensor, state.model[f"encoder.{name}"])
+    mean, std = model.config.norm_stats
+    assert -12 < mean < -3
+    assert 1 < std < 8
+    card = (exported / "README.md").read_text()
+    for said in ("40 steps of 4 crops", "160 crops", "20 files", "m2d", "loss.png", "base_lr: 0.02", f"{mean:.4f}"):
+        assert said in card, said
+    assert (exported / "loss.png").stat().st_size > 5000
+    assert (exported / "model.bf16.safetensors").exists()
+    assert (run.folder / "recipe.yaml").exists()
+    assert list((run.folder / "tensorboard").iterdir())
+    row = json.loads((run.folder / "log.jsonl").read_text().splitlines()[-1])
+    for key in ("lr", "ema_decay", "grad_norm", "target_variance", "target_rank", "data_share", "clips_per_second"):
+        assert np.isfinite(row[key]), key
+
+
+def test_a_finished_run_is_left_as_it_is(recipe):
+    run = recipe("training.steps=3")
+    pretrain(run)
+    before = (run.folder / "log.jsonl").read_text()
+    pretrain(run)
+    assert (run.folder / "log.jsonl").read_text() == before
+
+
+OFFLINE = ("m2d_s", "m2d_as", "m2d_clap")
+
+
+@pytest.fixture
+def manifest(tmp_path, sounds):
+    """The same clips with labels, captions and precomputed features."""
+    rows = ["file,labels,caption,features"]
+    for i, file in enumerate(sorted(sounds.iterdir())):
+        features = tmp_path / f"{file.stem}.npy"
+        np.save(features, np.random.default_rng(i).standard_normal((60, 12)).astype(np.float32))
+        rows.append(f"{file},{'low' if i < 10 else 'high;odd'},{WORDS[5]} {WORDS[6 + i % 3]},{features}")
+    (tmp_path / "manifest.csv").write_text("\n".join(rows))
+    return tmp_path / "manifest.csv"
+
+
+@pytest.fixture
+def options(manifest, bert, recipe):
+    """Overrides that an objective needs."""
+
+    def make(objective):
+        if objective == "m2d_x":
+            teacher = recipe("training.steps=1", output="teacher")
+            pretrain(teacher)
+            return [f"offline.teacher={teacher.folder / 'export'}", f"data.noise={manifest}"]
+        extra = [f"data.source={manifest}"] if objective in OFFLINE else []
+        return [*extra, f"offline.text_encoder={bert}", "offline.joint_dim=24"] if objective == "m2d_clap" else extra
+
+    return make
+
+
+@pytest.mark.parametrize("objective", ["m2d", "data2vec", "msm_mae", "m2d_x", "m2d_s", "m2d_as", "m2d_clap"])
+def test_resuming_changes_nothing(objective, recipe, options, monkeypatch):
+    extra = [f"objective={objective}", *options(objective)]
+    whole, broken = recipe(*extra, output="whole"), recipe(*extra, output="broken")
+    assert pretrain(whole) is not None
+    with monkeypatch.context() as patched:
+        stop_at(patched, 4)
+        assert pretrain(broken) is None
+    assert final_state(broken.folder).step == 4
+    assert pretrain(broken) is not None
+    assert losses(broken.folder) == losses(whole.folder)
+    assert len(losses(whole.folder)) == 6
+    first, second = final_state(whole.folder), final_state(broken.folder)
+    assert first.model.keys() == second.model.keys()
+    assert all(torch.equal(first.model[name], second.model[name]) for name in first.model)
+    assert m2d_embed.load_model(str(broken.folder / "export")).encoder is not None
+
+
+def test_export_of_clap_has_its_projections(recipe, options):
+    exported = pretrain(recipe("objective=m2d_clap", *options("m2d_clap"), "training.steps=2"))
+    model = m2d_embed.load_model(str(exported))
+    assert model.encode_audio_clap(torch.randn(1, RATE)).shape == (1, 24)
+    assert model.encode_text(["a dog"]).shape == (1, 24)
+
+
+def test_accumulated_micro_batches_are_one_batch(recipe):
+    at_once, pieces = recipe(output="once"), recipe("training.micro_batch=2", output="pieces")
+    pretrain(at_once)
+    pretrain(pieces)
+    assert losses(pieces.folder) == pytest.approx(losses(at_once.folder), abs=1e-5)
+
+
+def test_workers_change_nothing(recipe):
+    none, two = recipe(output="none"), recipe("data.workers=2", output="two")
+    pretrain(none)
+    pretrain(two)
+    assert losses(two.folder) == losses(none.folder)
+
+
+def test_log_lines_average_the_steps_between_them_across_a_stop(recipe, monkeypatch):
+    fine, coarse = recipe(output="fine"), recipe("training.log_every=3", output="coarse")
+    pretrain(fine)
+    with monkeypatch.context() as patched:
+        stop_at(patched, 2)
+        pretrain(coarse)
+    pretrain(coarse)
+    each = losses(fine.folder)
+    assert losses(coarse.folder) == pytest.approx([np.mean(each[:3]), np.mean(each[3:])])
+
+
+def test_bf16_follows_float32(recipe):
+    exact, half = recipe(output="exact"), recipe("training.precision=bf16", output="half")
+    pretrain(exact)
+    pretrain(half)
+    assert losses(half.folder) == pytest.approx(losses(exact.folder), abs=0.03)
+    assert losses(half.folder) != losses(exact.folder)
+    weights = final_state(half.folder).model
+    assert all(t.dtype == torch.float32 for t in weights.values())
+
+
+def test_cache_gives_nearly_the_same_run(recipe, tmp_path):
+    direct, cached = recipe(output="direct"), recipe(f"data.cache={tmp_path / 'cache'}", output="cached")
+    pretrain(direct)
+    pretrain(cached)
+    assert losses(cached.folder)[0] == pytest.approx(losses(direct.folder)[0], abs=0.1)
+
+
+# --- several processes -------------------------------------------------------------------------------------------
+
+
+def command(recipe_file, *overrides, processes=1):
+    python = [sys.executable, "-m"]
+    if processes > 1:
+        python += ["torch.distributed.run", "--nproc-per-node", str(processes)]
+        python += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m"]
+    return [*python, "m2d_embed", "pretrain", str(recipe_file), *overrides]
+
+
+def launch(arguments, **popen):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.Popen(
+        arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen
+    )
+
+
+@pytest.mark.parametrize("objective", ["m2d", "m2d_clap"])
+def test_two_processes_are_as_one(objective, recipe, tmp_path, options):
+    extra = [f"objective={objective}", *options(objective)]
+    alone = recipe(*extra, output="alone")
+    pretrain(alone)
+    source = [] if any(e.startswith("data.source") for e in extra) else [f"data.source={alone.data.source}"]
+    arguments = [*source, *extra, "training.micro_batch=2", f"output={tmp_path / 'two'}"]
+    process = launch(command(tmp_path / "tiny-run.yaml", *arguments, processes=2))
+    _, errors = process.communicate(timeout=180)
+    assert process.returncode == 0, errors
+    assert losses(tmp_path / "two") == pytest.approx(losses(alone.folder), abs=1e-5)
+
+
+def test_two_processes_resume_exactly(recipe, tmp_path, sounds):
+    recipe()  # writes the file
+    arguments = [f"data.source={sounds}", "training.micro_batch=2", "training.save_every=3", "training.keep=9"]
+    for name in ("whole", "broken"):
+        process = launch(command(tmp_path / "tiny-run.yaml", *arguments, f"output={tmp_path / name}", processes=2))
+        _, errors = process.communicate(timeout=180)
+        assert process.returncode == 0, errors
+    after = losses(tmp_path / "broken")
+    # As if it had been killed some time after step 3.
+    (tmp_path / "broken" / "checkpoints" / "step-000000006.ckpt").unlink()
+    process = launch(command(tmp_path / "tiny-run.yaml", *arguments, f"output={tmp_path / 'broken'}", processes=2))
+    _, errors = process.communicate(timeout=180)
+    assert process.returncode == 0, errors
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole") == after
+    first, second = final_state(tmp_path / "whole"), final_state(tmp_path / "broken")
+    assert all(torch.equal(first.model[name], second.model[name]) for name in first.model)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_well(number, recipe, tmp_path, sounds):
+    recipe()
+    arguments = [f"data.source={sounds}", "data.workers=1", "training.steps=100000", f"output={tmp_path / 'run'}"]
+    process = launch(command(tmp_path / "tiny-run.yaml", *arguments), start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not ((tmp_path / "run" / "log.jsonl").exists() and losses(tmp_path / "run")):
+        assert time.monotonic() < deadline, process.communicate()
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "give the same command again" in output
+    assert "Traceback" not in errors
+    state = final_state(tmp_path / "run")
+    assert state.step == len(losses(tmp_path / "run")) > 0
+
+
+# --- what goes wrong ---------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_its_files(recipe, monkeypatch, sounds):
+    run = recipe("training.log_every=2")
+    original = Inputs.forward
+    calls = []
+
+    def forward(self, batch):
+        example = original(self, batch)
+        calls.append(batch.names)
+        if len(calls) == 4:
+            example.log_mel[2] = torch.nan
+        return example
+
+    monkeypatch.setattr(Inputs, "forward", forward)
+    with pytest.raises(TrainingError, match="step 3: loss is nan") as caught:
+        pretrain(run)
+    assert all(name in str(caught.value) for name in calls[3])
+    state = final_state(run.folder)
+    assert state.step == 3
+    assert all(torch.isfinite(t).all() for t in state.model.values())
+    assert pretrain(run) is not None  # the file was repaired: it goes on
+
+
+def test_one_bad_file_in_a_hundred_is_named_and_skipped(recipe, sounds, tmp_path, capsys):
+    rows = ["file", *[str(f) for f in sorted(sounds.iterdir())] * 10, str(tmp_path / "gone.wav")]
+    (tmp_path / "list.csv").write_text("\n".join(rows))
+    run = recipe(f"data.source={tmp_path / 'list.csv'}", "training.epochs=1", "training.steps=null")
+    assert pretrain(run) is not None
+    assert "gone.wav" in capsys.readouterr().err
+    assert "gone.wav" in str(final_state(run.folder).bad_files)
+
+
+def test_more_bad_files_end_the_run(recipe, sounds, tmp_path):
+    (tmp_path / "list.csv").write_text("\n".join(["file", *map(str, sorted(sounds.iterdir())), "gone.wav"]))
+    run = recipe(f"data.source={tmp_path / 'list.csv'}", "training.epochs=3", "training.steps=null")
+    with pytest.raises(AudioError, match="gone.wav"):
+        pretrain(run)
+
+
+def test_another_recipe_does_not_go_on_with_a_run(recipe):
+    pretrain(recipe("training.steps=2"))
+    with pytest.raises(ConfigError, match=r"training\.steps: 2 -> 6.*output="):
+        pretrain(recipe())
+
+
+def test_a_damaged_checkpoint_is_named(recipe):
+    run = recipe("training.steps=2")
+    pretrain(run)
+    file = run_state.latest(run.folder)
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=r"step-000000002\.ckpt: damaged"):
+        pretrain(run)
+
+
+def test_the_last_checkpoints_are_kept(recipe):
+    run = recipe("training.save_every=1", "training.keep=2")
+    pretrain(run)
+    assert sorted(f.name for f in (run.folder / "checkpoints").iterdir()) == [
+        "step-000000005.ckpt",
+        "step-000000006.ckpt",
+    ]
+
+
+def test_batch_that_does_not_divide(recipe):
+    with pytest.raises(ConfigError, match="effective_batch 4 is not a multiple of training.micro_batch 3"):
+        pretrain(recipe("training.micro_batch=3"))
+
+
+def test_objectives_say_what_the_manifest_lacks(recipe, sounds):
+    with pytest.raises(ConfigError, match="labels"):
+        pretrain(recipe("objective=m2d_as"))
+    with pytest.raises(ConfigError, match="features"):
+        pretrain(recipe("objective=m2d_s"))
+    with pytest.raises(ConfigError, match="caption"):
+        pretrain(recipe("objective=m2d_clap"))
+
+
+def test_export_without_a_checkpoint(recipe):
+    with pytest.raises(ConfigError, match="no checkpoint to export"):
+        loop.export_latest(recipe())
+
+
+def test_export_of_a_stopped_run(recipe, monkeypatch):
+    run = recipe()
+    stop_at(monkeypatch, 3)
+    assert pretrain(run) is None
+    exported = loop.export_latest(run)
+    assert "3 steps of 4 crops" in (exported / "README.md").read_text()
+    assert m2d_embed.load_model(str(exported)).config.embed_dim == 32
+
+
+# --- probes ------------------------------------------------------------------------------------------------------
+
+
+def test_probes_are_logged(recipe, sounds, tmp_path):
+    for i, file in enumerate(sorted(sounds.iterdir())):
+        label = tmp_path / "labelled" / ("low" if i < 10 else "high")
+        label.mkdir(parents=True, exist_ok=True)
+        (label / file.name).symlink_to(file)
+    run = recipe(f"probe.data={tmp_path / 'labelled'}", "probe.every=4")
+    pretrain(run)
+    rows = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
+    assert [i + 1 for i, row in enumerate(rows) if "probe/linear" in row] == [4, 6]
+    assert rows[-1]["probe/linear"] > 0.7
+    assert 0 <= rows[-1]["probe/knn"] <= 1
+    quiet = recipe(output="quiet")
+    pretrain(quiet)
+    assert losses(run.folder) == losses(quiet.folder)  # looking on changes nothing
+
+
+# --- warm starts -------------------------------------------------------------------------------------------------
+
+
+def test_starting_from_an_exported_model_of_another_window(recipe):
+    first = recipe("training.steps=3", output="first")
+    exported = pretrain(first)
+    second = recipe(
+        f"start.model={exported}", "model={input_size: [80, 96]}", "training.steps=1", "training.base_lr=1e-12",
+        output="second",
+    )
+    pretrain(second)
+    before, after = final_state(first.folder), final_state(second.folder)
+    assert after.config.grid_size == (5, 6)
+    for name in before.model:
+        if name.startswith("encoder.") and "pos_embed" not in name:
+            torch.testing.assert_close(after.model[name], before.model[name], rtol=0, atol=1e-6)
+    assert after.model["encoder.pos_embed"].shape[1] == 1 + 30
+    target = after.model["target.blocks.0.mlp.fc1.weight"]
+    torch.testing.assert_close(target, before.model["encoder.blocks.0.mlp.fc1.weight"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["published", "own"])
+def test_starting_from_a_full_checkpoint(recipe, tmp_path, kind):
+    first = recipe("training.steps=3", "model={size: tiny, input_size: [80, 64]}", output="first")
+    pretrain(first)
+    state = final_state(first.folder)
+    if kind == "published":
+        names = {ours: theirs for theirs, ours in PUBLISHED_PARTS.items()}
+
+        def published(name):
+            for ours, theirs in names.items():
+                if name == ours or name.startswith(ours + "."):
+                    return theirs + name.removeprefix(ours)
+            return name.removeprefix("encoder.")
+
+        folder = tmp_path / "m2d_vit_tiny-80x64p16x16-test"
+        folder.mkdir()
+        file = folder / "checkpoint.pth"
+        torch.save({"model": {published(name): tensor for name, tensor in state.model.items()}}, file)
+    else:
+        file = run_state.latest(first.folder)
+    second = recipe(
+        f"start={{model: {file}, parts: all}}", "model={}", "training.steps=1", "training.base_lr=1e-12",
+        "training.ema_decay=[1, 1]", output="second",
+    )
+    pretrain(second)
+    after = final_state(second.folder)
+    assert after.model.keys() == state.model.keys()
+    for name, tensor in state.model.items():
+        torch.testing.assert_close(after.model[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_a_start_that_does_not_fit_is_named(recipe):
+    exported = pretrain(recipe("training.steps=1", output="first"))
+    with pytest.raises(ConfigError, match="depth is 3, but tiny-run has 2"):
+        pretrain(recipe(f"start.model={exported}", "model.depth=3", output="a"))
+    with pytest.raises(CheckpointError, match="encoder alone"):
+        pretrain(recipe(f"start={{model: {exported}, parts: all}}", output="b"))
+    ours = run_state.latest(exported.parent)
+    with pytest.raises(CheckpointError, match=r"predictor\.mask_token has shape .*start\.parts=encoder"):
+        pretrain(recipe(f"start={{model: {ours}, parts: all}}", "predictor.dim=24", output="c"))
+
+
+# --- the command line --------------------------------------------------------------------------------------------
+
+
+def test_command_line(recipe, tmp_path, sounds):
+    recipe()
+    file = tmp_path / "tiny-run.yaml"
+    process = launch(command(file, f"data.source={sounds}", "training.steps=2", f"output={tmp_path / 'run'}"))
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert output.strip() == str(tmp_path / "run" / "export")
+    assert "2 steps of 4 crops" in errors
+    process = launch(command(file, f"data.source={sounds}", "training.stepz=2"))
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "training.stepz" in errors
+    assert "Traceback" not in errors
