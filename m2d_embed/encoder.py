@@ -54,9 +54,21 @@ class Attention(nn.Module):
         batch, tokens, dim = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, dim // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, tokens, head_dim)
-        x = F.scaled_dot_product_attention(q, k, v)
+        x = attend(q, k, v)
         x = self.proj(x.transpose(1, 2).reshape(batch, tokens, dim))
         return x
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """``softmax(q k^T / sqrt(head_dim)) v`` of (B, heads, tokens, head_dim) each.
+
+    PyTorch's fused kernel, but for training in bfloat16 on a CPU, where its backward pass takes three times as long as
+    matrix products do (``benchmarks/training.py``).
+    """
+    if not (q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled()):
+        return F.scaled_dot_product_attention(q, k, v)
+    scores = (q * float(q.shape[-1] ** -0.5)) @ k.transpose(-1, -2)  # (B, heads, tokens, tokens)
+    return scores.softmax(dim=-1) @ v
 
 
 class Mlp(nn.Module):

@@ -86,12 +86,15 @@ def test_a_file_that_turns_out_bad_late_leaves_no_frames(tmp_path, items):
     samples = 0.1 * np.random.default_rng(0).standard_normal(600_000).astype(np.float32)
     samples[-1] = np.nan
     soundfile.write(tmp_path / "late.wav", samples, 16_000, subtype="FLOAT")
-    cache = build_cache(tmp_path / "cache", [items[0], Item(tmp_path / "late.wav"), items[1]], TINY, workers=0)
-    assert list(cache.unreadable) == [str(tmp_path / "late.wav")]
+    late = Item(tmp_path / "late.wav")
+    cache = build_cache(tmp_path / "cache", [items[0], late, items[1], late], TINY, workers=0)
+    assert list(cache.unreadable) == [str(late.file)]
     crop = cache.crop(2, 10**6, np.random.default_rng(0))
     np.testing.assert_allclose(crop.log_mel, log_mel_of(items[1].file), atol=0.01)
     frames = sum(log_mel_of(item.file).shape[1] for item in items[:2])
-    assert np.load(tmp_path / "cache" / "part-00000.npy").shape == (frames, 80)
+    part = tmp_path / "cache" / "part-00000.npy"
+    assert np.load(part).shape == (frames, 80)
+    assert part.stat().st_size == 128 + frames * 80 * 2
 
 
 def test_workers_build_the_same_cache(tmp_path, items):

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ORACLE, OracleCase
 
 from m2d_embed.config import ClapConfig, ModelConfig
 from m2d_embed.encoder import sincos_positions
@@ -13,7 +14,6 @@ from m2d_embed.pretrain import objectives
 from m2d_embed.pretrain.objectives import Example
 from m2d_embed.pretrain.predictor import PredictorConfig
 from m2d_embed.pretrain.warm_start import our_names
-from conftest import ORACLE, OracleCase
 
 PRETRAIN = ORACLE / "pretrain"
 CASES = sorted(p.name for p in PRETRAIN.iterdir()) if PRETRAIN.exists() else []
@@ -225,7 +225,9 @@ def test_columns_are_put_back_in_place():
 
 def test_cosine_loss_is_zero_for_any_scale_and_shift_of_the_target():
     target = torch.randn(3, 5, 64)
-    assert float(objectives.cosine_loss(objectives.standardize(target) * 7, target * 3 + 2)) == pytest.approx(0, abs=1e-4)
+    assert float(objectives.cosine_loss(objectives.standardize(target) * 7, target * 3 + 2)) == pytest.approx(
+        0, abs=1e-4
+    )
     assert float(objectives.cosine_loss(-objectives.standardize(target), target)) == pytest.approx(4, abs=1e-4)
 
 

@@ -128,7 +128,11 @@ def test_real_clips():
 def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "text.wav").write_text("not audio")
     (tmp_path / "empty.wav").write_bytes(b"")
-    for name, message in (("text", "not audio that can be read"), ("empty", "the file is empty"), ("no", "no such file")):
+    for name, message in (
+        ("text", "not audio that can be read"),
+        ("empty", "the file is empty"),
+        ("no", "no such file"),
+    ):
         with pytest.raises(AudioError, match=rf"{name}\.wav: {message}"):
             crop_at(tmp_path / f"{name}.wav", 0)
     with pytest.raises(AudioError, match=r"a\.tar:7: not audio"):
@@ -159,7 +163,9 @@ def test_samples_that_are_not_finite(tmp_path):
 
 
 def test_a_file_without_samples(tmp_path):
-    header = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 36, b"WAVE", b"fmt ", 16, 1, 1, RATE, 2 * RATE, 2, 16, b"data", 0)
+    header = struct.pack(
+        "<4sI4s4sIHHIIHH4sI", b"RIFF", 36, b"WAVE", b"fmt ", 16, 1, 1, RATE, 2 * RATE, 2, 16, b"data", 0
+    )
     (tmp_path / "none.wav").write_bytes(header)
     with pytest.raises(AudioError, match="the clip is empty"):
         crop_at(tmp_path / "none.wav", 0)

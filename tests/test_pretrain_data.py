@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,7 @@ def corpus(tmp_path_factory) -> Path:
 def noises(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("noises")
     for number in range(3):
-        soundfile.write(folder / f"{number}.wav", np.full(4_000 + 9_000 * number, 0.1 * number), RATE, subtype="FLOAT")
+        soundfile.write(folder / f"{number}.wav", np.full(4_000 + 9_000 * number, 0.1 * number + 0.1), RATE, subtype="FLOAT")
     return folder
 
 
@@ -188,7 +189,7 @@ def test_noise_comes_with_every_clip(corpus, noises):
     assert batch.noise_audio.shape == batch.audio.shape
     levels = batch.noise_audio[:, 0]
     assert torch.equal(batch.noise_audio, levels[:, None].expand(-1, WINDOW))  # repeated, whatever short clips are
-    assert {round(level, 4) for level in levels.tolist()} == {0.0, 0.1, 0.2}
+    assert {round(level, 4) for level in levels.tolist()} == {0.1, 0.2, 0.3}
     plain = take(open_crops(corpus, short_clips="pad"), 1, 26, workers=0)[0]
     assert torch.equal(plain.audio, batch.audio)  # noise draws from numbers of its own
 
@@ -263,7 +264,7 @@ def test_features_of_another_size(corpus, tmp_path):
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (np.array([{"a": 1}], dtype=object), "cannot be read .*allow_pickle"),
+        (np.array([{"a": 1}], dtype=object), "cannot be read .*Python objects"),
         (np.zeros(5, np.float32), "shape .frames, values"),
         (np.zeros((5, 2), np.int64), "floating-point"),
         (np.zeros((0, 2), np.float32), "floating-point"),
@@ -276,15 +277,7 @@ def test_features_that_cannot_be_used(corpus, tmp_path, array, message):
     batch = take(open_crops(source, features=True), 1, 13, workers=0)[0]
     assert list(batch.bad) == [str(corpus / "05.wav")]
     assert str(tmp_path / "5.npy") in batch.bad[str(corpus / "05.wav")]
-    with pytest.raises(AssertionError):
-        assert_message(batch.bad, "something else")
-    assert_message(batch.bad, message)
-
-
-def assert_message(bad: dict[str, str], pattern: str) -> None:
-    import re
-
-    assert re.search(pattern, *bad.values()), bad
+    assert re.search(message, batch.bad[str(corpus / "05.wav")])
 
 
 def test_a_batch_moves(corpus, noises):
@@ -359,7 +352,7 @@ def test_bad_files_are_replaced_and_named(spoilt, tmp_path, cached):
     batch = take(dataset, 1, 15, workers=0)[0]
     assert len(batch) == 15
     assert {Path(name).name: reason for name, reason in batch.bad.items()} == {
-        "broken.wav": f"{spoilt.parent / 'broken.wav'}: not audio that can be read (Format not recognised).",
+        "broken.wav": f"{spoilt.parent / 'broken.wav'}: not audio that can be read (Format not recognised.).",
         "gone.wav": f"{spoilt.parent / 'gone.wav'}: no such file.",
     }
     assert not {Path(name).name for name in batch.names} & {"broken.wav", "gone.wav"}

@@ -13,9 +13,9 @@ import pytest
 import soundfile
 import torch
 import yaml
+from conftest import WORDS
 
 import m2d_embed
-from conftest import WORDS
 from m2d_embed.errors import AudioError, CheckpointError, ConfigError, TrainingError
 from m2d_embed.pretrain import loop, run_state
 from m2d_embed.pretrain.inputs import Inputs
@@ -328,7 +328,7 @@ def test_one_bad_file_in_a_hundred_is_named_and_skipped(recipe, sounds, tmp_path
 def test_more_bad_files_end_the_run(recipe, sounds, tmp_path):
     (tmp_path / "list.csv").write_text("\n".join(["file", *map(str, sorted(sounds.iterdir())), "gone.wav"]))
     run = recipe(f"data.source={tmp_path / 'list.csv'}", "training.epochs=3", "training.steps=null")
-    with pytest.raises(AudioError, match="gone.wav"):
+    with pytest.raises(AudioError, match=r"gone\.wav"):
         pretrain(run)
 
 
@@ -357,7 +357,7 @@ def test_the_last_checkpoints_are_kept(recipe):
 
 
 def test_batch_that_does_not_divide(recipe):
-    with pytest.raises(ConfigError, match="effective_batch 4 is not a multiple of training.micro_batch 3"):
+    with pytest.raises(ConfigError, match=r"effective_batch 4 is not a multiple of training\.micro_batch 3"):
         pretrain(recipe("training.micro_batch=3"))
 
 
@@ -410,7 +410,10 @@ def test_starting_from_an_exported_model_of_another_window(recipe):
     first = recipe("training.steps=3", output="first")
     exported = pretrain(first)
     second = recipe(
-        f"start.model={exported}", "model={input_size: [80, 96]}", "training.steps=1", "training.base_lr=1e-12",
+        f"start.model={exported}",
+        "model={input_size: [80, 96]}",
+        "training.steps=1",
+        "training.base_lr=1e-12",
         output="second",
     )
     pretrain(second)
@@ -445,8 +448,12 @@ def test_starting_from_a_full_checkpoint(recipe, tmp_path, kind):
     else:
         file = run_state.latest(first.folder)
     second = recipe(
-        f"start={{model: {file}, parts: all}}", "model={}", "training.steps=1", "training.base_lr=1e-12",
-        "training.ema_decay=[1, 1]", output="second",
+        f"start={{model: {file}, parts: all}}",
+        "model={}",
+        "training.steps=1",
+        "training.base_lr=1e-12",
+        "training.ema_decay=[1, 1]",
+        output="second",
     )
     pretrain(second)
     after = final_state(second.folder)

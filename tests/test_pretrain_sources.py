@@ -102,7 +102,9 @@ def test_a_manifest_that_is_missing_or_not_text(tmp_path):
         read_source(str(tmp_path / "latin.csv"))
 
 
-@pytest.mark.parametrize("name", ["a.tar", "d/x-{000..010}.tar", "*.TAR", "b.tar.gz", "https://x.org/a.tar?x=1", "a b.tar"])
+@pytest.mark.parametrize(
+    "name", ["a.tar", "d/x-{000..010}.tar", "*.TAR", "b.tar.gz", "https://x.org/a.tar?x=1", "a b.tar"]
+)
 def test_shards_are_told_by_their_names(name):
     assert is_shards(name)
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from m2d_embed import model as inference
 from m2d_embed.config import ClapConfig, ModelConfig
-from m2d_embed.model import M2D as Model
 from m2d_embed.pretrain import inputs, objectives
 from m2d_embed.pretrain.inputs import Captions, OfflineTarget, Teacher
 from m2d_embed.pretrain.objectives import Objective
@@ -42,7 +42,7 @@ def build_task(
     clap: ClapConfig | None = None
     offline_dim = 0
     if recipe.objective == "m2d_x":
-        teacher = Teacher(Model.from_pretrained(recipe.offline.teacher, device=device), config)
+        teacher = Teacher(inference.M2D.from_pretrained(recipe.offline.teacher, device=device), config)
         offline, offline_dim = teacher, teacher.dim
     elif recipe.objective == "m2d_s":
         offline, offline_dim = inputs.precomputed_features, feature_dim

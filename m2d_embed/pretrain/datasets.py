@@ -273,17 +273,22 @@ def loader(
 
 
 class Batches(Iterator[Batch]):
-    """Batches from a data loader; an error in a worker arrives as the same error here."""
+    """Batches from a data loader; an error in a worker arrives as the same error here, and ends them."""
 
     def __init__(self, data_loader: DataLoader[Any]):
-        self._batches = iter(data_loader)
+        self._batches: Iterator[Any] = iter(data_loader)
 
     def __next__(self) -> Batch:
         batch = next(self._batches)
         if isinstance(batch, M2DEmbedError):
+            self.close()
             raise batch
         assert isinstance(batch, Batch)
         return batch
+
+    def close(self) -> None:
+        """End the workers; there are no batches after that."""
+        self._batches = iter(())
 
 
 class _Reporting(Dataset[Any]):

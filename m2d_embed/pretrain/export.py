@@ -52,7 +52,7 @@ def card(state: RunState, recipe: Recipe, data: str, rows: list[dict[str, float]
 
 * Objective: `{recipe.objective}`, masks `{recipe.masking.strategy}` at a ratio of {recipe.masking.mask_ratio:g}.
 * Data: {data}
-* {state.step:,} steps of {training.effective_batch:,} crops of {seconds:.2f} s: {crops:,} crops, {crops * seconds / 3600:,.0f} hours of audio seen.
+* {state.step:,} steps of {training.effective_batch:,} crops of {seconds:.2f} s, {crops:,} crops, {crops * seconds / 3600:,.1f} h seen.
 * Statistics of the log-mel, for normalisation: mean {mean:.4f}, standard deviation {std:.4f}.
 * Start: {recipe.start.model or "random weights"}.
 {_last_values(rows)}{curve}

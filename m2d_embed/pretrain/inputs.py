@@ -76,7 +76,7 @@ def blank_padding(log_mel: Tensor, valid_frames: Tensor) -> Tensor:
 def precomputed_features(batch: Batch, log_mel: Tensor) -> Tensor:
     """M2D-S: the frame features that the manifest names."""
     if batch.features is None:
-        raise TrainingError("objective m2d_s needs the column `features` in the manifest, or .npy members in the shards.")
+        raise TrainingError("objective m2d_s needs the column `features` of the manifest, or .npy in the shards.")
     return batch.features
 
 

@@ -1,7 +1,7 @@
 """The training loop: from a recipe to an exported encoder, on one core or many GPUs, and on again after any stop.
 
-Accelerate chooses devices, wraps the model for several of them, and casts; ``torchrun`` or ``accelerate launch`` start the
-processes. Every random choice is keyed by the seed and the position in the stream of crops, so the number of data
+Accelerate chooses devices, wraps the model for several of them, and casts; ``torchrun`` or ``accelerate launch`` start
+the processes. Every random choice is keyed by the seed and the position in the stream of crops, so the number of data
 workers or processes changes nothing, and a resumed run repeats no and leaves out no step.
 """
 
@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,10 @@ from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from m2d_embed import model as inference
 from m2d_embed.config import ModelConfig
-from m2d_embed.errors import AudioError, ConfigError, TrainingError
+from m2d_embed.errors import ConfigError, TrainingError
 from m2d_embed.evaluate.probes import embed_clips, knn_accuracy, linear_probe_accuracy, read_labelled
-from m2d_embed.model import M2D as Model
 from m2d_embed.pretrain import run_state
 from m2d_embed.pretrain.build import build_optimizer, build_task, peak_rate
 from m2d_embed.pretrain.data import TrainingData, open_data
@@ -67,7 +67,7 @@ def pretrain(recipe: Recipe) -> Path | None:
 
 def is_main_process() -> bool:
     """Whether this is the first of the processes that torchrun or accelerate started, or the only one."""
-    return PartialState().is_main_process
+    return bool(PartialState().is_main_process)
 
 
 def export_latest(recipe: Recipe) -> Path:
@@ -91,17 +91,18 @@ class _Run:
         AcceleratorState._reset_state()  # else a second run in one process keeps the precision of the first
         self.accelerator = Accelerator(
             mixed_precision=_PRECISION[recipe.training.precision],
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
         self.accumulation = self._accumulation()
         previous = _previous(recipe)
         start = read_start(recipe.start) if previous is None else None
-        shape = previous.config if previous else recipe.model_config(start and start.config, (0.0, 1.0))
+        start_config = start.config if start is not None else None
+        shape = previous.config if previous else recipe.model_config(start_config, (0.0, 1.0))
         if self.accelerator.is_main_process:
             recipe.folder.mkdir(parents=True, exist_ok=True)
             (recipe.folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
         self.data = self._open_data(shape)
-        self.config = previous.config if previous else self._with_stats(start and start.config)
+        self.config = previous.config if previous else self._with_stats(start_config)
         visible = num_visible(self.config.grid_size[0] * self.config.grid_size[1], recipe.masking.mask_ratio)
         names, dim = self.data.label_names, self.data.feature_dim()
         task = build_task(recipe, self.config, self.accelerator.device, names, dim)
@@ -133,7 +134,7 @@ class _Run:
             return True
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         batches = self.data.batches(recipe.training.micro_batch, rank, processes, self.accumulation, self.step)
-        log = RunLog(recipe.folder, self.step) if main else None
+        log = RunLog(recipe.folder, self.step + 1) if main else None
         if main:
             self._announce()
         bar = tqdm(total=self.total, initial=self.step, unit="step", disable=None if main else True)
@@ -210,7 +211,7 @@ class _Run:
     def _shared(self, values: dict[str, Tensor]) -> dict[str, float]:
         """Means over all processes, in one exchange."""
         stacked = torch.stack([value.float().to(self.accelerator.device) for value in values.values()])
-        shared: Tensor = self.accelerator.reduce(stacked, reduction="mean")  # type: ignore[assignment]
+        shared: Tensor = self.accelerator.reduce(stacked, reduction="mean")
         return dict(zip(values, shared.tolist(), strict=True))
 
     def _check_finite(self, values: dict[str, float], mine: Tensor, names: list[str]) -> None:
@@ -238,7 +239,7 @@ class _Run:
         if self.accelerator.num_processes == 1:
             return self.stop.wanted
         flag = torch.tensor(float(self.stop.wanted), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, reduction="sum") > 0)  # type: ignore[operator]
+        return bool(self.accelerator.reduce(flag, reduction="sum") > 0)
 
     def _count_bad(self, batch: Batch) -> None:
         for name, reason in self.bad.add(batch).items():
@@ -286,13 +287,15 @@ class _Run:
         return probe.data is not None and (self.step % probe.every == 0 or self.step == self.total)
 
     def _probe(self) -> dict[str, float]:
-        """kNN and linear probe of the encoder as it is; only the main process computes it."""
+        """KNN and linear probe of the encoder as it is; only the main process computes it."""
         values: dict[str, float] = {}
+        tensors = run_state.capture_model(self.model)
         if self.accelerator.is_main_process:
             probe = self.recipe.probe
             clips = read_labelled(Path(str(probe.data)), probe.clips, self.recipe.training.seed)
-            model = Model(self.config).to(self.accelerator.device)
-            model.encoder.load_state_dict(self.objective.encoder.state_dict())
+            model = inference.M2D(self.config).to(self.accelerator.device)
+            encoder = {name.removeprefix("encoder."): t for name, t in tensors.items() if name.startswith("encoder.")}
+            model.encoder.load_state_dict(encoder)
             embeddings = embed_clips(model.eval(), clips)
             values = {
                 "probe/knn": knn_accuracy(embeddings, clips),
@@ -315,7 +318,7 @@ class _Run:
                 f"training.effective_batch {training.effective_batch} is not a multiple of training.micro_batch "
                 f"{training.micro_batch} x {processes} process{'es' if processes > 1 else ''}."
             )
-        return training.effective_batch // at_once
+        return int(training.effective_batch // at_once)
 
     def _open_data(self, shape: ModelConfig) -> TrainingData:
         """The main process first: it may have a cache to build."""
@@ -356,9 +359,7 @@ class _Run:
         )
 
     def _state(self, model: dict[str, Tensor], optimizer: dict[str, Any]) -> RunState:
-        return RunState(
-            self.step, model, optimizer, self.recipe.to_dict(), self.config, self.bad.state(), self.pending
-        )
+        return RunState(self.step, model, optimizer, self.recipe.to_dict(), self.config, self.bad.state(), self.pending)
 
 
 class _Stop:

@@ -4,7 +4,7 @@
 * M2D-X, M2D-S and M2D-AS: Niizumi et al., "Masked Modeling Duo: Towards a Universal Audio Pre-training Framework"
   (arXiv 2404.06095, section 3). M2D-CLAP: Niizumi et al. (arXiv 2406.02032, section 2).
 * MSM-MAE: Niizumi et al., "Masked Spectrogram Modeling using Masked Autoencoders" (arXiv 2204.12260, section 3).
-* The data2vec style is M2D's own comparison (arXiv 2210.14648, section 4.3) with the target of Baevski et al., "data2vec"
+* The data2vec style is M2D's own comparison (arXiv 2210.14648, section 4.3), after Baevski et al., "data2vec"
   (arXiv 2202.03555).
 
 An objective takes an ``Example`` and returns a dict of tensors: ``"loss"`` to minimise, ``"loss/..."`` its parts,
@@ -72,8 +72,8 @@ class MSMMAE(Objective):
     """Masked spectrogram modelling: predict the pixels of masked patches, standardised patch by patch."""
 
     def __init__(self, config: ModelConfig, predictor: PredictorConfig):
-        self.patch_size = config.patch_size
         super().__init__(config, predictor, output_dim=config.patch_size[0] * config.patch_size[1])
+        self.patch_size = config.patch_size
 
     def forward(self, example: Example) -> Outputs:
         visible, masked = split(example)
@@ -159,9 +159,7 @@ class M2DX(M2D):
     cosine loss of M2D.
     """
 
-    def __init__(
-        self, config: ModelConfig, predictor: PredictorConfig, offline_dim: int, weights: tuple[float, float]
-    ):
+    def __init__(self, config: ModelConfig, predictor: PredictorConfig, offline_dim: int, weights: tuple[float, float]):
         super().__init__(config, predictor)
         self.weights = weights
         self.offline = Linear(config.grid_size[0] * config.embed_dim, offline_dim)
@@ -186,7 +184,7 @@ class M2DX(M2D):
         latent, predicted = outputs["latent"][:, 1:], outputs["prediction"]
         shuffled = torch.cat([latent, predicted.to(latent.dtype)], dim=1)  # (B, N, dim)
         patches = take(shuffled, example.order.argsort(dim=1))
-        grid = patches.unflatten(1, (rows, columns)).transpose(1, 2)  # (B, T, F, dim)
+        grid = patches.view(len(patches), rows, columns, -1).transpose(1, 2)  # (B, T, F, dim)
         return grid.flatten(2)
 
 
@@ -251,9 +249,10 @@ def wanted(example: Example) -> Tensor:
 def patch_pixels(log_mel: Tensor, patch_size: tuple[int, int]) -> Tensor:
     """(B, 1, mels, frames) -> (B, F * T, pixels), frequency-major, the pixels of a patch row by row."""
     height, width = patch_size
-    frames = log_mel.shape[3] // width * width
-    image = log_mel[:, 0, :, :frames].unflatten(1, (-1, height)).unflatten(3, (-1, width))  # (B, F, h, T, w)
-    return image.transpose(2, 3).flatten(3).flatten(1, 2)
+    rows, columns = log_mel.shape[2] // height, log_mel.shape[3] // width
+    whole = log_mel[:, 0, : rows * height, : columns * width]
+    image = whole.reshape(-1, rows, height, columns, width).transpose(2, 3)  # (B, F, T, h, w)
+    return image.reshape(-1, rows * columns, height * width)
 
 
 def standardize(x: Tensor) -> Tensor:

@@ -45,9 +45,7 @@ class Predictor(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.dim))
         self.register_buffer("pos_embed", sincos_positions(config.dim, grid_size))
         mlp_dim = int(config.dim * config.mlp_ratio)
-        self.blocks = nn.ModuleList(
-            Block(config.dim, config.num_heads, mlp_dim, norm_eps) for _ in range(config.depth)
-        )
+        self.blocks = nn.ModuleList(Block(config.dim, config.num_heads, mlp_dim, norm_eps) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.dim, eps=norm_eps)
         self.out = Linear(config.dim, output_dim)
 

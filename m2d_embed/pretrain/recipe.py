@@ -100,8 +100,8 @@ class TrainingSection:
 
     Exactly one of ``steps`` and ``epochs`` is given. ``effective_batch`` crops make one optimiser step, whatever the
     number of devices; ``micro_batch`` of them are on a device at a time. The peak learning rate is
-    ``base_lr * effective_batch / 256``, after a warm-up over the share ``warmup`` of the run. ``ema_decay`` rises linearly
-    from its first to its second value.
+    ``base_lr * effective_batch / 256``, after a warm-up over the share ``warmup`` of the run. ``ema_decay`` rises
+    linearly from its first to its second value.
     """
 
     steps: int | None = None
@@ -123,7 +123,16 @@ class TrainingSection:
 
     def __post_init__(self) -> None:
         _require((self.steps is None) != (self.epochs is None), "training needs either steps or epochs")
-        for name in ("steps", "epochs", "effective_batch", "micro_batch", "clip_norm", "log_every", "save_every", "keep"):
+        for name in (
+            "steps",
+            "epochs",
+            "effective_batch",
+            "micro_batch",
+            "clip_norm",
+            "log_every",
+            "save_every",
+            "keep",
+        ):
             value = getattr(self, name)
             _require(value is None or value > 0, f"training.{name} must be positive, not {value}")
         _require(self.base_lr > 0, f"training.base_lr must be positive, not {self.base_lr}")
@@ -268,7 +277,7 @@ class _StrictLoader(yaml.SafeLoader):
     """YAML without surprises: a key given twice is an error, and 3e-4 is a number."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             _require(isinstance(key, str), f"line {node.start_mark.line + 1}: the key {key!r} is not a word")
             _require(keys.count(key) == 1, f"line {node.start_mark.line + 1}: the key {key!r} is there twice")
@@ -283,7 +292,7 @@ _StrictLoader.add_implicit_resolver(
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, _StrictLoader)  # noqa: S506  (a SafeLoader)
+        return yaml.load(text, _StrictLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{where}: not valid YAML ({' '.join(str(error).split())}).") from error
     except ConfigError as error:
@@ -307,13 +316,13 @@ def _override(content: dict[str, Any], override: str) -> None:
     inner[keys[-1]] = _parse(value, override)
 
 
-def _known_keys(cls: type[Any], prefix: str = "") -> list[str]:
+def _known_keys(cls: Any, prefix: str = "") -> list[str]:
     """Dotted keys of a config class, sections included."""
     keys = []
     for name, hint in typing.get_type_hints(cls).items():
         keys.append(prefix + name)
         if dataclasses.is_dataclass(hint):
-            keys += _known_keys(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
+            keys += _known_keys(hint, f"{prefix}{name}.")
     return keys
 
 

@@ -10,11 +10,16 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 
 from m2d_embed.config import ModelConfig, from_dict
 from m2d_embed.errors import CheckpointError, ConfigError
@@ -28,8 +33,8 @@ _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 class RunState:
     """A run after ``step`` steps.
 
-    ``model`` and ``optimizer`` are state dicts with full names, the same whatever the number of processes; ``recipe`` is
-    the run's as plain values, ``config`` the encoder's; ``bad_files`` and ``pending`` are what the loop has counted.
+    ``model`` and ``optimizer`` are state dicts with full names, the same whatever the number of processes; ``recipe``
+    is the run's as plain values, ``config`` the encoder's; ``bad_files`` and ``pending`` are what the loop has counted.
     """
 
     step: int
@@ -88,14 +93,23 @@ def latest(folder: Path) -> Path | None:
 def capture(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Full state dicts of a model and its optimiser, on the CPU; every process has to call it."""
     model_state, optimizer_state = get_state_dict(model, optimizer, options=_FULL)
-    return {name: t for name, t in model_state.items() if isinstance(t, Tensor)}, dict(optimizer_state)
+    return cast(dict[str, Tensor], model_state), cast(dict[str, Any], optimizer_state)
+
+
+def capture_model(model: nn.Module) -> dict[str, Tensor]:
+    """The full state dict of a model alone, on the CPU; every process has to call it."""
+    return cast(dict[str, Tensor], get_model_state_dict(model, options=_FULL))
 
 
 def restore(state: RunState, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Put captured state dicts back; every process has to call it."""
     options = StateDictOptions(full_state_dict=True)
     set_state_dict(
-        model, optimizer, model_state_dict=state.model, optim_state_dict=state.optimizer, options=options
+        model,
+        optimizer,
+        model_state_dict=cast(dict[str, Any], state.model),
+        optim_state_dict=state.optimizer,
+        options=options,
     )
 
 

@@ -1,4 +1,4 @@
-"""Where the weights of a run start: fresh, from any checkpoint of an encoder, or from a full checkpoint of pre-training.
+"""Where the weights of a run start: fresh, from a checkpoint of an encoder, or from a full one of pre-training.
 
 Full checkpoints are the upstream ``.pth`` files with predictor ("decoder") and target network, and our own runs'.
 """
@@ -68,7 +68,8 @@ def read_start(section: StartSection) -> Start | None:
     if section.parts == "all":
         if location.release is not None:
             raise CheckpointError(
-                f"start.model {section.model}: a release is kept without its predictor; download the .zip and give its path."
+                f"start.model {section.model}: a release is kept without its predictor; "
+                "download its .zip and give the path."
             )
         tensors |= our_names(read_full_state(location.path))
     return Start(checkpoint.config, {name: t.float() for name, t in tensors.items()}, location.origin)
@@ -89,8 +90,8 @@ def our_names(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def apply_start(objective: Objective, start: Start, parts: str) -> None:
     """Load a checkpoint into an objective whose other weights are fresh.
 
-    With ``parts="encoder"`` the target network becomes a copy of the encoder. Positions of another window are rebuilt if
-    they are the fixed ones, else interpolated.
+    With ``parts="encoder"`` the target network becomes a copy of the encoder. Positions of another window are rebuilt
+    if they are the fixed ones, else interpolated.
 
     Raises:
         CheckpointError: if tensors are missing or of another shape; it names them.
@@ -138,6 +139,6 @@ def resize_positions(positions: Tensor, old_grid: tuple[int, int], fixed: Tensor
         return fixed
     if old_grid == grid:
         return positions
-    image = positions[:, 1:].unflatten(1, old_grid).permute(0, 3, 1, 2)  # (1, dim, F, T)
+    image = positions[:, 1:].reshape(1, rows, columns, -1).permute(0, 3, 1, 2)  # (1, dim, F, T)
     resized = F.interpolate(image.float(), size=grid, mode="bicubic", align_corners=False)
     return torch.cat([positions[:, :1], resized.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
