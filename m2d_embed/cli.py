@@ -28,6 +28,7 @@ from m2d_embed.errors import AudioError, ConfigError, M2DEmbedError, ModelNotFou
 if TYPE_CHECKING:
     from m2d_embed.heads.tagging import Tag
     from m2d_embed.model import M2D
+    from m2d_embed.pretrain.corpus import CorpusSummary
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _A_TAGGER = "m2d_as_vit_base-80x1001p16x16-240213_AS-FT_enconly"
@@ -348,6 +349,40 @@ def masks(
     print(output)
 
 
+@corpus_app.callback()
+def _corpus() -> None:
+    """Keep ``debian`` a subcommand, though it is the only one."""
+
+
+@corpus_app.command()
+def debian(
+    out: Annotated[Path, typer.Option("--out", help="Folder of the corpus; what is there already is kept.")],
+    packages: Annotated[
+        Path | None, typer.Option(help="A file with one package a line; by default the list of m2d-embed.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Packages downloaded and converted at a time.")] = 2,
+) -> None:
+    """Build a training corpus from the audio in Debian packages. Needs apt-get (not root) and the extra 'pretrain'.
+
+    About 50 hours of music, speech, effects, ambience and instruments, as 16 kHz FLAC files with a manifest that tells
+    source package, kind and licence. Give the same command again after an interruption: it goes on where that stopped.
+    """
+    _require_extra("pretrain", "av")
+    from m2d_embed.pretrain.corpus import build_debian, read_package_list
+
+    with tqdm(unit="package", disable=None) as bar:
+
+        def on_progress(message: str, done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+            tqdm.write(message, file=sys.stderr)
+
+        summary = build_debian(out, read_package_list(packages) if packages else None, workers, on_progress)
+    _print_corpus(summary, out)
+    if summary.missing or summary.failed:
+        raise typer.Exit(1)
+
+
 def _version(show: bool) -> None:
     if show:
         print(f"m2d-embed {__version__}")
@@ -432,6 +467,22 @@ def _parse_layers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise ConfigError(f"--layers takes numbers separated by commas, not {text!r}.") from None
+
+
+def _print_corpus(summary: CorpusSummary, out: Path) -> None:
+    kinds = ", ".join(f"{kind} {hours:.1f} h" for kind, hours in summary.hours.items())
+    print(f"{out / 'manifest.csv'}: {sum(summary.hours.values()):.1f} h from {len(summary.done)} packages ({kinds})")
+    print(
+        f"left out: {summary.duplicates} duplicates, {summary.silent} silent and {summary.too_short} very short "
+        f"pieces, {len(summary.undecodable)} members that cannot be decoded"
+    )
+    for what, reasons in (
+        ("not decoded", summary.undecodable),
+        ("missing", summary.missing),
+        ("failed", summary.failed),
+    ):
+        for name, reason in reasons.items():
+            print(f"{what}: {name}: {reason}", file=sys.stderr)
 
 
 def _read_index(file: Path, model: M2D) -> tuple[list[str], Any]:

@@ -33,8 +33,8 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.numel() // x.shape[-1]
-        is_inference = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled()
-        if not is_inference or rows < _MIN_CONV_ROWS:
+        in_float32 = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        if not in_float32 or torch.is_grad_enabled() or rows < _MIN_CONV_ROWS:
             return super().forward(x)
         image = x.reshape(1, rows, 1, -1).permute(0, 3, 1, 2)  # (1, d_in, rows, 1), a view with the channels last
         y = F.conv2d(image, self.weight[:, :, None, None], self.bias)

@@ -14,7 +14,7 @@ import torch
 from conftest import DATA, TINY
 
 from m2d_embed.audio import load_audio
-from m2d_embed.errors import AudioError, ConfigError
+from m2d_embed.errors import AudioError, ConfigError, TrainingError
 from m2d_embed.frontend import LogMel
 from m2d_embed.pretrain import mel_cache
 from m2d_embed.pretrain.mel_cache import MelCache, build_cache
@@ -138,6 +138,12 @@ def test_a_stopped_build_goes_on(tmp_path, items, monkeypatch):
         mine, other = (c.crop(index, 50, np.random.default_rng(1)).log_mel for c in (cache, complete))
         np.testing.assert_array_equal(mine, other)
     assert not list(folder.glob("*.partial"))
+
+
+def test_a_process_that_is_killed(tmp_path, items, monkeypatch):
+    monkeypatch.setattr(mel_cache, "_start_worker", os.abort)
+    with pytest.raises(TrainingError, match=r"cache: a process that built this cache was killed.*run it again"):
+        build_cache(tmp_path / "cache", items, TINY, workers=2)
 
 
 def test_a_finished_cache_is_not_computed_again(tmp_path, items, monkeypatch):

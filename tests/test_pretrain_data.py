@@ -4,7 +4,10 @@ import dataclasses
 import itertools
 import json
 import math
+import os
+import pickle
 import re
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +54,9 @@ def corpus(tmp_path_factory) -> Path:
 def noises(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("noises")
     for number in range(3):
-        soundfile.write(folder / f"{number}.wav", np.full(4_000 + 9_000 * number, 0.1 * number + 0.1), RATE, subtype="FLOAT")
+        soundfile.write(
+            folder / f"{number}.wav", np.full(4_000 + 9_000 * number, 0.1 * number + 0.1), RATE, subtype="FLOAT"
+        )
     return folder
 
 
@@ -123,6 +128,20 @@ def test_loading_leaves_the_random_numbers_of_the_process_alone(corpus):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_workers_leave_ctrl_c_to_the_main_process(corpus):
+    dataset = open_crops(corpus)
+    batches = loader(dataset, 4, workers=2)
+    mine = [next(batches) for _ in range(2)]  # by now both workers have begun
+    for worker in batches._batches._workers:
+        os.kill(worker.pid, signal.SIGINT)
+    mine += [next(batches) for _ in range(8)]
+    for batch, other in zip(mine, take(dataset, 10, 4, workers=0), strict=True):
+        assert_same(batch, other)
+    batches.close()
+    with pytest.raises(StopIteration):
+        next(batches)
+
+
 def test_epochs_hold_every_file_once_in_new_crops_and_masks(corpus):
     dataset = open_crops(corpus)
     assert dataset.num_items == 13
@@ -144,6 +163,12 @@ def test_weights_of_a_manifest_count(corpus, tmp_path):
     lines = [f"{file},{1 if file.stem == '05' else 0}" for file in sorted(corpus.iterdir())]
     (tmp_path / "list.csv").write_text("file,weight\n" + "\n".join(lines))
     assert set(take(open_crops(tmp_path / "list.csv"), 1, 8, workers=0)[0].names) == {str(corpus / "05.wav")}
+
+
+def test_a_dataset_can_be_sent_to_a_process(corpus, noises, tmp_path):
+    dataset = open_crops(corpus, noise=str(noises), cache=str(tmp_path / "cache"), workers=0)
+    expected = dataset.__getitems__([3, 40])
+    assert_same(pickle.loads(pickle.dumps(dataset)).__getitems__([3, 40]), expected)
 
 
 # --- contents ------------------------------------------------------------------------------------------------------

@@ -14,9 +14,11 @@ import soundfile
 import torch
 import yaml
 from conftest import WORDS
+from typer.testing import CliRunner
 
 import m2d_embed
-from m2d_embed.errors import AudioError, CheckpointError, ConfigError, TrainingError
+from m2d_embed import cli
+from m2d_embed.errors import AudioError, CheckpointError, ConfigError, TrainingError, UnsupportedError
 from m2d_embed.pretrain import loop, run_state
 from m2d_embed.pretrain.inputs import Inputs
 from m2d_embed.pretrain.loop import pretrain
@@ -226,12 +228,12 @@ def test_cache_gives_nearly_the_same_run(recipe, tmp_path):
 # --- several processes -------------------------------------------------------------------------------------------
 
 
+TWO_PROCESSES = ["torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+
+
 def command(recipe_file, *overrides, processes=1):
-    python = [sys.executable, "-m"]
-    if processes > 1:
-        python += ["torch.distributed.run", "--nproc-per-node", str(processes)]
-        python += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m"]
-    return [*python, "m2d_embed", "pretrain", str(recipe_file), *overrides]
+    launcher = [*TWO_PROCESSES, "-m"] if processes > 1 else []
+    return [sys.executable, "-m", *launcher, "m2d_embed", "pretrain", str(recipe_file), *overrides]
 
 
 def launch(arguments, **popen):
@@ -270,6 +272,14 @@ def test_two_processes_resume_exactly(recipe, tmp_path, sounds):
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole") == after
     first, second = final_state(tmp_path / "whole"), final_state(tmp_path / "broken")
     assert all(torch.equal(first.model[name], second.model[name]) for name in first.model)
+
+
+def test_sharded_training_takes_the_same_steps():
+    script = Path(__file__).with_name("sharded_training.py")
+    process = launch([sys.executable, "-m", *TWO_PROCESSES, str(script)])
+    output, errors = process.communicate(timeout=180)
+    assert process.returncode == 0, errors
+    assert "the same" in output
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -489,3 +499,38 @@ def test_command_line(recipe, tmp_path, sounds):
     assert process.returncode == 2
     assert "training.stepz" in errors
     assert "Traceback" not in errors
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def test_list_and_show():
+    listed = invoke("pretrain", "--list")
+    assert all(name in listed.output for name in ("audioset-base", "debug", "tiny-cpu"))
+    shown = invoke("pretrain", "debug", "data.source=sounds", "training.steps=7", "--show")
+    assert yaml.safe_load(shown.output)["training"]["steps"] == 7
+    assert yaml.safe_load(shown.output)["masking"]["mask_ratio"] == 0.7
+    assert isinstance(invoke("pretrain").exception, ConfigError)
+
+
+def test_export_option(recipe, tmp_path, sounds, monkeypatch):
+    run = recipe()
+    with monkeypatch.context() as patched:
+        stop_at(patched, 2)
+        pretrain(run)
+    result = invoke("pretrain", tmp_path / "tiny-run.yaml", f"data.source={sounds}", f"output={run.folder}", "--export")
+    assert result.output.strip() == str(run.folder / "export")
+    assert final_state(run.folder).step == 2
+
+
+def test_masks_command(tmp_path):
+    result = invoke("masks", "-o", tmp_path / "masks.png", "--input-size", 80, 304)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "masks.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_the_extra_the_command_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UnsupportedError, match=r"accelerate, yaml, tensorboard: pip install 'm2d-embed\[pretrain\]'"):
+        cli._require_extra("pretrain", "accelerate", "yaml", "tensorboard")

@@ -174,3 +174,5 @@ def test_single_draws_follow_the_weights():
 def test_weights_that_are_all_zero():
     with pytest.raises(ConfigError, match="add up to nothing"):
         ItemOrder(np.zeros(3), seed=0)
+    with pytest.raises(ConfigError, match="no items"):
+        ItemOrder(np.zeros(0), seed=0)

@@ -114,10 +114,11 @@ def test_limit_is_stratified_by_label_and_fold(tmp_path):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_limit_keeps_rare_labels_trainable(tmp_path, seed):
-    names = empty_files(tmp_path, 103)
+    names = empty_files(tmp_path, 123)
     common = [f"{n},common{i % 2},{'test' if i % 10 < 2 else 'train'}" for i, n in enumerate(names[:100])]
     rare = [f"{names[100]},rare,test", f"{names[101]},rare,train", f"{names[102]},only,train"]
-    clips = read_labelled(write_csv(tmp_path / "x.csv", "file,label,split", *common, *rare), 20, seed)
+    tested = [f"{n},tested,{'test' if i else 'train'}" for i, n in enumerate(names[103:])]
+    clips = read_labelled(write_csv(tmp_path / "x.csv", "file,label,split", *common, *rare, *tested), 20, seed)
     assert len(clips) == 20
     ((train, test),) = clips.splits()
     assert set(clips.labels[test]) <= set(clips.labels[train]) and len(test) > 0
@@ -224,8 +225,11 @@ def test_probes_take_collapsed_embeddings(probe):
     _, clips = many_clusters()
     assert probe(np.full((100, 8), 3.7, np.float32), clips) == pytest.approx(0.2, abs=0.1)
     half = np.zeros((100, 8), np.float32)
-    half[:, 0] = clips.labels
-    assert probe(half, clips) > 0.75
+    half[np.arange(100), clips.labels] = 1  # three features are constant
+    assert probe(half, clips) == 1.0
+    clips = LabelledClips(clips.files, clips.labels, clips.label_names, np.arange(100) % 2 - 1)
+    half[clips.folds == 0, 5] = 1e6  # constant in what is trained on, so nothing can be learnt of it
+    assert probe(half, clips) == 1.0
 
 
 def test_knn_on_a_small_case_by_hand():
@@ -264,17 +268,14 @@ def test_linear_probe_in_the_basis_of_the_clips_is_the_same(monkeypatch):
 
 
 def test_linear_probe_chooses_the_strength_on_held_out_clips():
-    # Nearly all features are noise, so a weakly regularised model learns the training clips by heart.
-    embeddings, clips = many_clusters(num_labels=2, each=40, dim=4, spread=2.5)
-    noise = np.random.default_rng(3).normal(size=(80, 400)).astype(np.float32)
-    x, y = np.concatenate([embeddings, noise], axis=1), clips.labels
-    assert probes._choose_strength(x, y, [1e-5, 1e-2, 1e3]) == 1e-2
-    easy = np.eye(2, dtype=np.float32)[y] * 3
-    assert probes._choose_strength(easy, y, [1e-5, 1e-2, 1e3]) == 1e3
+    labels = np.repeat([0, 1], 40)
+    noise = np.random.default_rng(3).normal(size=(80, 400)).astype(np.float32)  # could only be learnt by heart
+    assert probes._choose_strength(noise, labels, [1e-5, 1e-2, 1e3]) == 1e-5
+    assert probes._choose_strength(np.eye(2, dtype=np.float32)[labels], labels, [1e-5, 1e-2, 1e3]) == 1e3
 
 
 def test_held_out_rows_are_a_fifth_and_leave_every_label():
-    labels = np.array([0] * 50 + [1] * 30 + [2] * 2 + [3])
+    labels = np.array([0] * 50 + [1] * 30 + [2] * 4 + [3])
     mask = probes._held_out(labels)
     assert 14 <= mask.sum() <= 17
     assert set(labels[~mask]) == {0, 1, 2, 3}
@@ -313,7 +314,10 @@ def test_embedding_real_clips(tiny):
     clips = LabelledClips(tuple(DIGITS), labels, ("3", "7"), np.arange(len(DIGITS)) % 3)
     tiny.train()
     tiny.encoder.norm.eval()
+    modes, window_frames = [], tiny.window_frames
+    tiny.window_frames = lambda *args: (modes.append(tiny.encoder.training), window_frames(*args))[1]
     embeddings = embed_clips(tiny, clips, batch_size=2)
+    assert modes and not any(modes)
     assert tiny.training and tiny.encoder.blocks.training and not tiny.encoder.norm.training
     assert embeddings.shape == (6, tiny.scene_embedding_size) and embeddings.dtype == np.float32
     assert np.abs(embeddings - tiny.encode(DIGITS)).max() <= 1e-5

@@ -153,6 +153,12 @@ def test_a_small_buffer_shuffles_too(folder, monkeypatch):
     assert names != EVERYTHING
 
 
+def test_a_single_shard_is_in_new_order_each_epoch(folder):
+    names = [short(batch.names) for batch in take(open_shards(folder / "s-001.tar"), 3, PER_SHARD, workers=0)]
+    assert all(sorted(epoch) == EVERYTHING[PER_SHARD : 2 * PER_SHARD] for epoch in names)
+    assert names[0] != names[1] or names[1] != names[2]
+
+
 def test_what_is_in_a_batch(folder):
     dataset = open_shards(
         folder / "*.tar", labels=tuple(f"shard{i}" for i in range(SHARDS)), captions=True, features=True

@@ -16,7 +16,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from m2d_embed.audio import Samples, check_size, checked_blocks, open_sound
+from m2d_embed.audio import Samples, check_size, checked_blocks, downmix, open_sound
 from m2d_embed.errors import AudioError
 
 #: Samples at the lower of the two rates that the resampler is given on both sides: twice what its filter reaches.
@@ -117,8 +117,7 @@ def _read(sound: soundfile.SoundFile, start: int, stop: int, name: str) -> Sampl
     if len(block) < stop - start:
         missing = stop - start - len(block)
         raise AudioError(f"{name}: truncated, {missing} samples fewer than its header promises.")
-    mono = block[:, 0] if block.shape[1] == 1 else block.mean(axis=1)
-    (checked,) = checked_blocks(iter([mono]), f"{name}, from sample {start} on" if start else name)
+    (checked,) = checked_blocks(iter([downmix(block)]), f"{name}, from sample {start} on" if start else name)
     return checked
 
 

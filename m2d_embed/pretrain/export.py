@@ -77,4 +77,4 @@ def _last_values(rows: list[dict[str, float]]) -> str:
     last: dict[str, float] = {}
     for row in rows:
         last |= {key: value for key, value in row.items() if key == "loss" or key.startswith("probe/")}
-    return "".join(f"* Last `{key}`: {value:.4f}\n" for key, value in last.items() if value is not None)
+    return "".join(f"* Last `{key}`: {value:.4f}\n" for key, value in last.items())

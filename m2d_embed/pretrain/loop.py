@@ -8,20 +8,20 @@ workers or processes changes nothing, and a resumed run repeats no and leaves ou
 from __future__ import annotations
 
 import dataclasses
-import json
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -44,7 +44,7 @@ from m2d_embed.pretrain.schedule import ema_decay, learning_rate
 from m2d_embed.pretrain.warm_start import apply_start, read_start
 
 RECIPE_FILE = "recipe.yaml"
-_STATS_FILE = "norm_stats.json"
+_LONGEST_WAIT = timedelta(hours=12)  # of the other processes while the main one measures or builds a cache
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -91,7 +91,10 @@ class _Run:
         AcceleratorState._reset_state()  # else a second run in one process keeps the precision of the first
         self.accelerator = Accelerator(
             mixed_precision=_PRECISION[recipe.training.precision],
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                InitProcessGroupKwargs(timeout=_LONGEST_WAIT),
+            ],
         )
         self.accumulation = self._accumulation()
         previous = _previous(recipe)
@@ -327,15 +330,10 @@ class _Run:
 
     def _with_stats(self, start: ModelConfig | None) -> ModelConfig:
         """The configuration with mean and standard deviation, given or measured by the main process."""
-        file = self.recipe.folder / _STATS_FILE
         stats = self.recipe.data.norm_stats
         if stats is None:
-            if self.accelerator.is_main_process:
-                measured = measure_stats(self.data.dataset)
-                file.write_text(json.dumps(measured))
-            self.accelerator.wait_for_everyone()
-            mean, std = json.loads(file.read_text())
-            stats = (mean, std)
+            measured = [measure_stats(self.data.dataset) if self.accelerator.is_main_process else None]
+            (stats,) = broadcast_object_list(measured)
         return self.recipe.model_config(start, stats)
 
     def _total_steps(self) -> int:

@@ -14,6 +14,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,7 +26,7 @@ from filelock import FileLock
 
 from m2d_embed.audio import Samples, open_clip
 from m2d_embed.config import ModelConfig
-from m2d_embed.errors import AudioError, ConfigError
+from m2d_embed.errors import AudioError, ConfigError, TrainingError
 from m2d_embed.frontend import LogMel
 from m2d_embed.pretrain.sources import Item
 
@@ -126,6 +127,7 @@ def build_cache(
 
     Raises:
         ConfigError: if the folder holds a cache of another front end or of other files, or something else.
+        TrainingError: if a process was killed.
     """
     files = [_identity(item.file) for item in items]
     index = {"format": _FORMAT, "front_end": _front_end(config), "files": files}
@@ -175,6 +177,11 @@ def _run(tasks: list[_Task], workers: int) -> Iterator[_Task]:
         for future in as_completed(futures):
             future.result()
             yield futures[future]
+    except BrokenProcessPool as error:
+        raise TrainingError(
+            f"{tasks[0].part.parent}: a process that built this cache was killed, perhaps for want of memory; "
+            "run it again to go on from there, with fewer workers."
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -177,10 +177,12 @@ def order_of_epoch(weights: npt.NDArray[np.float64], seed: int, epoch: int) -> n
         (n,) int64.
 
     Raises:
-        ConfigError: if all weights are zero.
+        ConfigError: if there are no items, or all weights are zero.
     """
     rng = rng_at(seed, epoch, Purpose.ORDER)
     n = len(weights)
+    if n == 0:
+        raise ConfigError("There are no items to train on.")
     if weights.min() == weights.max() > 0:
         return rng.permutation(n)
     ends = np.cumsum(weights)

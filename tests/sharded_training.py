@@ -1,0 +1,56 @@
+"""Run by torchrun: M2D sharded over processes by FSDP takes the same steps as one that is not."""
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from m2d_embed.config import ModelConfig
+from m2d_embed.encoder import Block
+from m2d_embed.pretrain import objectives, run_state
+from m2d_embed.pretrain.predictor import PredictorConfig
+
+
+def build():
+    torch.manual_seed(0)
+    config = ModelConfig(embed_dim=32, depth=2, num_heads=2, input_size=(80, 64))
+    objective = objectives.M2D(config, PredictorConfig(16, 1, 2))
+    objective.init_weights()
+    return objective
+
+
+def optimizer_of(objective):
+    return torch.optim.SGD([p for p in objective.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+
+
+def main():
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (2,))
+    sharded, whole = build(), build()
+    for module in [m for m in sharded.modules() if isinstance(m, Block)]:
+        fully_shard(module, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    optimizers = optimizer_of(sharded), optimizer_of(whole)
+    generator = torch.Generator().manual_seed(1)
+    mine = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
+    for _ in range(4):
+        log_mel = torch.randn(4, 1, 80, 64, generator=generator)
+        order = torch.stack([torch.randperm(20, generator=generator) for _ in range(4)])
+        sharded(objectives.Example(log_mel[mine], order[mine], 6))["loss"].backward()
+        whole(objectives.Example(log_mel, order, 6))["loss"].backward()
+        for optimizer, objective in zip(optimizers, (sharded, whole), strict=True):
+            optimizer.step()
+            optimizer.zero_grad()
+            objective.update_target(0.5)
+    captured, _ = run_state.capture(sharded, optimizers[0])
+    if dist.get_rank() == 0:
+        expected = whole.state_dict()
+        assert captured.keys() == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(captured[name], tensor, rtol=1e-4, atol=1e-5)
+        print("the same")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
