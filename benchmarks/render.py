@@ -8,14 +8,13 @@ from typing import Any
 README = Path(__file__).parents[1] / "README.md"
 STARTUP = Path(__file__).with_name("startup.json")
 THROUGHPUT = Path(__file__).with_name("throughput.json")
+TRAINING = Path(__file__).with_name("training.json")
+GPU_TRAINING = Path(__file__).with_name("training-gpu.json")
 
 
 def throughput_table(result: dict[str, Any]) -> str:
-    machine = result["machine"]
-    units = ", ".join(machine["matrix units"]) or "no matrix units"
     lines = [
-        f"Seconds of audio embedded per second, {result['clips']}, on {machine['cores']} cores of {machine['cpu']} "
-        f"({units}), torch {machine['torch']}. The peer is the same architecture written in timm's style in float32, "
+        f"Seconds of audio embedded per second, {result['clips']}, on {on_cores(result['machine'])}. The peer is the same architecture written in timm's style in float32, "
         "fed by nnAudio as in the reference runtime; all take turns in one run.",
         "",
         "| model | runtime | s of audio per s | ratio |",
@@ -33,6 +32,57 @@ def throughput_table(result: dict[str, Any]) -> str:
         f"(x{rates['bfloat16'] / rates['float32']:.1f}), which is about the most that bf16 can gain on this processor.",
     ]
     return "\n".join([*lines, "", f"Measured by `{result['command']}`."])
+
+
+def training_table(result: dict[str, Any]) -> str:
+    rates = result["matrix products, GFLOP/s"]
+    gains = ", ".join(f"x{measured['bf16 to fp32']:.2f} for {name}" for name, measured in result["models"].items())
+    lines = [
+        f"Clips per second of M2D pre-training, whole steps with reading the data, {result['data']}, one data worker, on "
+        f"{on_cores(result['machine'])}. The peer is a plain PyTorch loop in float32: log-mels from one `.npy` a clip, a "
+        "timm-style ViT with explicit softmax attention, AdamW and EMA tensor by tensor; all take turns in one run.",
+        "",
+        "| model | loop | clips per s | ratio | waiting for data |",
+        "| --- | --- | ---: | ---: | ---: |",
+        *(training_row(*row) for row in training_rows(result)),
+        "",
+        f"bf16 over fp32 of m2d-embed: {gains}; of this processor's matrix products: "
+        f"x{rates['bfloat16'] / rates['float32']:.1f}.",
+    ]
+    return "\n".join([*lines, "", f"Measured by `{result['command']}`."])
+
+
+def gpu_training_table(result: dict[str, Any]) -> str:
+    lines = [
+        f"The same on one {result['gpu']}, {result['data workers']} data workers, torch {result['machine']['torch']}. "
+        "Utilisation is the model's own operations (forward and backward, nothing recomputed) as a share of the "
+        f"{result['bf16 products, TFLOP/s']:.0f} TFLOP/s that large bf16 matrix products reach on it.",
+        "",
+        "| model | loop | clips per s | ratio | waiting for data | utilisation | peak memory |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for model, row in training_rows(result):
+        memory = f"{row['peak memory, GiB']:.1f} GiB"
+        lines.append(f"{training_row(model, row)} {row['utilisation']:.1%} | {memory} |")
+    return "\n".join([*lines, "", f"Measured by `{result['command']}`."])
+
+
+def training_rows(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Each row with the name of its model."""
+    return [
+        (f"{name}, batch {measured['batch']}", row)
+        for name, measured in result["models"].items()
+        for row in measured["loops"]
+    ]
+
+
+def training_row(model: str, row: dict[str, Any]) -> str:
+    return f"| {model} | {row['loop']} | {row['clips per second']:.1f} | {row['ratio']:.2f} | {row['data share']:.1%} |"
+
+
+def on_cores(machine: dict[str, Any]) -> str:
+    units = ", ".join(machine["matrix units"]) or "no matrix units"
+    return f"{machine['cores']} cores of {machine['cpu']} ({units}), torch {machine['torch']}"
 
 
 def startup_sentence(result: dict[str, Any]) -> str:
@@ -56,6 +106,10 @@ def main() -> None:
     text = README.read_text(encoding="utf-8")
     text = replace_section(text, "throughput", throughput_table(json.loads(THROUGHPUT.read_text())))
     text = replace_section(text, "startup", startup_sentence(json.loads(STARTUP.read_text())))
+    training = training_table(json.loads(TRAINING.read_text()))
+    if GPU_TRAINING.exists():
+        training += "\n\n" + gpu_training_table(json.loads(GPU_TRAINING.read_text()))
+    text = replace_section(text, "training", training)
     README.write_text(text, encoding="utf-8")
 
 

@@ -5,9 +5,9 @@
 
 On a machine with a GPU that is measured too, into benchmarks/training-gpu.json. Sounds are made up, in a temporary
 folder: noise and tones. The contestants take turns, round after round, so that a busy spell of the machine hits them
-alike; each is credited with its median round. Every turn begins with a step that does not count, in which the data
-workers of the one before fall silent and its own fill their queue. The signs of collapse that our loop computes for its
-log every so many steps are left out.
+alike; each is credited with its median round. A turn begins with steps that do not count, as many as it finds batches
+waiting: those that do count have to wait for theirs. The signs of collapse that our loop computes for its log every so
+many steps are left out.
 """
 
 import gc
@@ -81,6 +81,11 @@ class Place:
 
     device: torch.device
     workers: int = 1
+
+    @property
+    def queued(self) -> int:
+        """Batches that the workers read ahead."""
+        return 2 * self.workers
 
 
 @dataclass(frozen=True)
@@ -224,7 +229,7 @@ def compare(trained: Shape, sounds: Sounds, place: Place, rounds: int) -> dict[s
     try:
         for name, build in contestants(trained, sounds, place).items():
             trainings[name], memory[name] = _enter(build, place.device)
-        turns = measure(trainings, trained.steps, rounds, place.device)
+        turns = measure(trainings, trained.steps, rounds, place)
     finally:
         for training in trainings.values():
             training.close()
@@ -238,31 +243,32 @@ def compare(trained: Shape, sounds: Sounds, place: Place, rounds: int) -> dict[s
     }
 
 
-def measure(trainings: dict[str, Training], steps: int, rounds: int, device: torch.device) -> dict[str, list[Turn]]:
-    """Every turn of every contestant, ``steps`` steps each after one that does not count."""
+def measure(trainings: dict[str, Training], steps: int, rounds: int, place: Place) -> dict[str, list[Turn]]:
+    """Every turn of every contestant, ``steps`` steps each after those that do not count."""
     turns: dict[str, list[Turn]] = {name: [] for name in trainings}
     for _ in range(rounds):
         for name, training in trainings.items():
-            training.step()
-            _synchronize(device)
+            for _ in range(place.queued):
+                training.step()
+            _synchronize(place.device)
             started = time.perf_counter()
             waited = sum(training.step() for _ in range(steps))
-            _synchronize(device)
+            _synchronize(place.device)
             turns[name].append(Turn(time.perf_counter() - started, waited))
     return turns
 
 
 def _enter(build: Callable[[], Training], device: torch.device) -> tuple[Training, int]:
-    """A contestant that has taken two steps, and the most bytes of GPU memory it had in them; 0 without a GPU."""
-    on_gpu = device.type == "cuda"
+    """A contestant, and the most bytes of GPU memory it has during a step; 0 without a GPU."""
+    if device.type != "cuda":
+        return build(), 0
     gc.collect()  # what is left of the shape before would be counted, or freed meanwhile
-    before = torch.cuda.memory_allocated() if on_gpu else 0
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
     training = build()
     for _ in range(2):  # the optimiser's state is there from the second on
         training.step()
-    return training, torch.cuda.max_memory_allocated() - before if on_gpu else 0
+    return training, torch.cuda.max_memory_allocated() - before
 
 
 def _row(trained: Shape, name: str, turns: dict[str, list[Turn]], memory: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from m2d_embed.errors import ConfigError, TrainingError
 from m2d_embed.frontend import LogMel
 from m2d_embed.heads.clap import TextEncoder
 from m2d_embed.model import M2D
-from m2d_embed.pretrain.datasets import Batch
+from m2d_embed.pretrain.batches import Batch
 from m2d_embed.pretrain.objectives import Example
 
 _FRONT_END = ("sample_rate", "n_fft", "hop_length", "f_min", "f_max")

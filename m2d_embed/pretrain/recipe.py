@@ -18,7 +18,7 @@ import yaml
 
 from m2d_embed.config import FRONT_ENDS, VIT_SIZES, ModelConfig, from_dict
 from m2d_embed.errors import ConfigError
-from m2d_embed.pretrain.datasets import DataConfig
+from m2d_embed.pretrain.batches import DataConfig
 from m2d_embed.pretrain.masking import MaskingConfig
 from m2d_embed.pretrain.predictor import PredictorConfig
 

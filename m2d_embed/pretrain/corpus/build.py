@@ -129,20 +129,25 @@ def make_package(out: Path, deb: Deb, file: Path) -> PackageRecord:
         CorpusError: if the package cannot be read.
     """
     work = out / "work" / deb.package
-    shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
+    _remove(work)  # of a run that was killed
     forget(out, deb.package)
     conversion = _Conversion(out, deb.package, work / "audio")
     (scratch := work / "scratch").mkdir(parents=True)
     for member in audio_members(file, scratch):
         conversion.add(member)
     final = audio_folder(out, deb.package)
-    shutil.rmtree(final, ignore_errors=True)
+    _remove(final)
     final.parent.mkdir(exist_ok=True)
     conversion.folder.rename(final)
     record = PackageRecord(deb.package, deb.version, deb.sha256, **conversion.results())
     record.write(out)
-    shutil.rmtree(work)
+    _remove(work)
     return record
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
 
 
 class _Conversion:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -65,20 +66,21 @@ def read_sound(file: Path, audio_format: str) -> Sound:
 
 def write_segment(file: Path, segment: Pcm) -> None:
     """Write a segment as FLAC, 16 bit."""
-    soundfile.write(file, segment, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    content = io.BytesIO()
+    soundfile.write(content, segment, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    file.write_bytes(content.getvalue())  # libsndfile has no word for a full disk
 
 
 def _decode(file: Path, audio_format: str) -> Samples:
-    if audio_format not in _FFMPEG_ONLY:
-        try:
-            return load_audio(file, SAMPLE_RATE)
-        except AudioError as error:
-            problem = error
+    if audio_format in _FFMPEG_ONLY:
+        return _decode_with_ffmpeg(file, audio_format)
+    try:
+        return load_audio(file, SAMPLE_RATE)
+    except AudioError as problem:
         try:
             return _decode_with_ffmpeg(file, audio_format)
         except AudioError as error:
             raise AudioError(f"{problem} {error}") from error
-    return _decode_with_ffmpeg(file, audio_format)
 
 
 def _decode_with_ffmpeg(file: Path, audio_format: str) -> Samples:
@@ -97,7 +99,8 @@ def _decode_with_ffmpeg(file: Path, audio_format: str) -> Samples:
                     rate = part.sample_rate
                     blocks.append(part.to_ndarray().mean(axis=0, dtype=np.float32))
     except (av.FFmpegError, ValueError) as error:
-        raise AudioError(f"FFmpeg cannot decode it ({error}).") from error
+        reason = error.strerror if isinstance(error, av.FFmpegError) else error
+        raise AudioError(f"FFmpeg cannot decode it ({reason}).") from error
     if not blocks:
         raise AudioError("FFmpeg finds no samples in it.")
     clip = open_clip(np.concatenate(blocks), rate, SAMPLE_RATE, "FFmpeg's samples")
@@ -120,8 +123,8 @@ def segment_names(path: str, count: int, taken: set[str]) -> Iterator[str]:
     """
     characters = (c if c.isascii() and (c.isalnum() or c in "._-") else "_" for c in path)
     safe = "".join(characters).strip("._-")
-    stem = safe[-120:]  # the end tells more
-    if stem != safe or not stem or stem.lower() in taken:
+    stem = safe[-120:].strip("._-") or "sound"  # the end tells more
+    if stem != safe or stem.lower() in taken:
         stem = f"{stem}-{hashlib.sha256(path.encode()).hexdigest()[:10]}"
     taken.add(stem.lower())
     return (f"{stem}-{number:03d}.flac" for number in range(count))
