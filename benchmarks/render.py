@@ -14,7 +14,8 @@ GPU_TRAINING = Path(__file__).with_name("training-gpu.json")
 
 def throughput_table(result: dict[str, Any]) -> str:
     lines = [
-        f"Seconds of audio embedded per second, {result['clips']}, on {on_cores(result['machine'])}. The peer is the same architecture written in timm's style in float32, "
+        f"Seconds of audio embedded per second, {result['clips']}, on {on_cores(result['machine'])}. "
+        "The peer is the same architecture written in timm's style in float32, "
         "fed by nnAudio as in the reference runtime; all take turns in one run.",
         "",
         "| model | runtime | s of audio per s | ratio |",
@@ -36,11 +37,12 @@ def throughput_table(result: dict[str, Any]) -> str:
 
 def training_table(result: dict[str, Any]) -> str:
     rates = result["matrix products, GFLOP/s"]
-    gains = ", ".join(f"x{measured['bf16 to fp32']:.2f} for {name}" for name, measured in result["models"].items())
+    gains = "; ".join(f"x{measured['bf16 to fp32']:.2f} for {name}" for name, measured in result["models"].items())
     lines = [
-        f"Clips per second of M2D pre-training, whole steps with reading the data, {result['data']}, one data worker, on "
-        f"{on_cores(result['machine'])}. The peer is a plain PyTorch loop in float32: log-mels from one `.npy` a clip, a "
-        "timm-style ViT with explicit softmax attention, AdamW and EMA tensor by tensor; all take turns in one run.",
+        f"Clips per second of M2D pre-training, whole steps with reading the data, {result['data']}, one data worker, "
+        f"on {on_cores(result['machine'])}. The peer is a plain PyTorch loop in float32: log-mels from one `.npy` a "
+        "clip, a timm-style ViT with explicit softmax attention, AdamW and EMA tensor by tensor; all take turns in one "
+        "run.",
         "",
         "| model | loop | clips per s | ratio | waiting for data |",
         "| --- | --- | ---: | ---: | ---: |",

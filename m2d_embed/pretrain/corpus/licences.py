@@ -32,16 +32,20 @@ class Licences:
             {name.lower(): value.strip() for name, value in _FIELD.findall(paragraph)}
             for paragraph in re.split(r"\n\s*\n(?=\S)", text.replace("\r\n", "\n").strip())
         )
-        stated = [p for p in others if p.get("license")] if _DEP5.search(first.get("format", "")) else []
+        stated = (
+            [p for p in others if p.get("license")]
+            if _DEP5.search(first.get("format") or first.get("format-specification", ""))
+            else []
+        )
         self._files = [_Files(_patterns(p["files"].split()), _short_name(p["license"])) for p in stated if "files" in p]
         self._all = " / ".join(dict.fromkeys(_short_name(p["license"]) for p in stated)) or SEE_COPYRIGHT
 
     def of(self, member: str) -> str:
         """Short name of the licence of a member.
 
-        The patterns speak of the source package, the member's path of the installed one. So the pattern counts of
-        which the longest end fits the path; of equals the last, as DEP-5 says. Where none fits, it is the names of
-        all licences in the file, and ``"see copyright"`` where that is not machine-readable.
+        The patterns speak of the source package, the member's path of the installed one. So it is enough that the end
+        of a pattern fits. The fit with most literal parts counts, of equals the last, as DEP-5 says. Where none fits,
+        it is the names of all licences in the file, and ``"see copyright"`` where that is not machine-readable.
 
         Args:
             member: path in the package, through archives.
@@ -55,7 +59,7 @@ class Licences:
 
 
 def _patterns(patterns: list[str]) -> list[tuple[int, re.Pattern[str]]]:
-    """Patterns and their ends, each worth its number of parts; one without a literal part, as ``*``, is worth 0."""
+    """Patterns and their ends, each with its worth: the number of parts without wildcards; ``*`` is worth 0."""
     worths: dict[str, int] = {}
     for pattern in patterns:
         parts = pattern.removeprefix("./").split("/")
@@ -63,11 +67,10 @@ def _patterns(patterns: list[str]) -> list[tuple[int, re.Pattern[str]]]:
         if parts[0] == "debian":  # the packaging: its ends would fit everything
             ends = ends[:1]
         for end in ends:
-            is_literal = any("*" not in part and "?" not in part for part in end)
-            if is_literal or end is ends[0]:
-                worths["/".join(end)] = len(end) if is_literal else 0
-    compiled = [(worth, _compile(end)) for end, worth in worths.items()]
-    return sorted(compiled, key=lambda pair: -pair[0])
+            worth = sum("*" not in part and "?" not in part for part in end)
+            if worth or end is ends[0]:
+                worths["/".join(end)] = worth
+    return sorted(((worth, _compile(end)) for end, worth in worths.items()), key=lambda pair: -pair[0])
 
 
 def _compile(pattern: str) -> re.Pattern[str]:
