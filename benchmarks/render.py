@@ -9,6 +9,7 @@ README = Path(__file__).parents[1] / "README.md"
 STARTUP = Path(__file__).with_name("startup.json")
 THROUGHPUT = Path(__file__).with_name("throughput.json")
 TRAINING = Path(__file__).with_name("training.json")
+SHORT_RUN = Path(__file__).with_name("short_run.json")
 GPU_TRAINING = Path(__file__).with_name("training-gpu.json")
 
 
@@ -69,6 +70,23 @@ def gpu_training_table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"Measured by `{result['command']}`."])
 
 
+def short_run_table(result: dict[str, Any]) -> str:
+    scores = result["accuracy in %"]
+    sets = list(next(iter(scores.values())))
+    lines = [
+        f"A ViT-Tiny after {result['minutes']:.0f} minutes of pre-training from scratch ({result['recipe']}; "
+        f"{result['crops']:,} crops) on {on_cores(result['machine'])}, against the same encoder with random weights; "
+        "linear probe / kNN, accuracy in % on labelled sets that were not trained on:",
+        "",
+        f"| weights | {' | '.join(sets)} |",
+        f"| --- |{' ---: |' * len(sets)}",
+    ]
+    for weights, by_set in scores.items():
+        cells = [f"{by_set[name]['linear']:.1f} / {by_set[name]['knn']:.1f}" for name in sets]
+        lines.append(f"| {weights} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"Measured by `{result['command']}`."])
+
+
 def training_rows(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """Each row with the name of its model."""
     return [
@@ -112,6 +130,7 @@ def main() -> None:
     if GPU_TRAINING.exists():
         training += "\n\n" + gpu_training_table(json.loads(GPU_TRAINING.read_text()))
     text = replace_section(text, "training", training)
+    text = replace_section(text, "short-run", short_run_table(json.loads(SHORT_RUN.read_text())))
     README.write_text(text, encoding="utf-8")
 
 
