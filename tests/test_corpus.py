@@ -25,7 +25,6 @@ from m2d_embed.pretrain.corpus.licences import Licences
 from m2d_embed.pretrain.corpus.members import Member, Unreadable, audio_members, what_is
 
 pytest.importorskip("av", reason="needs the extra pretrain")
-needs_dpkg = pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs dpkg-deb")
 
 DEP5 = """\
 Format: https://www.debian.org/doc/packaging-manuals/copyright-format/1.0/
@@ -425,6 +424,20 @@ def test_undecodable_audio_says_what_both_decoders_said(tmp_path):
     file.write_bytes(b"RIFF....WAVEnonsense")
     with pytest.raises(AudioError, match=r"not audio.*FFmpeg cannot decode it"):
         read_sound(file, "wav")
+
+
+@pytest.mark.parametrize(("lacking", "is_taken"), [(104, True), (4_000, False)])
+def test_a_file_may_lack_a_tiny_rest_but_no_more(tmp_path, lacking, is_taken):
+    content = bytearray(encoded(tone(2, 300), format="FLAC"))
+    total = int.from_bytes(content[21:26], "big")  # the number of samples, after four bits of something else
+    content[21:26] = (total + lacking).to_bytes(5, "big")
+    file = tmp_path / "sound"
+    file.write_bytes(content)
+    if is_taken:
+        assert read_sound(file, "flac").seconds == pytest.approx(2, abs=0.05)
+    else:
+        with pytest.raises(AudioError, match="truncated"):
+            read_sound(file, "ogg")  # FFmpeg, that would not mind, is told a wrong format
 
 
 def test_what_a_member_is_tells_its_first_bytes():

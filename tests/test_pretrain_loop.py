@@ -342,6 +342,22 @@ def test_more_bad_files_end_the_run(recipe, sounds, tmp_path):
         pretrain(run)
 
 
+def test_an_error_loses_no_step(recipe, sounds, tmp_path, monkeypatch):
+    run = recipe()
+    original = loop.BadFiles.check
+    monkeypatch.setattr(loop.BadFiles, "check", lambda self, seen=None: fail(self.seen))
+
+    def fail(seen):
+        if seen > 4 * 3:
+            raise AudioError("too many")
+
+    with pytest.raises(AudioError, match="too many"):
+        pretrain(run)
+    assert final_state(run.folder).step == 3 == len(losses(run.folder))
+    monkeypatch.setattr(loop.BadFiles, "check", original)
+    assert pretrain(run) is not None
+
+
 def test_another_recipe_does_not_go_on_with_a_run(recipe):
     pretrain(recipe("training.steps=2"))
     with pytest.raises(ConfigError, match=r"training\.steps: 2 -> 6.*output="):

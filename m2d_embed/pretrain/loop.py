@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from m2d_embed import model as inference
 from m2d_embed.config import ModelConfig
-from m2d_embed.errors import ConfigError, TrainingError
+from m2d_embed.errors import ConfigError, M2DEmbedError, TrainingError
 from m2d_embed.evaluate.probes import embed_clips, knn_accuracy, linear_probe_accuracy, read_labelled
 from m2d_embed.pretrain import run_state
 from m2d_embed.pretrain.build import build_optimizer, build_task, peak_rate
@@ -120,12 +120,13 @@ class _Run:
         self.model, self.optimizer = self.accelerator.prepare(network, optimizer)
         self.objective: Objective = task.objective
         self.total = self._total_steps()
-        self.step = 0
+        self.step, self.saved = 0, 0
         self.bad = BadFiles(self.data.num_files)
         self.pending: dict[str, float] = {}
         if previous is not None:
             run_state.restore(previous, self.model, self.optimizer.optimizer)
             self.step, self.pending = previous.step, previous.pending
+            self.saved = self.step
             self.bad.restore(previous.bad_files)
 
     # --- training -------------------------------------------------------------------------------------------------
@@ -141,7 +142,6 @@ class _Run:
         if main:
             self._announce()
         bar = tqdm(total=self.total, initial=self.step, unit="step", disable=None if main else True)
-        saved = self.step
         try:
             with bar:
                 while self.step < self.total and not self._stop_agreed():
@@ -152,19 +152,24 @@ class _Run:
                     self._log(log, values)
                     if self.step % recipe.training.save_every == 0:
                         self.save()
-                        saved = self.step
+        except M2DEmbedError:
+            if self.accelerator.num_processes == 1:  # the others would not come to save
+                self.save()
+            raise
         finally:
             if log is not None:
                 log.close()
-        if saved != self.step:
-            self.save()
+        self.save()
         return self.step >= self.total
 
     def save(self) -> None:
-        """Write a checkpoint; every process has to call it."""
+        """Write a checkpoint, unless there is one of this step; every process has to call it."""
+        if self.saved == self.step:
+            return
         model, optimizer = run_state.capture(self.model, self.optimizer.optimizer)
         if self.accelerator.is_main_process:
             self._state(model, optimizer).write(self.recipe.folder, self.recipe.training.keep)
+        self.saved = self.step
         self.accelerator.wait_for_everyone()
 
     def export(self) -> Path:

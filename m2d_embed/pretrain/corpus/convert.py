@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import soundfile
 
-from m2d_embed.audio import Samples, load_audio, open_clip
+from m2d_embed.audio import Samples, open_clip
 from m2d_embed.errors import AudioError
 
 SAMPLE_RATE = 16_000  # Hz
@@ -22,6 +22,9 @@ SHORTEST = SAMPLE_RATE // 10
 
 #: Formats that libsndfile does not know; its guesses by other means than a mark must not be relied on.
 _FFMPEG_ONLY = frozenset(["g722", "gsm", "mov", "aac", "wv", "amr"])
+
+#: Seconds; some encoders of Ogg Vorbis state a few samples more than they wrote.
+_TAIL_THAT_MAY_LACK = 0.1
 
 Pcm = npt.NDArray[np.int16]
 
@@ -42,6 +45,8 @@ class Sound:
 
 def read_sound(file: Path, audio_format: str) -> Sound:
     """Decode a file, average its channels, resample it and cut it into equal segments.
+
+    What libsndfile cannot read, or calls truncated, is taken as far as FFmpeg's libraries read it.
 
     Args:
         file: with any name; it is not looked at.
@@ -75,12 +80,24 @@ def _decode(file: Path, audio_format: str) -> Samples:
     if audio_format in _FFMPEG_ONLY:
         return _decode_with_ffmpeg(file, audio_format)
     try:
-        return load_audio(file, SAMPLE_RATE)
+        return _decode_with_libsndfile(file)
     except AudioError as problem:
         try:
             return _decode_with_ffmpeg(file, audio_format)
         except AudioError as error:
             raise AudioError(f"{problem} {error}") from error
+
+
+def _decode_with_libsndfile(file: Path) -> Samples:
+    clip = open_clip(file, None, SAMPLE_RATE, "")
+    blocks: list[Samples] = []
+    try:
+        blocks.extend(clip.blocks(SAMPLE_RATE))  # keeps what came before an error
+    except AudioError:
+        lacks = clip.seconds - sum(map(len, blocks)) / SAMPLE_RATE
+        if not blocks or lacks > _TAIL_THAT_MAY_LACK:
+            raise
+    return np.concatenate(blocks)
 
 
 def _decode_with_ffmpeg(file: Path, audio_format: str) -> Samples:
