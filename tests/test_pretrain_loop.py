@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -174,6 +175,25 @@ def test_resuming_changes_nothing(objective, recipe, options, monkeypatch):
     assert first.model.keys() == second.model.keys()
     assert all(torch.equal(first.model[name], second.model[name]) for name in first.model)
     assert m2d_embed.load_model(str(broken.folder / "export")).encoder is not None
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resuming_from_shards_changes_nothing(workers, recipe, sounds, tmp_path, monkeypatch):
+    files = sorted(sounds.iterdir())
+    for number in range(2):
+        with tarfile.open(tmp_path / f"shard-{number}.tar", "w") as tar:
+            for file in files[number::2]:
+                tar.add(file, file.name)
+    extra = [f"data.source={tmp_path}/shard-{{0..1}}.tar", f"data.workers={workers}"]
+    whole, broken = recipe(*extra, output="whole"), recipe(*extra, output="broken")
+    assert pretrain(whole) is not None
+    with monkeypatch.context() as patched:
+        stop_at(patched, 3)
+        assert pretrain(broken) is None
+    assert pretrain(broken) is not None
+    assert losses(broken.folder) == losses(whole.folder)
+    with pytest.raises(ConfigError, match=r"give training\.steps"):
+        pretrain(recipe(*extra, "training.steps=null", "training.epochs=1", output="epochs"))
 
 
 def test_export_of_clap_has_its_projections(recipe, options):

@@ -45,6 +45,7 @@ def card(state: RunState, recipe: Recipe, data: str, rows: list[dict[str, float]
     training = recipe.training
     crops = state.step * training.effective_batch
     seconds = (state.config.input_size[1] - 1) * state.config.hop_length / state.config.sample_rate
+    hours = crops * seconds / 3600
     mean, std = state.config.norm_stats
     curve = f"\n![loss]({CURVE_FILE})\n" if rows else ""
     return f"""{model_card(state.config)}
@@ -52,7 +53,7 @@ def card(state: RunState, recipe: Recipe, data: str, rows: list[dict[str, float]
 
 * Objective: `{recipe.objective}`, masks `{recipe.masking.strategy}` at a ratio of {recipe.masking.mask_ratio:g}.
 * Data: {data}
-* {state.step:,} steps of {training.effective_batch:,} crops of {seconds:.2f} s, {crops:,} crops, {crops * seconds / 3600:,.1f} h seen.
+* {state.step:,} steps of {training.effective_batch:,} crops of {seconds:.2f} s: {crops:,} crops, {hours:,.1f} h.
 * Statistics of the log-mel, for normalisation: mean {mean:.4f}, standard deviation {std:.4f}.
 * Start: {recipe.start.model or "random weights"}.
 {_last_values(rows)}{curve}

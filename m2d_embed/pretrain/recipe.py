@@ -21,6 +21,7 @@ from m2d_embed.errors import ConfigError
 from m2d_embed.pretrain.batches import DataConfig
 from m2d_embed.pretrain.masking import MaskingConfig
 from m2d_embed.pretrain.predictor import PredictorConfig
+from m2d_embed.pretrain.sources import is_shards
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -220,9 +221,13 @@ class Recipe:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
     def differences(self, other: dict[str, Any]) -> list[str]:
-        """What differs from the recipe another run was begun with, as ``key: theirs -> ours``; what may is left out."""
+        """What differs from the recipe another run was begun with, as ``key: theirs -> ours``; what may is left out.
+
+        With tar shards the number of workers and the micro-batch may not: each worker reads shards of its own.
+        """
         mine, theirs = _flatten(self.to_dict()), _flatten(other)
-        keys = [key for key in {**theirs, **mine} if not _FREE_ON_RESUME.fullmatch(key)]
+        bound = ("data.workers", "training.micro_batch") if is_shards(self.data.source) else ()
+        keys = [key for key in {**theirs, **mine} if key in bound or not _FREE_ON_RESUME.fullmatch(key)]
         return [f"{k}: {theirs.get(k)!r} -> {mine.get(k)!r}" for k in keys if theirs.get(k) != mine.get(k)]
 
 
