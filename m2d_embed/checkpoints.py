@@ -214,7 +214,7 @@ def as_stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def model_card(config: ModelConfig) -> str:
     """The text of a model's ``README.md`` on the Hub."""
     (mels, frames), (patch_mels, patch_frames) = config.input_size, config.patch_size
-    origin = f"\nConverted from {config.source}.\n" if config.source else ""
+    origin = f"\nSource: {config.source}.\n" if config.source else ""
     licence = f"\nLicence of the weights: {config.license}\n" if config.license else ""
     return f"""---
 library_name: m2d-embed

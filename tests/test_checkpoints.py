@@ -429,7 +429,7 @@ def test_convert_of_nothing(tmp_path):
 def test_model_card_names_origin_and_sizes(tmp_path):
     convert(save(tmp_path, encoder_state()), tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    for expected in (f"# {NAME}", f"Converted from {NAME}/checkpoint-300.pth", "192-d, 12 layers", "(2, 960)"):
+    for expected in (f"# {NAME}", f"Source: {NAME}/checkpoint-300.pth", "192-d, 12 layers", "(2, 960)"):
         assert expected in card
 
 
