@@ -308,7 +308,7 @@ def pretrain(
     Give the same command again to go on with a run that was stopped. On several devices: torchrun --nproc-per-node N
     -m m2d_embed pretrain ..., or accelerate launch.
     """
-    _require_extra("pretrain", "accelerate", "yaml", "tensorboard")
+    _require_extra("pretrain", "accelerate", "yaml", "tensorboard", "webdataset", "braceexpand", "sklearn")
     from m2d_embed.pretrain.recipe import known_recipes, load_recipe
 
     if list_recipes:
@@ -326,7 +326,11 @@ def pretrain(
     if export:
         print(loop.export_latest(loaded))
         return
-    exported = loop.pretrain(loaded)
+    try:
+        exported = loop.pretrain(loaded)
+    except KeyboardInterrupt as error:  # before the first step, or a second one
+        print("interrupted; what is done is kept, try again to go on", file=sys.stderr)
+        raise typer.Exit(130) from error
     if not loop.is_main_process():
         return
     print(exported or f"stopped and saved in {loaded.folder}; give the same command again to go on")

@@ -140,6 +140,12 @@ class ModelConfig:
         return self.embed_dim * (self.grid_size[0] if self.head is None or self.head.features == "stacked" else 1)
 
     @property
+    def front_end(self) -> dict[str, float]:
+        """What decides the log-mel before it is normalised."""
+        names = ("sample_rate", "n_fft", "hop_length", "f_min", "f_max")
+        return {name: getattr(self, name) for name in names} | {"mels": self.input_size[0]}
+
+    @property
     def frame_ms(self) -> float:
         """Hop of the log-mel in milliseconds."""
         return 1000.0 * self.hop_length / self.sample_rate
@@ -163,8 +169,16 @@ class ModelConfig:
                 unknown key or a value of the wrong type.
         """
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            return cls.parse_json(Path(path).read_text(encoding="utf-8"), str(path))
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path}: not valid JSON ({error}).") from error
+
+    @classmethod
+    def parse_json(cls, text: str, path: str) -> ModelConfig:
+        """The configuration that ``to_json`` wrote; ``path`` is for messages. Raises what ``from_json`` does."""
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError as error:
             raise ConfigError(f"{path}: not valid JSON ({error}).") from error
         if not isinstance(content, dict) or content.pop("model_type", None) != "m2d":
             raise ConfigError(f'{path}: not an m2d-embed configuration (it lacks "model_type": "m2d").')
@@ -336,7 +350,8 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
         try:
             return from_dict(typing.cast(type[Any], hint), value)
         except ConfigError as error:
-            raise ConfigError(f"{key}: {error}") from error
+            text = str(error)
+            raise ConfigError(text if text.startswith(f"{key}.") else f"{key}: {text}") from error
     if origin is Literal and value in arguments:
         return value
     if origin is tuple and isinstance(value, list):

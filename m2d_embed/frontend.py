@@ -9,6 +9,7 @@ a CPU. The mel filterbank is nnAudio's.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -44,6 +45,11 @@ class LogMel(nn.Module):
             "window", torch.hann_window(config.n_fft, dtype=torch.float32, device="cpu"), persistent=False
         )
         self.register_buffer("filterbank", torch.from_numpy(filterbank).float().T.contiguous(), persistent=False)
+
+    @classmethod
+    def unnormalized(cls, config: ModelConfig) -> LogMel:
+        """The log-mel as it is before it is normalised."""
+        return cls(dataclasses.replace(config, norm_stats=(0.0, 1.0)))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LogMel:
         # .half(), .bfloat16() and .to(dtype) reach every buffer through here; only the device may change.

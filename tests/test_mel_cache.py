@@ -141,7 +141,7 @@ def test_a_stopped_build_goes_on(tmp_path, items, monkeypatch):
 
 
 def test_a_process_that_is_killed(tmp_path, items, monkeypatch):
-    monkeypatch.setattr(mel_cache, "_start_worker", os.abort)
+    monkeypatch.setattr(mel_cache, "start_worker", os.abort)
     with pytest.raises(TrainingError, match=r"cache: a process that built this cache was killed.*run it again"):
         build_cache(tmp_path / "cache", items, TINY, workers=2)
 

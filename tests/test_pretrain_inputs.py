@@ -9,16 +9,14 @@ import torch
 from conftest import TINY, random_model
 
 from m2d_embed.encoder import sincos_positions
-from m2d_embed.errors import ConfigError, TrainingError
+from m2d_embed.errors import ConfigError
 from m2d_embed.frontend import LogMel
 from m2d_embed.pretrain.batches import Batch
 from m2d_embed.pretrain.inputs import (
     Inputs,
     Teacher,
     blank_padding,
-    labels,
     mix,
-    precomputed_features,
     resample_columns,
 )
 from m2d_embed.pretrain.schedule import ema_decay, learning_rate
@@ -116,14 +114,6 @@ def test_columns_are_averaged_or_interpolated():
     finer = resample_columns(frames, 24).flatten()
     assert finer.diff().min() >= 0
     assert finer[1:-1].tolist() == pytest.approx((np.arange(1, 23) * 0.5 - 0.25).tolist())
-
-
-def test_missing_targets_are_named(noise):
-    batch = batch_of(noise(1)[:, :SAMPLES])
-    with pytest.raises(TrainingError, match="labels"):
-        labels(batch, torch.zeros(1))
-    with pytest.raises(TrainingError, match="features"):
-        precomputed_features(batch, torch.zeros(1))
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():

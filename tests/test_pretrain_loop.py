@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,10 +20,18 @@ from typer.testing import CliRunner
 
 import m2d_embed
 from m2d_embed import cli
-from m2d_embed.errors import AudioError, CheckpointError, ConfigError, TrainingError, UnsupportedError
+from m2d_embed.errors import (
+    AudioError,
+    CheckpointError,
+    ConfigError,
+    M2DEmbedError,
+    TrainingError,
+    UnsupportedError,
+)
 from m2d_embed.pretrain import loop, run_state
 from m2d_embed.pretrain.inputs import Inputs
 from m2d_embed.pretrain.loop import pretrain
+from m2d_embed.pretrain.monitor import RunLog
 from m2d_embed.pretrain.recipe import load_recipe
 from m2d_embed.pretrain.run_state import RunState
 from m2d_embed.pretrain.warm_start import PUBLISHED_PARTS
@@ -72,7 +81,7 @@ def recipe(tmp_path, sounds):
 
 
 def losses(folder):
-    return [json.loads(line)["loss"] for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in RunLog.read(Path(folder)) if "loss" in row]
 
 
 def stop_at(monkeypatch, step):
@@ -217,12 +226,19 @@ def test_workers_change_nothing(recipe):
     assert losses(two.folder) == losses(none.folder)
 
 
-def test_log_lines_average_the_steps_between_them_across_a_stop(recipe, monkeypatch):
-    fine, coarse = recipe(output="fine"), recipe("training.log_every=3", output="coarse")
+@pytest.mark.parametrize("kept", [2, 3])
+def test_log_lines_average_the_steps_between_them_across_a_stop(kept, recipe, monkeypatch):
+    fine, coarse = (
+        recipe(output="fine"),
+        recipe("training.log_every=3", "training.save_every=1", "training.keep=9", output="coarse"),
+    )
     pretrain(fine)
     with monkeypatch.context() as patched:
-        stop_at(patched, 2)
+        stop_at(patched, 5)
         pretrain(coarse)
+    # As if it had been killed after step `kept`.
+    for step in range(kept + 1, 6):
+        (coarse.folder / "checkpoints" / f"step-{step:09d}.ckpt").unlink(missing_ok=True)
     pretrain(coarse)
     each = losses(fine.folder)
     assert losses(coarse.folder) == pytest.approx([np.mean(each[:3]), np.mean(each[3:])])
@@ -303,22 +319,44 @@ def test_sharded_training_takes_the_same_steps():
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_ends_well(number, recipe, tmp_path, sounds):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_signal_saves_and_ends_well(number, workers, recipe, tmp_path, sounds):
     recipe()
-    arguments = [f"data.source={sounds}", "data.workers=1", "training.steps=100000", f"output={tmp_path / 'run'}"]
+    output = tmp_path / "run"
+    arguments = [f"data.source={sounds}", f"data.workers={workers}", "training.steps=100000", f"output={output}"]
     process = launch(command(tmp_path / "tiny-run.yaml", *arguments), start_new_session=True)
+    wait_for(lambda: (output / "log.jsonl").exists() and losses(output), process)
+    os.killpg(process.pid, number)  # a terminal, SLURM and systemd signal all processes of a job
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "give the same command again" in printed
+    assert "Traceback" not in errors
+    state = final_state(output)
+    assert state.step == len(losses(output)) > 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_the_first_step_ends_at_once(number, recipe, tmp_path, sounds):
+    recipe()
+    rows = ["file", *[str(f) for f in sorted(sounds.iterdir())] * 400]
+    (tmp_path / "many.csv").write_text("\n".join(rows))
+    cache = tmp_path / "cache"
+    arguments = [f"data.source={tmp_path / 'many.csv'}", f"data.cache={cache}", f"output={tmp_path / 'run'}"]
+    process = launch(command(tmp_path / "tiny-run.yaml", *arguments), start_new_session=True)
+    wait_for(lambda: list(cache.glob("clips/part-*")), process)
+    os.killpg(process.pid, number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "try again to go on" in errors
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def wait_for(condition, process):
     deadline = time.monotonic() + 60
-    while not ((tmp_path / "run" / "log.jsonl").exists() and losses(tmp_path / "run")):
+    while not condition():
         assert time.monotonic() < deadline, process.communicate()
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
-    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
-    assert "give the same command again" in output
-    assert "Traceback" not in errors
-    state = final_state(tmp_path / "run")
-    assert state.step == len(losses(tmp_path / "run")) > 0
 
 
 # --- what goes wrong ---------------------------------------------------------------------------------------------
@@ -376,6 +414,90 @@ def test_an_error_loses_no_step(recipe, sounds, tmp_path, monkeypatch):
     assert final_state(run.folder).step == 3 == len(losses(run.folder))
     monkeypatch.setattr(loop.BadFiles, "check", original)
     assert pretrain(run) is not None
+
+
+def test_a_run_goes_on_when_its_bad_files_are_repaired(recipe, sounds, tmp_path):
+    missing = tmp_path / "gone.wav"
+    (tmp_path / "list.csv").write_text("\n".join(["file", *map(str, sorted(sounds.iterdir())), str(missing)]))
+    run = recipe(f"data.source={tmp_path / 'list.csv'}", "training.steps=12")
+    with pytest.raises(AudioError, match=r"gone\.wav"):
+        pretrain(run)
+    shutil.copy(sounds / "tone00.wav", missing)
+    assert pretrain(run) is not None
+
+
+def test_a_damaged_shard_is_named_and_read_as_far_as_it_goes(recipe, sounds, tmp_path, capsys):
+    for name in ("whole", "cut"):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            for file in sorted(sounds.iterdir()):
+                tar.add(file, file.name)
+    whole = (tmp_path / "cut.tar").read_bytes()
+    (tmp_path / "cut.tar").write_bytes(whole[: len(whole) // 2])
+    run = recipe(f"data.source={tmp_path}/{{whole,cut}}.tar", "training.steps=20")
+    assert pretrain(run) is not None
+    assert "cut.tar" in capsys.readouterr().err
+    assert any("cut.tar" in name for name in final_state(run.folder).bad_files)
+
+
+def test_probe_clips_are_looked_at_before_the_first_step(recipe, tmp_path):
+    with pytest.raises(M2DEmbedError, match="nowhere"):
+        pretrain(recipe(f"probe.data={tmp_path / 'nowhere'}", "probe.every=1000"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_shards_need_the_same_number_of_processes(recipe, sounds, tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for file in sorted(sounds.iterdir()):
+            tar.add(file, file.name)
+    run = recipe(f"data.source={tmp_path / 'a.tar'}", "training.steps=2")
+    pretrain(run)
+    state = final_state(run.folder)
+    state.processes = 4
+    state.write(run.folder, keep=1)
+    with pytest.raises(ConfigError, match="begun with 4 processes"):
+        pretrain(run)
+
+
+def test_what_a_cpu_cannot_do(recipe, monkeypatch):
+    with pytest.raises(ConfigError, match="fp16 needs a GPU"):
+        pretrain(recipe("training.precision=fp16"))
+    monkeypatch.setattr(loop.shutil, "which", lambda name: None)
+    with pytest.raises(ConfigError, match=r"C\+\+ compiler"):
+        pretrain(recipe("training.compile=true"))
+
+
+def test_output_that_is_a_file(recipe, tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(ConfigError, match="is a file; name a folder"):
+        pretrain(recipe())
+
+
+def test_a_checkpoint_that_cannot_be_written(recipe, monkeypatch):
+    run = recipe("training.save_every=2")
+    original = torch.save
+
+    def save(content, stream):
+        if content["step"] == 4:
+            stream.write(b"half")
+            raise OSError(28, "No space left on device")
+        original(content, stream)
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(CheckpointError, match=r"step-000000004\.ckpt: cannot be written .*No space left"):
+        pretrain(run)
+    assert [f.name for f in (run.folder / "checkpoints").iterdir()] == ["step-000000002.ckpt"]
+    monkeypatch.setattr(torch, "save", original)
+    (run.folder / "checkpoints" / "step-000000009.partial").write_text("of a run that was killed")
+    assert pretrain(run) is not None
+    assert len(losses(run.folder)) == 6
+    assert not list((run.folder / "checkpoints").glob("*.partial"))
+
+
+def test_licence_of_the_start_is_kept(recipe):
+    first = pretrain(recipe("training.steps=1", "license=CC BY 4.0", output="first"))
+    second = pretrain(recipe("training.steps=1", f"start.model={first}", output="second"))
+    assert m2d_embed.load_model(str(second)).config.license == "CC BY 4.0"
+    assert "CC BY 4.0" in (second / "README.md").read_text()
 
 
 def test_another_recipe_does_not_go_on_with_a_run(recipe):
@@ -440,8 +562,8 @@ def test_probes_are_logged(recipe, sounds, tmp_path):
         (label / file.name).symlink_to(file)
     run = recipe(f"probe.data={tmp_path / 'labelled'}", "probe.every=4")
     pretrain(run)
-    rows = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
-    assert [i + 1 for i, row in enumerate(rows) if "probe/linear" in row] == [4, 6]
+    rows = RunLog.read(run.folder)
+    assert [row["step"] for row in rows if "probe/linear" in row] == [4, 6]
     assert rows[-1]["probe/linear"] > 0.7
     assert 0 <= rows[-1]["probe/knn"] <= 1
     quiet = recipe(output="quiet")

@@ -71,8 +71,8 @@ def test_overrides_and_round_trip(write):
         (MINIMAL.replace("steps: 10", "steps: ten"), [], "training: 'steps' must be int, not 'ten'"),
         (MINIMAL.replace("steps: 10", "steps: 1.5"), [], "'steps' must be int"),
         (MINIMAL.replace("steps: 10", "steps: true"), [], "'steps' must be int"),
-        (MINIMAL.replace("steps: 10", "log_every: 1"), [], "either steps or epochs"),
-        (MINIMAL.replace("steps: 10", "steps: 10, epochs: 2"), [], "either steps or epochs"),
+        (MINIMAL.replace("steps: 10", "log_every: 1"), [], "give one of them"),
+        (MINIMAL.replace("steps: 10", "steps: 10, epochs: 2"), [], "give one of them"),
         (MINIMAL.replace("steps: 10", "steps: -1"), [], "training.steps must be positive"),
         (MINIMAL.replace("steps: 10", "steps: 10, steps: 11"), [], "'steps' is there twice"),
         (MINIMAL.replace("objective: m2d", "objective: m2e"), [], "'objective' must be"),
@@ -89,6 +89,13 @@ def test_overrides_and_round_trip(write):
         (MINIMAL, ["training.steps"], "key=value"),
         (MINIMAL, ["training.steps=[1"], "not valid YAML"),
         (MINIMAL, ["model.sample_rate=44100"], "no front end for 44100"),
+        (MINIMAL, ["training.betas=[1.0, 1.0]"], "training.betas"),
+        (MINIMAL, ["training.base_lr=.inf"], "training.base_lr must be positive"),
+        (MINIMAL, ["training.seed=100000000000000000000000000"], "training.seed"),
+        (MINIMAL, ["predictor.mlp_ratio=0.001"], "predictor.mlp_ratio"),
+        (MINIMAL, ["offline.joint_dim=0"], "offline.joint_dim"),
+        (MINIMAL, ["offline.weights=[-1, .nan]"], "offline.weights"),
+        (MINIMAL, ["data.source=a.tar", "training={epochs: 1}"], "cannot be counted with tar shards"),
     ],
 )
 def test_mistakes_are_named(write, text, overrides, message):
@@ -99,6 +106,31 @@ def test_mistakes_are_named(write, text, overrides, message):
 def test_yaml_cannot_make_objects(write):
     with pytest.raises(ConfigError, match="not valid YAML"):
         load_recipe(write(MINIMAL + "about: !!python/object/apply:os.getcwd []\n"))
+
+
+def test_text_of_overrides_is_taken_as_it_is(write, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    for value, wanted in (
+        ("*.tar", "*.tar"),
+        ("{a,b}.tar", "{a,b}.tar"),
+        ("123", "123"),
+        ("~/x", "/home/me/x"),
+        ("a: b #c", "a: b #c"),
+    ):
+        assert load_recipe(write(MINIMAL), [f"data.source={value}"]).data.source == wanted
+    assert load_recipe(write(MINIMAL + "probe: {data: x}\n"), ["probe.data=null"]).probe.data is None
+
+
+def test_a_folder_does_not_hide_a_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "debug").mkdir()
+    assert load_recipe("debug", ["data.source=x"]).name == "debug"
+
+
+def test_a_file_that_is_not_text(tmp_path):
+    (tmp_path / "run.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="not a text file"):
+        load_recipe(str(tmp_path / "run.yaml"))
 
 
 def test_no_such_recipe():

@@ -171,7 +171,6 @@ def test_what_is_in_a_batch(folder):
     assert batch.labels.argmax(dim=1).tolist() == shards
     assert batch.labels.sum(dim=1).tolist() == [1] * 20
     assert batch.captions == [f"caption {n}" if n % 2 else "from json" for n in numbers]
-    assert batch.text_index is None
     assert batch.features.tolist() == [[[shard] * 3] * 4 for shard in shards]
     # Each sample is a ramp: its slope tells it, its first value the place of the crop.
     slopes = batch.audio.diff(dim=1).mean(dim=1).numpy() * (20_000 + 1_000 * np.array(numbers) - 1)

@@ -133,7 +133,6 @@ class Batch:
         noise_log_mel: (B, 1, mels, frames) float16, the same from a cache.
         labels: (B, C) float32, multi-hot.
         captions: one for each clip.
-        text_index: (B,) int64, the captions as indices into ``CropDataset.captions``; None for shards.
         features: (B, T, D) float32, precomputed frame features at the times of the patch columns.
         names: which file each clip is of.
         bad: files that could not be read while this batch was built, and why; others took their place.
@@ -147,7 +146,6 @@ class Batch:
     noise_log_mel: Tensor | None = None
     labels: Tensor | None = None
     captions: list[str] | None = None
-    text_index: Tensor | None = None
     features: Tensor | None = None
     names: list[str] = field(default_factory=list)
     bad: dict[str, str] = field(default_factory=dict)
@@ -186,10 +184,9 @@ class Sample:
 class BatchBuilder:
     """Samples -> a batch."""
 
-    def __init__(self, spec: BatchSpec, captions: Sequence[str] | None = None):
+    def __init__(self, spec: BatchSpec):
         self.spec = spec
         self._column = {label: i for i, label in enumerate(spec.labels)}
-        self._text_index = None if captions is None else {caption: i for i, caption in enumerate(captions)}
 
     def build(
         self,
@@ -216,8 +213,6 @@ class BatchBuilder:
             batch.labels = torch.stack([self._multi_hot(sample) for sample in samples])
         if spec.captions:
             batch.captions = [sample.caption for sample in samples]
-            if self._text_index is not None:
-                batch.text_index = torch.tensor([self._text_index[caption] for caption in batch.captions])
         if spec.features:
             batch.features = self._features(samples)
         return batch

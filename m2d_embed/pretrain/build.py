@@ -50,7 +50,7 @@ def build_task(
         offline, offline_dim = inputs.labels, len(label_names)
     elif recipe.objective == "m2d_clap":
         clap, offline = _captions(recipe, config, device)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.training.seed)
         objective = _objective(recipe, config, offline_dim, clap)
         objective.init_weights()

@@ -35,8 +35,10 @@ class TrainingData:
     @property
     def description(self) -> str:
         """One line for people."""
-        source = self.dataset.spec.data.source
-        return f"{source}: tar shards" if self.clips_per_epoch is None else f"{source}: {self.clips_per_epoch:,} files"
+        source, count = self.dataset.spec.data.source, self.clips_per_epoch
+        if isinstance(self.dataset, ShardDataset):
+            return f"{source}: {_counted(len(self.dataset.shards), 'tar shard')}"
+        return f"{source}: {_counted(count or 0, 'file')}"
 
     def feature_dim(self) -> int:
         """Size of the precomputed frame features; 0 if there are none."""
@@ -50,13 +52,18 @@ class TrainingData:
         return loader(self.dataset, micro_batch, rank, processes, accumulation, first_step)
 
 
-def open_data(recipe: Recipe, config: ModelConfig, show_progress: bool) -> TrainingData:
+def open_data(recipe: Recipe, config: ModelConfig, names: tuple[str, ...], show_progress: bool) -> TrainingData:
     """Open what a recipe trains on; build its cache of log-mels if it wants one.
+
+    Args:
+        recipe: the run's.
+        config: the front end and window of the model.
+        names: the labels, from ``label_names``.
+        show_progress: show how far the cache is.
 
     Raises:
         ConfigError, AudioError: if the source is not what the recipe needs.
     """
-    names = _label_names(recipe) if recipe.objective == "m2d_as" else ()
     spec = BatchSpec(
         recipe.data,
         config,
@@ -75,8 +82,15 @@ def open_data(recipe: Recipe, config: ModelConfig, show_progress: bool) -> Train
         return TrainingData(open_dataset(spec, on_progress), names)
 
 
-def _label_names(recipe: Recipe) -> tuple[str, ...]:
-    """The labels of m2d_as: those of a file, or those that the data has."""
+def label_names(recipe: Recipe) -> tuple[str, ...]:
+    """The labels that m2d_as learns: those of a file, or those that the data has. None for other objectives.
+
+    Raises:
+        ConfigError: if there are none.
+        AudioError: if they are to be collected from a shard that cannot be read.
+    """
+    if recipe.objective != "m2d_as":
+        return ()
     if recipe.offline.labels is None:
         print(f"{recipe.data.source}: collecting the labels", file=sys.stderr)
         return find_labels(recipe.data.source)
@@ -89,3 +103,7 @@ def _label_names(recipe: Recipe) -> tuple[str, ...]:
     if not names:
         raise ConfigError(f"offline.labels: {file} is empty; it should hold one label a line.")
     return names
+
+
+def _counted(count: int, thing: str) -> str:
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"

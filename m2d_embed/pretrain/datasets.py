@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
-import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +16,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from m2d_embed.errors import AudioError, ConfigError, M2DEmbedError
+from m2d_embed.errors import AudioError, ConfigError, M2DEmbedError, TrainingError
 from m2d_embed.frontend import LogMel
 from m2d_embed.pretrain.batches import Batch, BatchBuilder, BatchSpec, DataConfig, Sample, read_features
 from m2d_embed.pretrain.crops import Crop, read_crop
 from m2d_embed.pretrain.mel_cache import MelCache, MelCrop, build_cache
 from m2d_embed.pretrain.sources import Item, ItemOrder, ItemTable, Purpose, is_shards, read_source, rng_at
+from m2d_embed.pretrain.workers import start_worker
 
 if TYPE_CHECKING:
     from m2d_embed.pretrain.shards import ShardDataset
@@ -121,9 +120,8 @@ class CropDataset(Dataset[Batch]):
         _check_items(items, spec)
         self.spec = spec
         self.noise = noise
-        self.captions = tuple(dict.fromkeys(item.caption for item in items)) if spec.captions else ()
         self._clips = ClipSource(items, spec, cache)
-        self._builder = BatchBuilder(spec, self.captions)
+        self._builder = BatchBuilder(spec)
 
     @property
     def num_items(self) -> int:
@@ -259,7 +257,7 @@ def loader(
     workers = dataset.spec.data.workers if workers is None else workers
     settings: dict[str, Any] = {
         "collate_fn": _as_is,
-        "worker_init_fn": _start_worker,
+        "worker_init_fn": start_worker,
         "pin_memory": torch.cuda.is_available(),
         # A generator of its own: the loader draws a number, which must not change those of the process.
         "generator": torch.Generator(),
@@ -279,7 +277,13 @@ class Batches(Iterator[Batch]):
         self._batches: Iterator[Any] = iter(data_loader)
 
     def __next__(self) -> Batch:
-        batch = next(self._batches)
+        try:
+            batch = next(self._batches)
+        except (RuntimeError, ConnectionError) as error:  # what the loader raises when a worker is gone
+            raise TrainingError(
+                f"a process that reads the data was killed ({error}), perhaps for want of memory; "
+                "give the same command again to go on, with fewer data.workers if need be."
+            ) from error
         if isinstance(batch, M2DEmbedError):
             self.close()
             raise batch
@@ -324,11 +328,6 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
-def _start_worker(number: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
-    torch.set_num_threads(1)
-
-
 def measure_stats(dataset: CropDataset | ShardDataset) -> tuple[float, float]:
     """Mean and standard deviation of the log-mel of ``data.norm_crops`` crops, padding excluded.
 
@@ -339,7 +338,7 @@ def measure_stats(dataset: CropDataset | ShardDataset) -> tuple[float, float]:
     """
     plain = dataset.plain()
     spec, wanted = plain.spec, plain.spec.data.norm_crops
-    log_mel = LogMel(dataclasses.replace(spec.model, norm_stats=(0.0, 1.0)))
+    log_mel = LogMel.unnormalized(spec.model)
     # The crops of shards depend on the number of workers.
     batches = loader(plain, batch_size=32, workers=None if isinstance(plain, CropDataset) else 0)
     count, total, squares = 0, 0.0, 0.0

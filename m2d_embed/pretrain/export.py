@@ -17,14 +17,13 @@ CURVE_FILE = "loss.png"
 _INFERENCE_PARTS = ("encoder.", "clap.")
 
 
-def export(folder: Path, state: RunState, recipe: Recipe, data: str) -> Path:
+def export(folder: Path, state: RunState, recipe: Recipe) -> Path:
     """Write ``<folder>/export``: config.json, float32 and bfloat16 weights, README.md, loss.png.
 
     Args:
         folder: the run's.
         state: the checkpoint to export.
         recipe: the run's.
-        data: the training data in words, for the model card.
 
     Returns:
         The folder written.
@@ -34,13 +33,13 @@ def export(folder: Path, state: RunState, recipe: Recipe, data: str) -> Path:
     rows = [row for row in RunLog.read(folder) if row["step"] <= state.step]
     if rows:
         plot_curve(rows, destination / CURVE_FILE, f"{recipe.name}: {recipe.objective}")
-    (destination / "README.md").write_text(card(state, recipe, data, rows), encoding="utf-8")
+    (destination / "README.md").write_text(card(state, recipe, rows), encoding="utf-8")
     tensors = {name: t for name, t in state.model.items() if name.startswith(_INFERENCE_PARTS)}
     write_native(destination, Checkpoint(state.config, tensors), [torch.float32, torch.bfloat16])
     return destination
 
 
-def card(state: RunState, recipe: Recipe, data: str, rows: list[dict[str, float]]) -> str:
+def card(state: RunState, recipe: Recipe, rows: list[dict[str, float]]) -> str:
     """The model card: what the model is, what it was trained on and how, and how the loss went."""
     training = recipe.training
     crops = state.step * training.effective_batch
@@ -52,7 +51,7 @@ def card(state: RunState, recipe: Recipe, data: str, rows: list[dict[str, float]
 ## Training
 
 * Objective: `{recipe.objective}`, masks `{recipe.masking.strategy}` at a ratio of {recipe.masking.mask_ratio:g}.
-* Data: {data}
+* Data: {state.data}
 * {state.step:,} steps of {training.effective_batch:,} crops of {seconds:.2f} s: {crops:,} crops, {hours:,.1f} h.
 * Statistics of the log-mel, for normalisation: mean {mean:.4f}, standard deviation {std:.4f}.
 * Start: {recipe.start.model or "random weights"}.

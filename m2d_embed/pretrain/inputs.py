@@ -6,7 +6,6 @@ teacher the clean crop.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -15,14 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2d_embed.config import ClapConfig, ModelConfig
-from m2d_embed.errors import ConfigError, TrainingError
+from m2d_embed.errors import ConfigError
 from m2d_embed.frontend import LogMel
 from m2d_embed.heads.clap import TextEncoder
 from m2d_embed.model import M2D
 from m2d_embed.pretrain.batches import Batch
 from m2d_embed.pretrain.objectives import Example
 
-_FRONT_END = ("sample_rate", "n_fft", "hop_length", "f_min", "f_max")
+#: Captions whose embeddings are remembered; more are computed again.
+_MAX_KNOWN = 100_000
 
 
 class OfflineTarget(Protocol):
@@ -36,8 +36,8 @@ class Inputs(nn.Module):
 
     def __init__(self, config: ModelConfig, visible: int, noise_ratio: float, offline: OfflineTarget | None):
         super().__init__()
-        self.log_mel = LogMel(dataclasses.replace(config, norm_stats=(0.0, 1.0)))
-        self.normalized = LogMel(config).normalize
+        self.log_mel = LogMel.unnormalized(config)
+        self.mean, self.std = config.norm_stats
         self.visible = visible
         self.noise_ratio = noise_ratio
         self.offline = offline
@@ -50,7 +50,7 @@ class Inputs(nn.Module):
         online = clean
         if batch.noise_audio is not None or batch.noise_log_mel is not None:
             online = mix(clean, self._raw(batch.noise_audio, batch.noise_log_mel), self.noise_ratio)
-        normalized = blank_padding(self.normalized(online), batch.valid_frames)
+        normalized = blank_padding((online - self.mean) / self.std, batch.valid_frames)
         return Example(normalized, batch.order, self.visible, offline)
 
     def _raw(self, audio: Tensor | None, log_mel: Tensor | None) -> Tensor:
@@ -75,15 +75,13 @@ def blank_padding(log_mel: Tensor, valid_frames: Tensor) -> Tensor:
 
 def precomputed_features(batch: Batch, log_mel: Tensor) -> Tensor:
     """M2D-S: the frame features that the manifest names."""
-    if batch.features is None:
-        raise TrainingError("objective m2d_s needs the column `features` of the manifest, or .npy in the shards.")
+    assert batch.features is not None
     return batch.features
 
 
 def labels(batch: Batch, log_mel: Tensor) -> Tensor:
     """M2D-AS: the multi-hot labels."""
-    if batch.labels is None:
-        raise TrainingError("objective m2d_as needs the column `labels` in the manifest, or in the shards' .json.")
+    assert batch.labels is not None
     return batch.labels
 
 
@@ -94,8 +92,7 @@ class Teacher(nn.Module):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.columns = config.grid_size[1]
-        mine, teachers = (tuple(getattr(c, name) for name in _FRONT_END) for c in (config, model.config))
-        self.same_front_end = mine == teachers and config.input_size[0] == model.config.input_size[0]
+        self.same_front_end = config.front_end == model.config.front_end
         if config.sample_rate != model.sample_rate:
             raise ConfigError(
                 f"offline.teacher: {model.config.name} takes {model.sample_rate} Hz, but the model in training "
@@ -139,8 +136,9 @@ class Captions:
 
     def __call__(self, batch: Batch, log_mel: Tensor) -> Tensor:
         """(B, text_dim) float32."""
-        if batch.captions is None:
-            raise TrainingError("objective m2d_clap needs the column `caption` in the manifest, or .txt in the shards.")
+        assert batch.captions is not None
+        if len(self.known) > _MAX_KNOWN:
+            self.known.clear()
         self._embed([text for text in dict.fromkeys(batch.captions) if text not in self.known])
         return torch.stack([self.known[text] for text in batch.captions]).to(self.device)
 

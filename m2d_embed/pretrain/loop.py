@@ -8,15 +8,18 @@ workers or processes changes nothing, and a resumed run repeats no and leaves ou
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
+import shutil
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -26,14 +29,15 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from m2d_embed import model as inference
+from m2d_embed.audio import open_sound
 from m2d_embed.config import ModelConfig
-from m2d_embed.errors import ConfigError, M2DEmbedError, TrainingError
-from m2d_embed.evaluate.probes import embed_clips, knn_accuracy, linear_probe_accuracy, read_labelled
+from m2d_embed.errors import AudioError, ConfigError, M2DEmbedError, TrainingError
+from m2d_embed.evaluate.probes import LabelledClips, embed_clips, knn_accuracy, linear_probe_accuracy, read_labelled
 from m2d_embed.pretrain import run_state
 from m2d_embed.pretrain.build import build_optimizer, build_task, peak_rate
-from m2d_embed.pretrain.data import TrainingData, open_data
+from m2d_embed.pretrain.data import TrainingData, label_names, open_data
 from m2d_embed.pretrain.datasets import BadFiles, Batch, measure_stats
-from m2d_embed.pretrain.export import describe_model, export
+from m2d_embed.pretrain.export import EXPORT_FOLDER, describe_model, export
 from m2d_embed.pretrain.inputs import Inputs
 from m2d_embed.pretrain.masking import num_visible
 from m2d_embed.pretrain.monitor import RunLog, mean_variance, rank_me
@@ -41,10 +45,12 @@ from m2d_embed.pretrain.objectives import Objective
 from m2d_embed.pretrain.recipe import Recipe
 from m2d_embed.pretrain.run_state import RunState
 from m2d_embed.pretrain.schedule import ema_decay, learning_rate
+from m2d_embed.pretrain.sources import is_shards
 from m2d_embed.pretrain.warm_start import apply_start, read_start
 
 RECIPE_FILE = "recipe.yaml"
 _LONGEST_WAIT = timedelta(hours=12)  # of the other processes while the main one measures or builds a cache
+T = TypeVar("T")
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -61,6 +67,7 @@ def pretrain(recipe: Recipe) -> Path | None:
     """
     with _Stop() as stop:
         run = _Run(recipe, stop)
+        stop.wait_for_step = True
         finished = run.train()
         return run.export() if finished else None
 
@@ -79,7 +86,7 @@ def export_latest(recipe: Recipe) -> Path:
     state = _previous(recipe)
     if state is None:
         raise ConfigError(f"{recipe.folder}: no checkpoint to export; train first.")
-    return export(recipe.folder, state, recipe, recipe.data.source)
+    return export(recipe.folder, state, recipe)
 
 
 class _Run:
@@ -96,15 +103,18 @@ class _Run:
                 InitProcessGroupKwargs(timeout=_LONGEST_WAIT),
             ],
         )
+        self._check_device()
         self.accumulation = self._accumulation()
         previous = _previous(recipe)
+        self._check_processes(previous)
+        self.probe_clips = self._agreed(self._read_probe)
         start = read_start(recipe.start) if previous is None else None
         start_config = start.config if start is not None else None
         shape = previous.config if previous else recipe.model_config(start_config, (0.0, 1.0))
+        self.data = self._open_data(shape)
         if self.accelerator.is_main_process:
             recipe.folder.mkdir(parents=True, exist_ok=True)
             (recipe.folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
-        self.data = self._open_data(shape)
         self.config = previous.config if previous else self._with_stats(start_config)
         visible = num_visible(self.config.grid_size[0] * self.config.grid_size[1], recipe.masking.mask_ratio)
         names, dim = self.data.label_names, self.data.feature_dim()
@@ -112,6 +122,8 @@ class _Run:
         if start is not None:
             apply_start(task.objective, start, recipe.start.parts)
         self.config = _with_clap(self.config, task.objective)
+        if recipe.license:
+            self.config = dataclasses.replace(self.config, license=recipe.license)
         self.inputs = Inputs(self.config, visible, recipe.data.noise_ratio, task.offline).to(self.accelerator.device)
         network: nn.Module = task.objective
         if recipe.training.compile:
@@ -124,10 +136,7 @@ class _Run:
         self.bad = BadFiles(self.data.num_files)
         self.pending: dict[str, float] = {}
         if previous is not None:
-            run_state.restore(previous, self.model, self.optimizer.optimizer)
-            self.step, self.pending = previous.step, previous.pending
-            self.saved = self.step
-            self.bad.restore(previous.bad_files)
+            self._restore(previous)
 
     # --- training -------------------------------------------------------------------------------------------------
 
@@ -150,8 +159,10 @@ class _Run:
                     bar.update()
                     bar.set_postfix_str(f"loss {values['loss']:.4f}")
                     self._log(log, values)
-                    if self.step % recipe.training.save_every == 0:
+                    if self.step % recipe.training.save_every == 0 or self._probe_due():
                         self.save()
+                    if self._probe_due():
+                        self._probe(log)
         except M2DEmbedError:
             if self.accelerator.num_processes == 1:  # the others would not come to save
                 self.save()
@@ -176,9 +187,9 @@ class _Run:
         """Export the encoder as it is now; every process has to call it."""
         model, optimizer = run_state.capture(self.model, self.optimizer.optimizer)
         if self.accelerator.is_main_process:
-            export(self.recipe.folder, self._state(model, optimizer), self.recipe, self.data.description)
+            export(self.recipe.folder, self._state(model, optimizer), self.recipe)
         self.accelerator.wait_for_everyone()
-        return self.recipe.folder / "export"
+        return self.recipe.folder / EXPORT_FOLDER
 
     def _step(self, batches: Iterator[Batch]) -> dict[str, float]:
         """One optimiser step: forward and backward of every micro-batch, then the update. Returns what to log."""
@@ -188,7 +199,8 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         began, waited = time.perf_counter(), 0.0
-        names: list[str] = []
+        names: list[list[str]] = []
+        micro_losses: list[Tensor] = []
         losses: dict[str, Tensor] = {}
         outputs: dict[str, Tensor] = {}
         self.model.train()
@@ -197,21 +209,22 @@ class _Run:
             batch = next(batches)
             waited += time.perf_counter() - asked
             self._count_bad(batch)
-            names += batch.names
+            names.append(batch.names)
             last = micro == self.accumulation - 1
             example = self.inputs(batch.to(self.accelerator.device, non_blocking=True))
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 outputs = self.model(example)
                 self.accelerator.backward(outputs["loss"] / self.accumulation)
+            micro_losses.append(outputs["loss"].detach())
             for key in [key for key in outputs if key.startswith("loss")]:
                 losses[key] = losses.get(key, 0) + outputs[key].detach().float() / self.accumulation
         norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), training.clip_norm)
         values = self._shared({**losses, "grad_norm": torch.as_tensor(norm)})
-        self._check_finite(values, losses["loss"], names)
+        self._check_finite(values, micro_losses, names)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.objective.update_target(decay)
-        if (self.step + 1) % training.log_every == 0:
+        if (self.step + 1) % training.log_every == 0 or self.step + 1 == self.total:
             values |= self._collapse_signs(outputs)
         seconds = time.perf_counter() - began
         return {**values, "lr": rate, "ema_decay": decay, "seconds": seconds, "waited": waited}
@@ -222,18 +235,24 @@ class _Run:
         shared: Tensor = self.accelerator.reduce(stacked, reduction="mean")
         return dict(zip(values, shared.tolist(), strict=True))
 
-    def _check_finite(self, values: dict[str, float], mine: Tensor, names: list[str]) -> None:
+    def _check_finite(self, values: dict[str, float], losses: list[Tensor], names: list[list[str]]) -> None:
         """Stop before the update if the loss or the gradient is not finite; the state before this step is saved."""
-        scaled = self.accelerator.scaler is not None  # a scaler of float16 meets infinite gradients on its way
-        wrong = [k for k, v in values.items() if not _is_finite(v) and not (scaled and k == "grad_norm")]
+        scaler = self.accelerator.scaler
+        # The scaler of float16 meets infinite gradients on its way, and skips those steps; not when it is below 1.
+        searching = scaler is not None and scaler.get_scale() >= 1
+        wrong = [k for k, v in values.items() if not math.isfinite(v) and not (searching and k == "grad_norm")]
         if not wrong:
             return
         self.optimizer.zero_grad()
         self.save()
-        where = "" if torch.isfinite(mine) or self.accelerator.num_processes == 1 else " (in this process)"
+        finite = [bool(torch.isfinite(loss)) for loss in losses]
+        if wrong[0] != "grad_norm" and all(finite):
+            where = "It arose in another process, which names its files."
+        else:
+            guilty = [batch for batch, good in zip(names, finite, strict=True) if not good] or names
+            where = f"The batch's files: {', '.join(dict.fromkeys(name for batch in guilty for name in batch))}"
         raise TrainingError(
-            f"step {self.step}: {wrong[0]} is {values[wrong[0]]}{where}. The run is saved as it was before that step. "
-            f"The batch's files: {', '.join(dict.fromkeys(names))}"
+            f"step {self.step}: {wrong[0]} is {values[wrong[0]]}. The run is saved as it was before that step. {where}"
         )
 
     def _collapse_signs(self, outputs: dict[str, Tensor]) -> dict[str, float]:
@@ -251,31 +270,34 @@ class _Run:
 
     def _count_bad(self, batch: Batch) -> None:
         for name, reason in self.bad.add(batch).items():
-            tqdm.write(f"skipped: {name}: {reason}", file=sys.stderr)
-        self.bad.check()
+            tqdm.write(f"skipped: {reason if name in reason else f'{name}: {reason}'}", file=sys.stderr)
+        if self.accelerator.num_processes == 1:
+            self.bad.check()
 
     def _share_bad(self) -> None:
-        """Count what other processes could not read; every process has to call it."""
-        if self.accelerator.num_processes > 1:
-            for reasons in gather_object([self.bad.reasons]):
-                self.bad.reasons |= reasons
+        """Count what any process could not read; every process has to call it."""
+        if self.accelerator.num_processes == 1:
+            return
+        for reasons in gather_object([self.bad.reasons]):
+            self.bad.reasons |= reasons
+        try:
             self.bad.check(self.step * self.recipe.training.effective_batch)
+        except AudioError:
+            self.save()
+            raise
 
     # --- log and probes -------------------------------------------------------------------------------------------
 
     def _log(self, log: RunLog | None, values: dict[str, float]) -> None:
-        """Add up what is averaged, and write a line every ``log_every`` steps and after each probe."""
+        """Add up what is averaged, and write a line every ``log_every`` steps."""
         training = self.recipe.training
         averaged = ("loss", "grad_norm", "seconds", "waited")
         for key in [k for k in values if k.startswith(averaged)]:
             self.pending[key] = self.pending.get(key, 0.0) + values[key]
         self.pending["steps"] = self.pending.get("steps", 0.0) + 1
-        if self.step % training.log_every == 0:
-            self._share_bad()
-        due = self.step % training.log_every == 0 or self.step == self.total
-        probed = self._probe() if self._probe_due() else {}
-        if not due and not probed:
+        if self.step % training.log_every and self.step != self.total:
             return
+        self._share_bad()
         steps = self.pending.pop("steps")
         means = {key: total / steps for key, total in self.pending.items()}
         self.pending = {}
@@ -285,36 +307,33 @@ class _Run:
             **{key: value for key, value in values.items() if key not in (*means, "seconds", "waited")},
             "clips_per_second": training.effective_batch / seconds,
             "data_share": waited / seconds,
-            **probed,
         }
         if log is not None:
             log.write(self.step, line)
+            if not sys.stderr.isatty():  # no progress bar there
+                print(f"step {self.step} of {self.total}: loss {line['loss']:.4f}", file=sys.stderr)
 
     def _probe_due(self) -> bool:
-        probe = self.recipe.probe
-        return probe.data is not None and (self.step % probe.every == 0 or self.step == self.total)
+        return self.probe_clips is not None and (self.step % self.recipe.probe.every == 0 or self.step == self.total)
 
-    def _probe(self) -> dict[str, float]:
-        """KNN and linear probe of the encoder as it is; only the main process computes it."""
-        values: dict[str, float] = {}
+    def _probe(self, log: RunLog | None) -> None:
+        """Log kNN and linear probe of the encoder as it is; only the main process, which has a log, computes them."""
         tensors = run_state.capture_model(self.model)
-        if self.accelerator.is_main_process:
-            probe = self.recipe.probe
-            clips = read_labelled(Path(str(probe.data)), probe.clips, self.recipe.training.seed)
+        if log is not None and self.probe_clips is not None:
             model = inference.M2D(self.config).to(self.accelerator.device)
             encoder = {name.removeprefix("encoder."): t for name, t in tensors.items() if name.startswith("encoder.")}
             model.encoder.load_state_dict(encoder)
-            embeddings = embed_clips(model.eval(), clips)
+            embeddings = embed_clips(model.eval(), self.probe_clips)
             values = {
-                "probe/knn": knn_accuracy(embeddings, clips),
-                "probe/linear": linear_probe_accuracy(embeddings, clips),
+                "probe/knn": knn_accuracy(embeddings, self.probe_clips),
+                "probe/linear": linear_probe_accuracy(embeddings, self.probe_clips),
             }
+            log.write(self.step, values)
             tqdm.write(
                 f"step {self.step}: kNN {values['probe/knn']:.1%}, linear probe {values['probe/linear']:.1%}",
                 file=sys.stderr,
             )
         self.accelerator.wait_for_everyone()
-        return values
 
     # --- setting up -----------------------------------------------------------------------------------------------
 
@@ -328,26 +347,81 @@ class _Run:
             )
         return int(training.effective_batch // at_once)
 
+    def _agreed(self, work: Callable[[], T]) -> T:
+        """What the main process makes, or its error, in every process."""
+        made: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            try:
+                made = [work()]
+            except M2DEmbedError as error:
+                made = [error]
+        (result,) = broadcast_object_list(made)
+        if isinstance(result, M2DEmbedError):
+            raise result
+        made_by_main: T = result
+        return made_by_main
+
+    def _read_probe(self) -> LabelledClips | None:
+        """The labelled clips to probe with, each looked at once: better now than after hours."""
+        probe = self.recipe.probe
+        if probe.data is None:
+            return None
+        clips = read_labelled(Path(probe.data), probe.clips, self.recipe.training.seed)
+        for file in clips.files:
+            open_sound(file).close()
+        return clips
+
+    def _restore(self, previous: RunState) -> None:
+        run_state.restore(previous, self.model, self.optimizer.optimizer)
+        self.step, self.pending = previous.step, previous.pending
+        self.saved = self.step
+        if self.accelerator.scaler is not None and previous.scaler:
+            self.accelerator.scaler.load_state_dict(previous.scaler)
+
     def _open_data(self, shape: ModelConfig) -> TrainingData:
-        """The main process first: it may have a cache to build."""
-        with self.accelerator.main_process_first():
-            return open_data(self.recipe, shape, self.accelerator.is_main_process)
+        """The main process first: it may have labels to collect and a cache to build."""
+        names = self._agreed(lambda: label_names(self.recipe))
+        opened: list[TrainingData] = []
+
+        def by_main() -> None:
+            opened.append(open_data(self.recipe, shape, names, show_progress=True))
+
+        self._agreed(by_main)
+        return opened[0] if opened else open_data(self.recipe, shape, names, show_progress=False)
+
+    def _check_device(self) -> None:
+        training = self.recipe.training
+        if self.recipe.folder.exists() and not self.recipe.folder.is_dir():
+            raise ConfigError(f"output: {self.recipe.folder} is a file; name a folder, new or of an earlier run.")
+        if self.accelerator.device.type != "cpu":
+            return
+        if training.precision == "fp16":
+            raise ConfigError("training.precision fp16 needs a GPU; on a CPU take bf16 or fp32.")
+        compilers = (os.environ.get("CXX", "g++"), "g++", "clang++", "cl")
+        if training.compile and not any(shutil.which(name) for name in compilers):
+            raise ConfigError("training.compile needs a C++ compiler, e.g. g++; install one or set it to false.")
+
+    def _check_processes(self, previous: RunState | None) -> None:
+        now = self.accelerator.num_processes
+        if previous is not None and is_shards(self.recipe.data.source) and previous.processes != now:
+            raise ConfigError(
+                f"{self.recipe.folder}: begun with {previous.processes} processes, which each read shards of their "
+                f"own, so it cannot go on with {now}."
+            )
 
     def _with_stats(self, start: ModelConfig | None) -> ModelConfig:
         """The configuration with mean and standard deviation, given or measured by the main process."""
         stats = self.recipe.data.norm_stats
         if stats is None:
-            measured = [measure_stats(self.data.dataset) if self.accelerator.is_main_process else None]
-            (stats,) = broadcast_object_list(measured)
+            stats = self._agreed(lambda: measure_stats(self.data.dataset))
         return self.recipe.model_config(start, stats)
 
     def _total_steps(self) -> int:
         training, files = self.recipe.training, self.data.clips_per_epoch
         if training.steps is not None:
             return training.steps
-        if files is None:
-            raise ConfigError("training.epochs cannot be counted with tar shards; give training.steps.")
-        return max(1, round(float(training.epochs or 0) * files / training.effective_batch))
+        assert training.epochs is not None and files is not None  # the recipe sees to that
+        return max(1, round(training.epochs * files / training.effective_batch))
 
     def _announce(self) -> None:
         objective = self.objective
@@ -362,14 +436,31 @@ class _Run:
         )
 
     def _state(self, model: dict[str, Tensor], optimizer: dict[str, Any]) -> RunState:
-        return RunState(self.step, model, optimizer, self.recipe.to_dict(), self.config, self.bad.state(), self.pending)
+        scaler = self.accelerator.scaler
+        return RunState(
+            step=self.step,
+            model=model,
+            optimizer=optimizer,
+            recipe=self.recipe.to_dict(),
+            config=self.config,
+            bad_files=self.bad.reasons,
+            pending=self.pending,
+            data=self.data.description,
+            processes=self.accelerator.num_processes,
+            scaler=dict(scaler.state_dict()) if scaler is not None else {},
+        )
 
 
 class _Stop:
-    """Notes SIGTERM and SIGINT, so that the loop can save and leave; a second SIGINT interrupts at once."""
+    """Notes SIGTERM and SIGINT, so that the loop can save and leave.
+
+    Before the loop there is nothing to save, and they interrupt at once. In the loop a second SIGINT does, too, but for
+    several processes: torchrun passes on what the terminal has sent already.
+    """
 
     def __init__(self) -> None:
         self.wanted = False
+        self.wait_for_step = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> _Stop:
@@ -383,10 +474,12 @@ class _Stop:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: object) -> None:
-        if self.wanted and number == signal.SIGINT:
+        insisting = self.wanted and number == signal.SIGINT and int(os.environ.get("WORLD_SIZE", "1")) == 1
+        if not self.wait_for_step or insisting:
             raise KeyboardInterrupt
+        if not self.wanted:
+            os.write(2, b"stopping after this step\n")  # print may be what was interrupted
         self.wanted = True
-        print("stopping after this step; the run is saved", file=sys.stderr)
 
 
 def _previous(recipe: Recipe) -> RunState | None:
@@ -408,7 +501,3 @@ def _with_clap(config: ModelConfig, objective: Objective) -> ModelConfig:
     if clap is None:
         return config
     return dataclasses.replace(config, clap=clap.config)
-
-
-def _is_finite(value: float) -> bool:
-    return value - value == 0

@@ -7,11 +7,9 @@ index beside each. A part is there wholly or not at all, so a build that was sto
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import multiprocessing
 import os
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -29,13 +27,13 @@ from m2d_embed.config import ModelConfig
 from m2d_embed.errors import AudioError, ConfigError, TrainingError
 from m2d_embed.frontend import LogMel
 from m2d_embed.pretrain.sources import Item
+from m2d_embed.pretrain.workers import start_worker
 
 _FORMAT = 1
 _INDEX = "cache.json"
 _LOCK = "cache.lock"
 _PART_FILES = 64
 _DTYPE = np.dtype("<f2")
-_FRONT_END = ("sample_rate", "n_fft", "hop_length", "f_min", "f_max")
 _ADVICE = "choose another folder for the cache, or delete this one"
 
 Mels = npt.NDArray[np.float16]
@@ -130,7 +128,7 @@ def build_cache(
         TrainingError: if a process was killed.
     """
     files = [_identity(item.file) for item in items]
-    index = {"format": _FORMAT, "front_end": _front_end(config), "files": files}
+    index = {"format": _FORMAT, "front_end": config.front_end, "files": files}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / _LOCK):
@@ -171,7 +169,7 @@ def _run(tasks: list[_Task], workers: int) -> Iterator[_Task]:
         return
     # Spawned: a fork of a process that runs threads may wait for ever for a lock that one of them held.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(workers, len(tasks)), mp_context=context, initializer=_start_worker)
+    pool = ProcessPoolExecutor(min(workers, len(tasks)), mp_context=context, initializer=start_worker)
     try:
         futures = {pool.submit(_build_part, task): task for task in tasks}
         for future in as_completed(futures):
@@ -186,13 +184,8 @@ def _run(tasks: list[_Task], workers: int) -> Iterator[_Task]:
         pool.shutdown(cancel_futures=True)
 
 
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
-    torch.set_num_threads(1)
-
-
 def _build_part(task: _Task) -> None:
-    log_mel = LogMel(dataclasses.replace(task.config, norm_stats=(0.0, 1.0)))
+    log_mel = LogMel.unnormalized(task.config)
     temporary = task.part.with_name(f"{task.part.name}.partial")
     with temporary.open("wb") as stream:
         mels = task.config.input_size[0]
@@ -229,10 +222,6 @@ def _append(stream: BinaryIO, path: str, log_mel: LogMel, config: ModelConfig) -
 
 def _as_tensor(block: Samples) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(block))
-
-
-def _front_end(config: ModelConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in _FRONT_END} | {"mels": config.input_size[0]}
 
 
 def _identity(file: Path) -> list[Any]:

@@ -203,7 +203,7 @@ class M2DAS(M2DX):
 class M2DCLAP(M2D):
     """M2D-CLAP: the additional task pulls a clip's visible latents and its caption's embedding together (InfoNCE).
 
-    The negatives are those of the whole batch, of every process.
+    The negatives are those of one micro-batch of every process.
     """
 
     def __init__(self, config: ModelConfig, predictor: PredictorConfig, clap: ClapConfig, weights: tuple[float, float]):

@@ -28,6 +28,8 @@ class PredictorConfig:
         for field in ("dim", "depth", "num_heads", "mlp_ratio"):
             if getattr(self, field) <= 0:
                 raise ConfigError(f"predictor.{field} must be positive, not {getattr(self, field)}.")
+        if self.dim * self.mlp_ratio < 1:
+            raise ConfigError(f"predictor.mlp_ratio {self.mlp_ratio} leaves the MLP without a unit.")
         if self.dim % self.num_heads or self.dim % 4:
             raise ConfigError(f"predictor.dim {self.dim} must be a multiple of 4 and of num_heads {self.num_heads}.")
 

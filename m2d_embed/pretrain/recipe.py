@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import os
 import re
 import typing
 from collections.abc import Iterable
@@ -94,6 +96,11 @@ class OfflineSection:
     text_pooling: Literal["mean", "cls"] = "mean"
     joint_dim: int = 768
 
+    def __post_init__(self) -> None:
+        sensible = all(0 <= weight < math.inf for weight in self.weights)
+        _require(sensible, f"offline.weights must not be negative, not {self.weights}")
+        _require(self.joint_dim > 0, f"offline.joint_dim must be positive, not {self.joint_dim}")
+
 
 @dataclass(frozen=True)
 class TrainingSection:
@@ -123,7 +130,10 @@ class TrainingSection:
     keep: int = 3
 
     def __post_init__(self) -> None:
-        _require((self.steps is None) != (self.epochs is None), "training needs either steps or epochs")
+        _require(
+            (self.steps is None) != (self.epochs is None),
+            "training.steps or training.epochs: give one of them, and null for the other",
+        )
         for name in (
             "steps",
             "epochs",
@@ -136,13 +146,13 @@ class TrainingSection:
         ):
             value = getattr(self, name)
             _require(value is None or value > 0, f"training.{name} must be positive, not {value}")
-        _require(self.base_lr > 0, f"training.base_lr must be positive, not {self.base_lr}")
+        _require(0 < self.base_lr < math.inf, f"training.base_lr must be positive, not {self.base_lr}")
         _require(self.weight_decay >= 0, f"training.weight_decay must not be negative, not {self.weight_decay}")
         _require(0 <= self.warmup < 1, f"training.warmup is a share of the run, 0 <= warmup < 1, not {self.warmup}")
-        _require(self.seed >= 0, f"training.seed must not be negative, not {self.seed}")
-        for name in ("ema_decay", "betas"):
-            inside = all(0 <= v <= 1 for v in getattr(self, name))
-            _require(inside, f"training.{name} must lie between 0 and 1, not {getattr(self, name)}")
+        _require(0 <= self.seed < 2**63, f"training.seed must not be negative, and fit 63 bits, not {self.seed}")
+        decays = self.ema_decay
+        _require(all(0 <= v <= 1 for v in decays), f"training.ema_decay must lie between 0 and 1, not {decays}")
+        _require(all(0 <= v < 1 for v in self.betas), f"training.betas must be 0 or more, below 1, not {self.betas}")
 
 
 @dataclass(frozen=True)
@@ -179,6 +189,10 @@ class Recipe:
         _require(re.fullmatch(r"[\w.-]+", self.name) is not None, f"name {self.name!r}: letters, digits, '.', '_', '-'")
         teacher = self.objective == "m2d_x"
         _require(not teacher or bool(self.offline.teacher), "objective m2d_x needs offline.teacher, a model's name")
+        _require(
+            self.training.steps is not None or not is_shards(self.data.source),
+            "training.epochs cannot be counted with tar shards; give training.steps",
+        )
         _require(teacher or not self.offline.teacher, f"offline.teacher: objective {self.objective} has no teacher")
 
     @property
@@ -200,6 +214,7 @@ class Recipe:
                     f"model: {name} is {value}, but {start.name or self.start.model} has {getattr(start, name)}; "
                     "leave it out to take the checkpoint's."
                 )
+        begun = f", begun from {start.name}" if start is not None and start.name else ""
         return dataclasses.replace(
             base,
             **stated,
@@ -207,8 +222,8 @@ class Recipe:
             norm_stats=norm_stats,
             head=None,
             clap=None,
-            source=f"m2d_embed.pretrain, recipe {self.name}",
-            license=self.license,
+            source=f"m2d_embed.pretrain, recipe {self.name}{begun}",
+            license=self.license or (start.license if start is not None else ""),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -223,10 +238,12 @@ class Recipe:
     def differences(self, other: dict[str, Any]) -> list[str]:
         """What differs from the recipe another run was begun with, as ``key: theirs -> ours``; what may is left out.
 
-        With tar shards the number of workers and the micro-batch may not: each worker reads shards of its own.
+        With tar shards the number of workers and the micro-batch may not: each worker reads shards of its own. Nor may
+        the micro-batch of m2d_clap, from which it takes its negatives.
         """
         mine, theirs = _flatten(self.to_dict()), _flatten(other)
-        bound = ("data.workers", "training.micro_batch") if is_shards(self.data.source) else ()
+        bound = ["data.workers", "training.micro_batch"] if is_shards(self.data.source) else []
+        bound += ["training.micro_batch"] if self.objective == "m2d_clap" else []
         keys = [key for key in {**theirs, **mine} if key in bound or not _FREE_ON_RESUME.fullmatch(key)]
         return [f"{k}: {theirs.get(k)!r} -> {mine.get(k)!r}" for k in keys if theirs.get(k) != mine.get(k)]
 
@@ -242,7 +259,10 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
         ConfigError: if there is no such recipe, it is not YAML, or a key or value is wrong; it names the key.
     """
     file = _find(name)
-    content = _parse(file.read_text(encoding="utf-8"), str(file))
+    try:
+        content = _parse(file.read_text(encoding="utf-8"), str(file))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: not a text file ({error}).") from error
     _require(isinstance(content, dict), f"{file}: a recipe is a mapping of keys to values")
     for override in overrides:
         _override(content, override)
@@ -267,7 +287,7 @@ def known_recipes() -> dict[str, str]:
 
 def _find(name: str) -> Path:
     file = Path(name)
-    if file.suffix in (".yaml", ".yml") or file.exists():
+    if file.suffix in (".yaml", ".yml") or file.is_file():
         _require(file.is_file(), f"{name}: no such recipe file")
         return file
     packaged = RECIPES / f"{name}.yaml"
@@ -318,16 +338,18 @@ def _override(content: dict[str, Any], override: str) -> None:
     for key in keys[:-1]:
         inner = inner.setdefault(key, {})
         _require(isinstance(inner, dict), f"{override!r}: {key} is not a section in this recipe")
-    inner[keys[-1]] = _parse(value, override)
+    # Text is taken as it is: a path may hold what YAML gives a meaning to.
+    is_text = known[path] in (str, str | None) and value != "null"
+    inner[keys[-1]] = os.path.expanduser(value) if is_text else _parse(value, override)  # noqa: PTH111
 
 
-def _known_keys(cls: Any, prefix: str = "") -> list[str]:
-    """Dotted keys of a config class, sections included."""
-    keys = []
+def _known_keys(cls: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of a config class, sections included, and their types."""
+    keys = {}
     for name, hint in typing.get_type_hints(cls).items():
-        keys.append(prefix + name)
+        keys[prefix + name] = hint
         if dataclasses.is_dataclass(hint):
-            keys += _known_keys(hint, f"{prefix}{name}.")
+            keys |= _known_keys(hint, f"{prefix}{name}.")
     return keys
 
 

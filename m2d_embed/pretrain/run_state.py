@@ -6,7 +6,6 @@ state.
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +20,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from m2d_embed.config import ModelConfig, from_dict
-from m2d_embed.errors import CheckpointError, ConfigError
+from m2d_embed.config import ModelConfig
+from m2d_embed.errors import CheckpointError
 
 FORMAT_VERSION = 1
 _FOLDER = "checkpoints"
@@ -35,6 +34,7 @@ class RunState:
 
     ``model`` and ``optimizer`` are state dicts with full names, the same whatever the number of processes; ``recipe``
     is the run's as plain values, ``config`` the encoder's; ``bad_files`` and ``pending`` are what the loop has counted.
+    ``data`` describes the training data in words; ``processes`` took part; ``scaler`` is that of float16's losses.
     """
 
     step: int
@@ -44,9 +44,16 @@ class RunState:
     config: ModelConfig
     bad_files: dict[str, Any] = field(default_factory=dict)
     pending: dict[str, float] = field(default_factory=dict)
+    data: str = ""
+    processes: int = 1
+    scaler: dict[str, Any] = field(default_factory=dict)
 
     def write(self, folder: Path, keep: int) -> Path:
-        """Write ``<folder>/checkpoints/step-<step>.ckpt`` and delete all but the last ``keep``."""
+        """Write ``<folder>/checkpoints/step-<step>.ckpt`` and delete all but the last ``keep``.
+
+        Raises:
+            CheckpointError: if it cannot be written; those there are stay.
+        """
         file = folder / _FOLDER / f"step-{self.step:09d}.ckpt"
         file.parent.mkdir(parents=True, exist_ok=True)
         content = {
@@ -54,12 +61,21 @@ class RunState:
             **{name: getattr(self, name) for name in self.__dataclass_fields__ if name != "config"},
             "config": self.config.to_json(),
         }
+        for stale in file.parent.glob("*.partial"):  # of a run that was killed
+            stale.unlink()
         partial = file.with_suffix(".partial")
-        with partial.open("wb") as stream:
-            torch.save(content, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(file)
+        try:
+            with partial.open("wb") as stream:
+                torch.save(content, stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            partial.replace(file)
+        except (OSError, RuntimeError) as error:  # torch.save has errors of its own for a full disk
+            partial.unlink(missing_ok=True)
+            raise CheckpointError(
+                f"{file}: cannot be written ({error}). Earlier checkpoints are kept: make room, and give the same "
+                "command again to go on from the last."
+            ) from error
         for old in _files(folder)[:-keep]:
             old.unlink()
         return file
@@ -82,7 +98,7 @@ class RunState:
         version = content.pop("format_version", None) if isinstance(content, dict) else None
         if version != FORMAT_VERSION:
             raise CheckpointError(f"{file}: format_version {version!r}, but this release reads {FORMAT_VERSION}.")
-        return cls(**{**content, "config": _config(content["config"], file)})
+        return cls(**{**content, "config": ModelConfig.parse_json(content["config"], str(file))})
 
 
 def latest(folder: Path) -> Path | None:
@@ -115,14 +131,3 @@ def restore(state: RunState, model: nn.Module, optimizer: torch.optim.Optimizer)
 
 def _files(folder: Path) -> list[Path]:
     return sorted((folder / _FOLDER).glob("step-*.ckpt"))
-
-
-def _config(text: str, file: Path) -> ModelConfig:
-    content = json.loads(text)
-    for key in ("model_type", "format_version"):
-        content.pop(key, None)
-    try:
-        config: ModelConfig = from_dict(ModelConfig, content)
-    except ConfigError as error:
-        raise CheckpointError(f"{file}: its model configuration makes no sense ({error}).") from error
-    return config

@@ -104,7 +104,6 @@ class ShardDataset(IterableDataset[Batch]):
         self.shards = tuple(shards)
         self.spec = spec
         self.noise = noise
-        self.captions: tuple[str, ...] = ()
         self._builder = BatchBuilder(spec)
 
     def plain(self) -> ShardDataset:
@@ -209,21 +208,28 @@ class ShardStream(IterableDataset[Batch | M2DEmbedError]):
 
     def _batches(self, stream: int, taken: int) -> Iterator[Batch]:
         streams = self.world_size * self.workers
-        samples = _Stream(self.dataset.shards, self.dataset.spec.seed, stream, streams).samples(taken * self.batch_size)
+        reader = _Stream(self.dataset.shards, self.dataset.spec.seed, stream, streams)
+        samples = reader.samples(taken * self.batch_size)
         for first in itertools.count(taken * self.batch_size, self.batch_size):
             # Two streams never share a position.
             positions = [place * streams + stream for place in range(first, first + self.batch_size)]
-            yield self.dataset.build(positions, list(itertools.islice(samples, self.batch_size)))
+            batch = self.dataset.build(positions, list(itertools.islice(samples, self.batch_size)))
+            batch.bad |= reader.damaged
+            yield batch
 
 
 class _Stream:
-    """The samples of the shards of one worker of one process, shuffled, epoch after epoch."""
+    """The samples of the shards of one worker of one process, shuffled, epoch after epoch.
+
+    ``damaged`` names the shards that could not be read to their end so far, and why; the samples before that count.
+    """
 
     def __init__(self, shards: Sequence[str], seed: int, stream: int, streams: int):
         self.shards = shards
         self.seed = seed
         self.stream = stream
         self.streams = streams
+        self.damaged: dict[str, str] = {}
         self._counts: dict[str, int] = {}
 
     def samples(self, skip: int) -> Iterator[_Drawn]:
@@ -238,7 +244,8 @@ class _Stream:
                 if number > skip:
                     yield drawn
             if number == 0:
-                raise AudioError(f"{', '.join(shards[:3])}: no samples in these shards.")
+                reasons = " ".join(list(self.damaged.values())[:3])
+                raise AudioError(reasons or f"{', '.join(shards[:3])}: no samples in these shards.")
             skip = max(0, skip - number)
 
     def _shards_of(self, epoch: int) -> list[str]:
@@ -250,7 +257,7 @@ class _Stream:
         total = 0
         for shard in shards:
             if shard not in self._counts:
-                self._counts[shard] = sum(1 for _ in read_shard(shard))
+                self._counts[shard] = sum(1 for _ in self._read(shard))
             total += self._counts[shard]
             if total > limit:
                 break
@@ -259,7 +266,7 @@ class _Stream:
     def _shuffled(self, epoch: int, shards: Sequence[str]) -> Iterator[_Drawn]:
         """Each sample once, drawn from a buffer that is filled up before each draw while there are any left."""
         rng = rng_at(self.seed, epoch * self.streams + self.stream, Purpose.SHUFFLE)
-        arriving = itertools.chain.from_iterable(map(read_shard, shards))
+        arriving = itertools.chain.from_iterable(map(self._read, shards))
         buffer = list(itertools.islice(arriving, _BUFFER))
         while buffer:
             place = int(rng.integers(len(buffer)))
@@ -267,6 +274,12 @@ class _Stream:
             members = buffer.pop()
             yield _Drawn(members, list(buffer))
             buffer.extend(itertools.islice(arriving, 1))
+
+    def _read(self, shard: str) -> Iterator[Members]:
+        try:
+            yield from read_shard(shard)
+        except AudioError as error:
+            self.damaged[shard] = str(error)
 
 
 def read_shard(shard: str) -> Iterator[Members]:
