@@ -630,6 +630,19 @@ def test_starting_from_a_full_checkpoint(recipe, tmp_path, kind):
         torch.testing.assert_close(after.model[name], tensor, rtol=0, atol=1e-6)
 
 
+def test_an_additional_task_begins_on_a_full_checkpoint_without_it(recipe, options):
+    first = recipe("training.steps=2", output="first")
+    pretrain(first)
+    state, file = final_state(first.folder), run_state.latest(first.folder)
+    still = ["training.steps=1", "training.base_lr=1e-12", "training.ema_decay=[1, 1]"]
+    second = recipe("objective=m2d_as", *options("m2d_as"), f"start={{model: {file}, parts: all}}", *still, output="b")
+    pretrain(second)
+    after = final_state(second.folder).model
+    assert {name for name in after if name not in state.model} == {"offline.weight", "offline.bias"}
+    for name, tensor in state.model.items():
+        torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-6)
+
+
 def test_a_start_that_does_not_fit_is_named(recipe):
     exported = pretrain(recipe("training.steps=1", output="first"))
     with pytest.raises(ConfigError, match="depth is 3, but tiny-run has 2"):

@@ -37,6 +37,8 @@ PUBLISHED_PARTS = {
     "target_norm": "target.norm",
     "offline_predictor": "offline",
 }
+#: What a full checkpoint need not hold.
+_MAY_BE_FRESH = ("target", "offline", "clap")
 _ENCODER_PARTS = ("cls_token", "pos_embed", "patch_embed", "blocks", "norm")
 
 
@@ -90,17 +92,16 @@ def our_names(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def apply_start(objective: Objective, start: Start, parts: str) -> None:
     """Load a checkpoint into an objective whose other weights are fresh.
 
-    With ``parts="encoder"`` the target network becomes a copy of the encoder. Positions of another window are rebuilt
-    if they are the fixed ones, else interpolated.
+    A target network that is not loaded becomes a copy of the encoder; the head of an additional task may be new, too.
+    Positions of another window are rebuilt if they are the fixed ones, else interpolated.
 
     Raises:
         CheckpointError: if tensors are missing or of another shape; it names them.
     """
     expected = objective.state_dict()
-    wanted = [n for n in expected if parts == "all" or n.startswith("encoder.")]
-    has_target = any(name.startswith("target.") for name in start.tensors)
-    if not has_target:
-        wanted = [n for n in wanted if not n.startswith("target.")]
+    held = {name.partition(".")[0] for name in start.tensors}
+    fresh = {part for part in _MAY_BE_FRESH if part not in held}
+    wanted = [n for n in expected if n.startswith("encoder.") or (parts == "all" and n.partition(".")[0] not in fresh)]
     tensors = dict(start.tensors)
     for name in [n for n in wanted if n.endswith("pos_embed")]:
         fixed = expected[name].cpu()
@@ -117,9 +118,9 @@ def apply_start(objective: Objective, start: Start, parts: str) -> None:
         hint = " Set start.parts=encoder to take the encoder alone." if parts == "all" else ""
         raise CheckpointError(f"{start.origin}: does not fit the run: {'; '.join(problems[:4])}{more}.{hint}")
     objective.load_state_dict({name: tensors[name] for name in wanted}, strict=False)
-    if parts == "encoder" or not has_target:
+    if parts == "encoder" or "target" in fresh:
         objective.reset_target()
-    left = sorted({name.partition(".")[0] for name in start.tensors if name not in wanted})
+    left = sorted(held - {name.partition(".")[0] for name in wanted})
     log.info("started from %s%s", start.origin, f"; left out: {', '.join(left)}" if left else "")
 
 
