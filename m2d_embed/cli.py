@@ -474,8 +474,8 @@ def _parse_layers(text: str) -> tuple[int, ...]:
 
 
 def _print_corpus(summary: CorpusSummary, out: Path) -> None:
-    kinds = ", ".join(f"{kind} {hours:.1f} h" for kind, hours in summary.hours.items())
-    print(f"{out / 'manifest.csv'}: {sum(summary.hours.values()):.1f} h from {len(summary.done)} packages ({kinds})")
+    kinds = ", ".join(f"{kind} {hours:.2f} h" for kind, hours in summary.hours.items())
+    print(f"{out / 'manifest.csv'}: {sum(summary.hours.values()):.2f} h from {len(summary.done)} packages ({kinds})")
     print(
         f"left out: {summary.duplicates} duplicates, {summary.silent} silent and {summary.too_short} very short "
         f"pieces, {len(summary.undecodable)} members that cannot be decoded"

@@ -273,7 +273,7 @@ def command(recipe_file, *overrides, processes=1):
 
 
 def launch(arguments, **popen):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen
     )
@@ -316,6 +316,21 @@ def test_sharded_training_takes_the_same_steps():
     output, errors = process.communicate(timeout=180)
     assert process.returncode == 0, errors
     assert "the same" in output
+
+
+def test_a_signal_to_the_launcher_of_two_processes_saves(recipe, tmp_path, sounds):
+    recipe()
+    output = tmp_path / "run"
+    arguments = [f"data.source={sounds}", "data.workers=1", "training.steps=100000", f"output={output}"]
+    arguments += ["training.micro_batch=2"]
+    process = launch(command(tmp_path / "tiny-run.yaml", *arguments, processes=2))
+    wait_for(lambda: (output / "log.jsonl").exists() and losses(output), process)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=60)
+    assert printed.count("give the same command again") == 1
+    [checkpoint] = (output / "checkpoints").iterdir()
+    assert RunState.read(checkpoint).step == len(losses(output)) > 0
+    assert RunState.read(checkpoint).processes == 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

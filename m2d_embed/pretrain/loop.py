@@ -97,6 +97,7 @@ class _Run:
         self.stop = stop
         AcceleratorState._reset_state()  # else a second run in one process keeps the precision of the first
         self.accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),  # else it takes several processes on CPUs for as many single ones
             mixed_precision=_PRECISION[recipe.training.precision],
             kwargs_handlers=[
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),
@@ -393,6 +394,12 @@ class _Run:
         training = self.recipe.training
         if self.recipe.folder.exists() and not self.recipe.folder.is_dir():
             raise ConfigError(f"output: {self.recipe.folder} is a file; name a folder, new or of an earlier run.")
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if self.accelerator.num_processes != launched:
+            raise ConfigError(
+                f"{launched} processes were launched, but accelerate sees {self.accelerator.num_processes}; "
+                "check its environment variables (ACCELERATE_...) and the devices."
+            )
         if self.accelerator.device.type != "cpu":
             return
         if training.precision == "fp16":
