@@ -295,7 +295,7 @@ def models(as_json: Json = False) -> None:
 def pretrain(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe of the package (--list).")] = "",
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="E.g. data.source=sounds/ training.steps=1000")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="E.g. data.source=sounds/ training.steps=1000")
     ] = None,
     export: Annotated[
         bool, typer.Option("--export", help="Export the newest checkpoint of the run, without training further.")
