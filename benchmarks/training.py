@@ -38,7 +38,7 @@ from m2d_embed.pretrain import loop
 from m2d_embed.pretrain.datasets import DataConfig
 from m2d_embed.pretrain.masking import MaskingConfig, num_visible
 from m2d_embed.pretrain.predictor import PredictorConfig
-from m2d_embed.pretrain.recipe import ModelSection, Recipe, TrainingSection
+from m2d_embed.pretrain.recipe import ModelSection, Precision, Recipe, Size, TrainingSection
 
 RESULT = Path(__file__).with_suffix(".json")
 GPU_RESULT = RESULT.with_stem("training-gpu")
@@ -125,9 +125,9 @@ class OurTraining:
 # --- what is trained -----------------------------------------------------------------------------------------------
 
 
-def shape(size: str, frames: int, predictor: tuple[int, int, int], batch: int, steps: int) -> Shape:
+def shape(size: Size, frames: int, predictor: tuple[int, int, int], batch: int, steps: int) -> Shape:
     """A ViT of 16x16 patches; ``predictor`` is its width, depth and heads."""
-    model = ModelSection(size=size, input_size=(80, frames), patch_size=(16, 16))  # type: ignore[arg-type]
+    model = ModelSection(size=size, input_size=(80, frames), patch_size=(16, 16))
     return Shape(f"ViT-{size.capitalize()}, 80x{frames}", model, PredictorConfig(*predictor), batch, steps)
 
 
@@ -147,7 +147,7 @@ def make_sounds(folder: Path, count: int) -> Sounds:
     return Sounds(folder)
 
 
-def our_recipe(trained: Shape, sounds: Sounds, precision: str, workers: int, cached: bool = True) -> Recipe:
+def our_recipe(trained: Shape, sounds: Sounds, precision: Precision, workers: int, cached: bool = True) -> Recipe:
     """M2D with the published settings; ``cached`` reads log-mels from a cache, else audio from files."""
     name = f"{trained.model.size}-{precision}-{'cache' if cached else 'files'}"
     return Recipe(
@@ -165,7 +165,7 @@ def our_recipe(trained: Shape, sounds: Sounds, precision: str, workers: int, cac
             steps=_NEVER,
             effective_batch=trained.batch,
             micro_batch=trained.batch,
-            precision=precision,  # type: ignore[arg-type]
+            precision=precision,
             log_every=_NEVER,
         ),
         output=str(sounds.folder / "runs" / name),
@@ -180,7 +180,7 @@ def contestants(trained: Shape, sounds: Sounds, place: Place) -> dict[str, Calla
         loader = mel_loader(sounds.mels, trained.config, trained.batch, place.workers)
         return ReferenceTraining(model, loader, place.device)
 
-    def ours(precision: str, cached: bool = True) -> Training:
+    def ours(precision: Precision, cached: bool = True) -> Training:
         return OurTraining(our_recipe(trained, sounds, precision, place.workers, cached))
 
     return {

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -128,7 +128,7 @@ class _Run:
         self.inputs = Inputs(self.config, visible, recipe.data.noise_ratio, task.offline).to(self.accelerator.device)
         network: nn.Module = task.objective
         if recipe.training.compile:
-            network = torch.compile(network)  # type: ignore[assignment]
+            network = cast(nn.Module, torch.compile(network))
         optimizer = build_optimizer(task.objective, recipe)
         self.model, self.optimizer = self.accelerator.prepare(network, optimizer)
         self.objective: Objective = task.objective

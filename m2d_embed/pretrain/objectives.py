@@ -14,6 +14,7 @@ the order of ``Example.order``, ``"latent"`` (B, 1 + V, d) of the visible ones w
 
 from __future__ import annotations
 
+import abc
 import copy
 from dataclasses import dataclass
 
@@ -45,7 +46,7 @@ class Example:
     offline: Tensor | None = None
 
 
-class Objective(nn.Module):
+class Objective(nn.Module, abc.ABC):
     """An encoder, a predictor, and a loss over masked patches."""
 
     def __init__(self, config: ModelConfig, predictor: PredictorConfig, output_dim: int):
@@ -64,8 +65,9 @@ class Objective(nn.Module):
     def update_target(self, decay: float) -> None:
         """Move the target network towards the online one, if there is a target network."""
 
+    @abc.abstractmethod
     def forward(self, example: Example) -> Outputs:
-        raise NotImplementedError
+        """Loss, prediction, target and latent of a batch, as described at the top of this file."""
 
 
 class MSMMAE(Objective):

@@ -27,6 +27,8 @@ from m2d_embed.pretrain.sources import is_shards
 
 RECIPES = Path(__file__).parent / "recipes"
 
+Size = Literal["tiny", "small", "base", "large"]
+Precision = Literal["fp32", "bf16", "fp16"]
 ObjectiveName = Literal["m2d", "m2d_x", "m2d_s", "m2d_as", "m2d_clap", "msm_mae", "data2vec"]
 
 #: Objectives with an additional task, described by the section `offline`.
@@ -46,7 +48,7 @@ class ModelSection:
     ``patch_size`` are (mels, frames).
     """
 
-    size: Literal["tiny", "small", "base", "large"] | None = None
+    size: Size | None = None
     embed_dim: int | None = None
     depth: int | None = None
     num_heads: int | None = None
@@ -122,7 +124,7 @@ class TrainingSection:
     betas: tuple[float, float] = (0.9, 0.95)
     clip_norm: float = 3.0
     ema_decay: tuple[float, float] = (0.99995, 0.99999)
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    precision: Precision = "bf16"
     compile: bool = False
     seed: int = 0
     log_every: int = 10
