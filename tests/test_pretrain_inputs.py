@@ -19,8 +19,10 @@ from m2d_embed.pretrain.inputs import (
     mix,
     resample_columns,
 )
+from m2d_embed.pretrain.objectives import M2D
+from m2d_embed.pretrain.predictor import PredictorConfig
 from m2d_embed.pretrain.schedule import ema_decay, learning_rate
-from m2d_embed.pretrain.warm_start import resize_positions
+from m2d_embed.pretrain.warm_start import Start, apply_start, resize_positions
 
 CONFIG = replace(TINY, norm_stats=(-7.0, 4.0))
 SAMPLES = 63 * 160
@@ -137,6 +139,16 @@ def test_fixed_positions_are_rebuilt_for_another_window():
     old, new = sincos_positions(32, (5, 4)), sincos_positions(32, (5, 9))
     assert torch.equal(resize_positions(old, (5, 4), new, (5, 9)), new)
     assert torch.equal(resize_positions(old.half(), (5, 4), new, (5, 9)), new)
+
+
+def test_positions_that_a_checkpoint_leaves_out_are_built():
+    source = M2D(CONFIG, PredictorConfig(16, 1, 2))
+    tensors = {name: t for name, t in source.state_dict().items() if not name.endswith("pos_embed")}
+    wider = M2D(replace(CONFIG, input_size=(80, 96)), PredictorConfig(16, 1, 2))
+    apply_start(wider, Start(CONFIG, tensors, "here"), "all")
+    assert torch.equal(wider.encoder.pos_embed, sincos_positions(32, (5, 6)))
+    assert torch.equal(wider.predictor.pos_embed, sincos_positions(16, (5, 6)))
+    assert torch.equal(wider.predictor.mask_token, source.predictor.mask_token)
 
 
 def test_learned_positions_are_interpolated():

@@ -130,6 +130,33 @@ def test_a_run_learns_and_exports_a_model(recipe, tmp_path, sounds, capsys):
         assert np.isfinite(row[key]), key
 
 
+def test_steps_follow_the_recipe(recipe, monkeypatch):
+    """Learning rate scaled by the batch, weight decay on matrices alone, clipped gradients, EMA after each step."""
+    norms, decays = [], []
+    original = torch.optim.AdamW.step
+
+    def step(self, *arguments, **options):
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if gradients:
+            norms.append(float(torch.stack([g.norm() for g in gradients]).norm()))
+            decays.extend((p.ndim, group["weight_decay"]) for group in self.param_groups for p in group["params"])
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    run = recipe("training.clip_norm=0.01", "training.ema_decay=[0, 0]", "training.warmup=0.5")
+    pretrain(run)
+    assert norms[:6] == pytest.approx([0.01] * 6, rel=1e-3)
+    assert set(decays[: len(decays) // len(norms)]) == {(1, 0.0), (2, 0.05), (3, 0.05), (4, 0.05)}
+    rows = RunLog.read(run.folder)
+    assert min(row["grad_norm"] for row in rows) > 0.1  # as it was before it was clipped
+    peak = 0.02 * 4 / 256
+    assert [row["lr"] for row in rows[:4]] == pytest.approx([peak / 4, peak / 2, peak * 3 / 4, peak])
+    assert rows[-1]["lr"] == pytest.approx(peak * 0.25)
+    model = final_state(run.folder).model
+    for name in [name for name in model if name.startswith("target.")]:
+        assert torch.equal(model[name], model[name.replace("target.", "encoder.", 1)])
+
+
 def test_a_finished_run_is_left_as_it_is(recipe):
     run = recipe("training.steps=3")
     pretrain(run)

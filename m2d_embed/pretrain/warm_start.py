@@ -104,9 +104,9 @@ def apply_start(objective: Objective, start: Start, parts: str) -> None:
     wanted = [n for n in expected if n.startswith("encoder.") or (parts == "all" and n.partition(".")[0] not in fresh)]
     tensors = dict(start.tensors)
     for name in [n for n in wanted if n.endswith("pos_embed")]:
-        fixed = expected[name].cpu()
-        old_grid = start.config.grid_size
-        tensors[name] = resize_positions(tensors.get(name, fixed), old_grid, fixed, objective.encoder.grid_size)
+        fixed, grids = expected[name].cpu(), (start.config.grid_size, objective.encoder.grid_size)
+        held_positions = tensors.get(name)  # some checkpoints leave out what is fixed
+        tensors[name] = fixed if held_positions is None else resize_positions(held_positions, grids[0], fixed, grids[1])
     problems = [f"{n} is missing" for n in wanted if n not in tensors]
     problems += [
         f"{n} has shape {tuple(tensors[n].shape)}, not {tuple(expected[n].shape)}"
