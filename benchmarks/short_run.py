@@ -16,7 +16,8 @@ import torch
 import typer
 
 from benchmarks.throughput import machine
-from m2d_embed.evaluate.probes import embed_clips, knn_accuracy, linear_probe_accuracy, read_labelled
+from m2d_embed.evaluate.labelled import read_labelled
+from m2d_embed.evaluate.probes import embed_clips, knn_accuracy, linear_probe_accuracy
 from m2d_embed.model import M2D
 from m2d_embed.pretrain.loop import pretrain
 from m2d_embed.pretrain.recipe import load_recipe

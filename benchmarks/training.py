@@ -39,6 +39,7 @@ from m2d_embed.pretrain.datasets import DataConfig
 from m2d_embed.pretrain.masking import MaskingConfig, num_visible
 from m2d_embed.pretrain.predictor import PredictorConfig
 from m2d_embed.pretrain.recipe import ModelSection, Precision, Recipe, Size, TrainingSection
+from m2d_embed.training.stop import Stop
 
 RESULT = Path(__file__).with_suffix(".json")
 GPU_RESULT = RESULT.with_stem("training-gpu")
@@ -110,7 +111,7 @@ class OurTraining:
     """The loop of ``m2d-embed pretrain``, as the command runs it."""
 
     def __init__(self, recipe: Recipe):
-        self.run = loop._Run(recipe, loop._Stop())
+        self.run = loop._Run(recipe, Stop())
         self.batches = self.run.data.batches(recipe.training.micro_batch, 0, 1, self.run.accumulation, 0)
 
     def step(self) -> float:

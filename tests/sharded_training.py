@@ -7,8 +7,9 @@ from torch.distributed.fsdp import fully_shard
 
 from m2d_embed.config import ModelConfig
 from m2d_embed.encoder import Block
-from m2d_embed.pretrain import objectives, run_state
+from m2d_embed.pretrain import objectives
 from m2d_embed.pretrain.predictor import PredictorConfig
+from m2d_embed.training import run_state
 
 
 def build():

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from m2d_embed.errors import ConfigError, UnsupportedError
-from m2d_embed.pretrain import monitor
-from m2d_embed.pretrain.monitor import RunLog, mean_variance, plot_curve, rank_me
+from m2d_embed.training import monitor
+from m2d_embed.training.monitor import RunLog, mean_variance, plot_curve, rank_me
 
 pytest.importorskip("tensorboard")
 

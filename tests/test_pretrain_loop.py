@@ -28,13 +28,14 @@ from m2d_embed.errors import (
     TrainingError,
     UnsupportedError,
 )
-from m2d_embed.pretrain import loop, run_state
+from m2d_embed.pretrain import loop
 from m2d_embed.pretrain.inputs import Inputs
 from m2d_embed.pretrain.loop import pretrain
-from m2d_embed.pretrain.monitor import RunLog
 from m2d_embed.pretrain.recipe import load_recipe
-from m2d_embed.pretrain.run_state import RunState
 from m2d_embed.pretrain.warm_start import PUBLISHED_PARTS
+from m2d_embed.training import run_state
+from m2d_embed.training.monitor import RunLog
+from m2d_embed.training.run_state import RunState
 
 RATE = 16_000
 TINY_RUN = {

@@ -11,7 +11,8 @@ from conftest import DATA, SHARED
 
 from m2d_embed.errors import AudioError, ConfigError, UnsupportedError
 from m2d_embed.evaluate import probes
-from m2d_embed.evaluate.probes import LabelledClips, embed_clips, knn_accuracy, linear_probe_accuracy, read_labelled
+from m2d_embed.evaluate.labelled import LabelledClips, read_labelled
+from m2d_embed.evaluate.probes import embed_clips, knn_accuracy, linear_probe_accuracy
 
 DIGITS = sorted((DATA / "digits").glob("*.opus"))
 

@@ -8,9 +8,9 @@ import torch
 
 from m2d_embed.checkpoints import Checkpoint, model_card, write_native
 from m2d_embed.config import ModelConfig
-from m2d_embed.pretrain.monitor import RunLog, plot_curve
 from m2d_embed.pretrain.recipe import Recipe
-from m2d_embed.pretrain.run_state import RunState
+from m2d_embed.training.monitor import RunLog, plot_curve
+from m2d_embed.training.run_state import RunState
 
 EXPORT_FOLDER = "export"
 CURVE_FILE = "loss.png"

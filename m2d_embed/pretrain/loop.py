@@ -11,9 +11,7 @@ import dataclasses
 import math
 import os
 import shutil
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -32,21 +30,23 @@ from m2d_embed import model as inference
 from m2d_embed.audio import open_sound
 from m2d_embed.config import ModelConfig
 from m2d_embed.errors import AudioError, ConfigError, M2DEmbedError, TrainingError
-from m2d_embed.evaluate.probes import LabelledClips, embed_clips, knn_accuracy, linear_probe_accuracy, read_labelled
-from m2d_embed.pretrain import run_state
+from m2d_embed.evaluate.labelled import LabelledClips, read_labelled
+from m2d_embed.evaluate.probes import embed_clips, knn_accuracy, linear_probe_accuracy
 from m2d_embed.pretrain.build import build_optimizer, build_task, peak_rate
 from m2d_embed.pretrain.data import TrainingData, label_names, open_data
 from m2d_embed.pretrain.datasets import BadFiles, Batch, measure_stats
 from m2d_embed.pretrain.export import EXPORT_FOLDER, describe_model, export
 from m2d_embed.pretrain.inputs import Inputs
 from m2d_embed.pretrain.masking import num_visible
-from m2d_embed.pretrain.monitor import RunLog, mean_variance, rank_me
 from m2d_embed.pretrain.objectives import Objective
 from m2d_embed.pretrain.recipe import Recipe
-from m2d_embed.pretrain.run_state import RunState
-from m2d_embed.pretrain.schedule import ema_decay, learning_rate
 from m2d_embed.pretrain.sources import is_shards
 from m2d_embed.pretrain.warm_start import apply_start, read_start
+from m2d_embed.training import run_state
+from m2d_embed.training.monitor import RunLog, mean_variance, rank_me
+from m2d_embed.training.run_state import RunState
+from m2d_embed.training.schedule import ema_decay, learning_rate
+from m2d_embed.training.stop import Stop
 
 RECIPE_FILE = "recipe.yaml"
 _LONGEST_WAIT = timedelta(hours=12)  # of the other processes while the main one measures or builds a cache
@@ -65,7 +65,7 @@ def pretrain(recipe: Recipe) -> Path | None:
         AudioError: if more than 1 % of the files are unreadable, or the source holds none.
         TrainingError: if a loss or a gradient is not finite; it names the batch's files.
     """
-    with _Stop() as stop:
+    with Stop() as stop:
         run = _Run(recipe, stop)
         stop.wait_for_step = True
         finished = run.train()
@@ -92,7 +92,7 @@ def export_latest(recipe: Recipe) -> Path:
 class _Run:
     """A run in one process: what it trains, and how far it is."""
 
-    def __init__(self, recipe: Recipe, stop: _Stop):
+    def __init__(self, recipe: Recipe, stop: Stop):
         self.recipe = recipe
         self.stop = stop
         AcceleratorState._reset_state()  # else a second run in one process keeps the precision of the first
@@ -456,37 +456,6 @@ class _Run:
             processes=self.accelerator.num_processes,
             scaler=dict(scaler.state_dict()) if scaler is not None else {},
         )
-
-
-class _Stop:
-    """Notes SIGTERM and SIGINT, so that the loop can save and leave.
-
-    Before the loop there is nothing to save, and they interrupt at once. In the loop a second SIGINT does, too, but for
-    several processes: torchrun passes on what the terminal has sent already.
-    """
-
-    def __init__(self) -> None:
-        self.wanted = False
-        self.wait_for_step = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Stop:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: object) -> None:
-        insisting = self.wanted and number == signal.SIGINT and int(os.environ.get("WORLD_SIZE", "1")) == 1
-        if not self.wait_for_step or insisting:
-            raise KeyboardInterrupt
-        if not self.wanted:
-            os.write(2, b"stopping after this step\n")  # print may be what was interrupted
-        self.wanted = True
 
 
 def _previous(recipe: Recipe) -> RunState | None:

@@ -21,7 +21,7 @@ from m2d_embed.encoder import sincos_positions
 from m2d_embed.errors import CheckpointError, ConfigError
 from m2d_embed.pretrain.objectives import Objective
 from m2d_embed.pretrain.recipe import StartSection
-from m2d_embed.pretrain.run_state import RunState
+from m2d_embed.training.run_state import RunState
 
 log = logging.getLogger("m2d_embed")
 
