@@ -7,6 +7,7 @@ it says (a label that is tested and never trained on, a clip in training and in 
 from __future__ import annotations
 
 import csv
+import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -186,12 +187,9 @@ def read_labelled(path: Path, limit: int | None = None, seed: int = 0, label_col
         found = f"all clips are {names[0]!r}" if names else "no clip has any"
         raise ConfigError(f"{path}: at least two labels are needed, but {found}.{hint}")
     groups = tuple(row.group for row in rows) if any(row.group for row in rows) else None
-    parts = [row.part for row in rows]
     blank = np.zeros(len(rows), dtype=np.int64)
     clips = LabelledClips(tuple(row.file for row in rows), labels, names, blank, groups)
-    folds = parse_parts(parts, path) if any(parts) else _draw_folds(clips, seed)
-    clips = LabelledClips(clips.files, labels, names, folds, groups)
-    _check_folds(clips, path)
+    clips = assign_folds(clips, [row.part for row in rows], path, seed)
     return clips if limit is None or limit >= len(clips) else _thin(clips, limit, seed)
 
 
@@ -214,6 +212,18 @@ def check_duplicates(files: Sequence[Path], folds: Integers, contents: Sequence[
             f"{path}: {len(crossing)} clips lie in more than one part (fold or split), so the test part would be known "
             f"from training: {named(pairs)}. Keep each in one part."
         )
+
+
+def assign_folds(clips: LabelledClips, parts: Sequence[str], path: Path, seed: int) -> LabelledClips:
+    """The clips with the folds that a table states for each, or, if all of ``parts`` are empty, with drawn ones.
+
+    Raises:
+        ConfigError: if the parts make no sense, or a label would be tested without ever being trained on.
+    """
+    folds = parse_parts(parts, path) if any(parts) else _draw_folds(clips, seed)
+    assigned = dataclasses.replace(clips, folds=folds)
+    _check_folds(assigned, path)
+    return assigned
 
 
 def parse_parts(parts: Sequence[str], path: Path) -> Integers:
@@ -261,7 +271,7 @@ def _csv_rows(path: Path, label_column: str) -> tuple[list[Row], bool]:
     columns, cells = read_table(path)
     name = label_column or ("labels" if "labels" in columns and "label" not in columns else "label")
     require_columns(columns, ("file", name), path)
-    part = next((column for column in _PART_COLUMNS if column in columns), "")
+    part = stated_parts(columns)
     group = "group" if "group" in columns else ""
     several = name == "labels" or any(LABEL_SEPARATOR in row[name] for _, row in cells)
     needed = ["file", *([] if several else [name]), *filter(None, (part, group))]
@@ -305,6 +315,11 @@ def _cells(reader: csv.DictReader[str], path: Path) -> Iterator[tuple[int, dict[
             count = len(reader.fieldnames or [])
             raise ConfigError(f"{path}, line {reader.line_num}: more than {count} cells; quote commas in a cell.")
         yield reader.line_num, {name: (cell or "").strip() for name, cell in row.items()}
+
+
+def stated_parts(columns: Sequence[str]) -> str:
+    """The column of a table that states the part each clip is in; "" if there is none."""
+    return next((column for column in _PART_COLUMNS if column in columns), "")
 
 
 def require_columns(columns: Sequence[str], needed: Sequence[str], path: Path) -> None:
