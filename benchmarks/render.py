@@ -5,11 +5,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+PROBES = {"linear": "linear", "mlp": "MLP of the HEAR protocol", "knn": "kNN"}
+HEADLINE = {False: "accuracy", True: "mAP"}  # by whether clips have any number of labels
 README = Path(__file__).parents[1] / "README.md"
 STARTUP = Path(__file__).with_name("startup.json")
 THROUGHPUT = Path(__file__).with_name("throughput.json")
 TRAINING = Path(__file__).with_name("training.json")
 SHORT_RUN = Path(__file__).with_name("short_run.json")
+QUALITY = Path(__file__).with_name("quality.json")
+FINETUNING = Path(__file__).with_name("finetuning.json")
 GPU_TRAINING = Path(__file__).with_name("training-gpu.json")
 
 
@@ -87,6 +91,60 @@ def short_run_table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"Measured by `{result['command']}`."])
 
 
+def quality_table(result: dict[str, Any]) -> str:
+    sets, scores = result["sets"], result["scores in % with 95 % intervals"]
+    probes = [probe for probe in PROBES if probe in next(iter(next(iter(scores.values())).values()))]
+    heads = [f"{name}, {HEADLINE[multi_label(scores, name)]}" for name in sets]
+    described = "; ".join(
+        f"{name}: {facts['clips']} clips, {facts['labels']} labels, {facts['test folds']} test "
+        f"fold{'s' if facts['test folds'] > 1 else ''}"
+        for name, facts in sets.items()
+    )
+    lines = [
+        f"Probes of scene embeddings in %, {' / '.join(PROBES[probe] for probe in probes)}, each with half the width "
+        f"of its 95 % bootstrap interval ({described}).",
+        "",
+        f"| model | values | {' | '.join(heads)} |",
+        f"| --- | ---: |{' ---: |' * len(sets)}",
+    ]
+    for model, by_set in scores.items():
+        cells = [quality_cell(by_set[name], probes) for name in sets]
+        lines.append(f"| {model} | {next(iter(by_set.values()))['dimensions']} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"Measured by `{result['command']}`."])
+
+
+def quality_cell(measured: dict[str, Any], probes: list[str]) -> str:
+    return " / ".join(plus_minus(measured[probe].get("accuracy", measured[probe]["mAP"])) for probe in probes)
+
+
+def multi_label(scores: dict[str, Any], name: str) -> bool:
+    measured = next(iter(scores.values()))[name]
+    return not any("accuracy" in measured[probe] for probe in PROBES if probe in measured)
+
+
+def finetuning_table(result: dict[str, Any]) -> str:
+    lines = [
+        "The bundled model fine-tuned, against the linear probe of the same model trained on the same clips; accuracy "
+        "in % with half the width of its 95 % bootstrap interval.",
+        "",
+        "| set | tested | linear probe | fine-tuned | minutes of training |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
+    for name, measured in result.items():
+        folds = "all folds" if measured["fold"] == "all" else f"fold {measured['fold']}"
+        cells = [plus_minus(cell) for cell in measured["accuracy in % with 95 % interval"].values()]
+        tested = f"{folds}, {measured['tested clips']} clips"
+        lines.append(f"| {name} | {tested} | {' | '.join(cells)} | {measured['training minutes']:.0f} |")
+    commands = "; ".join(f"`{measured['command']}`" for measured in result.values())
+    machine = on_cores(next(iter(result.values()))["machine"])
+    return "\n".join([*lines, "", f"On {machine}, beside other work. Measured by {commands}."])
+
+
+def plus_minus(score: list[float]) -> str:
+    value, low, high = score
+    return f"{value:.1f} ± {(high - low) / 2:.1f}"
+
+
 def training_rows(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """Each row with the name of its model."""
     return [
@@ -131,6 +189,8 @@ def main() -> None:
         training += "\n\n" + gpu_training_table(json.loads(GPU_TRAINING.read_text()))
     text = replace_section(text, "training", training)
     text = replace_section(text, "short-run", short_run_table(json.loads(SHORT_RUN.read_text())))
+    text = replace_section(text, "quality", quality_table(json.loads(QUALITY.read_text())))
+    text = replace_section(text, "finetuning", finetuning_table(json.loads(FINETUNING.read_text())))
     README.write_text(text, encoding="utf-8")
 
 

@@ -218,7 +218,7 @@ def model_card(config: ModelConfig) -> str:
     licence = f"\nLicence of the weights: {config.license}\n" if config.license else ""
     return f"""---
 library_name: m2d-embed
-pipeline_tag: feature-extraction
+pipeline_tag: {"feature-extraction" if config.head is None else "audio-classification"}
 tags: [audio, embeddings, HEAR, m2d]
 ---
 

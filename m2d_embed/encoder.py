@@ -50,24 +50,29 @@ class Attention(nn.Module):
         self.qkv = Linear(dim, 3 * dim)
         self.proj = Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, attended: Tensor | None = None) -> Tensor:
+        """(B, tokens, dim) -> the same; ``attended`` as in ``attend``."""
         batch, tokens, dim = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, dim // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, tokens, head_dim)
-        x = attend(q, k, v)
+        x = attend(q, k, v, attended)
         x = self.proj(x.transpose(1, 2).reshape(batch, tokens, dim))
         return x
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, attended: Tensor | None = None) -> Tensor:
     """``softmax(q k^T / sqrt(head_dim)) v`` of (B, heads, tokens, head_dim) each.
+
+    ``attended`` (B, 1, 1, tokens) bool says which tokens are attended to; None means all.
 
     PyTorch's fused kernel, but for training in bfloat16 on a CPU, where it takes three to four times as long, forward
     and backward, as matrix products do.
     """
     if not (q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled()):
-        return F.scaled_dot_product_attention(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attended)
     scores = (q * float(q.shape[-1] ** -0.5)) @ k.transpose(-1, -2)  # (B, heads, tokens, tokens)
+    if attended is not None:
+        scores = scores.masked_fill(~attended, -torch.inf)
     return scores.softmax(dim=-1) @ v
 
 
@@ -98,10 +103,10 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim, mlp_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the same shape and dtype as ``x``, (B, tokens, dim)."""
+    def forward(self, x: Tensor, attended: Tensor | None = None) -> Tensor:
+        """Return the same shape and dtype as ``x``, (B, tokens, dim); ``attended`` as in ``attend``."""
         dtype = self.attn.qkv.weight.dtype
-        x = x + self.attn(self.norm1(x).to(dtype))
+        x = x + self.attn(self.norm1(x).to(dtype), attended)
         x = x + self.mlp(self.norm2(x).to(dtype))
         return x
 
@@ -166,21 +171,23 @@ class Encoder(nn.Module):
         cls_token = self.cls_token + self.pos_embed[:, :1]
         return torch.cat([cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
 
-    def encode(self, tokens: Tensor, layers: Sequence[int] = (-1,)) -> list[Tensor]:
+    def encode(self, tokens: Tensor, layers: Sequence[int] = (-1,), is_audio: Tensor | None = None) -> list[Tensor]:
         """Prepend the class token, run the blocks, and read the named layers through the final norm.
 
         Args:
             tokens: (B, N, dim), any subset of what ``embed`` returns.
             layers: block indices; -1 is the last.
+            is_audio: (B, N) bool, False for tokens of padding, to which no token attends; None if there are none.
 
         Returns:
             One (B, 1 + N, dim) tensor a layer, in the order asked for, the class token first.
         """
         wanted = resolve_layers(layers, len(self.blocks))
         x = self.with_class_token(tokens)
+        attended = None if is_audio is None else F.pad(is_audio, (1, 0), value=True)[:, None, None]
         outputs: dict[int, Tensor] = {}
         for index, block in enumerate(self.blocks[: max(wanted) + 1]):
-            x = block(x)
+            x = block(x, attended)
             if index in wanted:
                 outputs[index] = self.norm(x)
         return [outputs[index] for index in wanted]

@@ -21,7 +21,8 @@ from m2d_embed.pretrain.inputs import (
 )
 from m2d_embed.pretrain.objectives import M2D
 from m2d_embed.pretrain.predictor import PredictorConfig
-from m2d_embed.pretrain.warm_start import Start, apply_start, resize_positions
+from m2d_embed.pretrain.warm_start import Start, apply_start
+from m2d_embed.training.positions import resize_positions
 from m2d_embed.training.schedule import ema_decay, learning_rate
 
 CONFIG = replace(TINY, norm_stats=(-7.0, 4.0))

@@ -1,35 +1,41 @@
-"""Labelled clips from folders and CSV files, their folds, and the two probes."""
+"""The linear, the nearest-neighbour and the MLP probe."""
 
-import shutil
 import sys
-from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import DATA, SHARED
+import torch
+from conftest import DATA
 
-from m2d_embed.errors import AudioError, ConfigError, UnsupportedError
-from m2d_embed.evaluate import probes
-from m2d_embed.evaluate.labelled import LabelledClips, read_labelled
-from m2d_embed.evaluate.probes import embed_clips, knn_accuracy, linear_probe_accuracy
+from m2d_embed.errors import ConfigError, UnsupportedError
+from m2d_embed.evaluate import linear_probe, mlp_probe, probes
+from m2d_embed.evaluate.labelled import LabelledClips
+from m2d_embed.evaluate.linear_probe import choose_strength, linear_predictions
+from m2d_embed.evaluate.mlp_probe import GRID, MlpSettings, mlp_predictions, num_trainings
+from m2d_embed.evaluate.probes import (
+    PROBES,
+    embed_clips,
+    knn_accuracy,
+    knn_predictions,
+    linear_probe_accuracy,
+    probe_embeddings,
+)
+from m2d_embed.evaluate.scores import mean_average_precision, score_predictions
 
 DIGITS = sorted((DATA / "digits").glob("*.opus"))
 
 
-def write_csv(path: Path, header: str, *rows: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
-    return path
+@pytest.fixture(autouse=True)
+def small_mlp(monkeypatch):
+    monkeypatch.setattr(mlp_probe, "_HIDDEN", 32)
+    monkeypatch.setattr(mlp_probe, "_MAX_EPOCHS", 45)
+    monkeypatch.setattr(mlp_probe, "_GRID_POINTS", 3)
 
 
-def empty_files(folder: Path, count: int) -> list[str]:
-    """Probes look at files only when they embed them, so for folds any will do."""
-    folder.mkdir(parents=True, exist_ok=True)
-    names = [f"{i:03d}.wav" for i in range(count)]
-    for name in names:
-        (folder / name).touch()
-    return names
+def paths(count):
+    return tuple(Path(f"{i}.wav") for i in range(count))
 
 
 def clusters(labels, folds, dim=32, spread=1.0, seed=0):
@@ -39,7 +45,7 @@ def clusters(labels, folds, dim=32, spread=1.0, seed=0):
     centres = rng.normal(size=(labels.max() + 1, dim)) + 5
     embeddings = (centres[labels] + spread * rng.normal(size=(len(labels), dim))).astype(np.float32)
     names = tuple(f"label{i}" for i in range(labels.max() + 1))
-    return embeddings, LabelledClips(tuple(Path(f"{i}.wav") for i in range(len(labels))), labels, names, folds)
+    return embeddings, LabelledClips(paths(len(labels)), labels, names, folds)
 
 
 def many_clusters(num_labels=5, each=20, **kwargs):
@@ -47,158 +53,135 @@ def many_clusters(num_labels=5, each=20, **kwargs):
     return clusters(labels, np.arange(len(labels)) % 5, **kwargs)
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
+def mixtures(count=200, dim=24, spread=0.3, seed=0):
+    """Clips of any number of labels; an embedding is the sum of a direction for each."""
+    rng = np.random.default_rng(seed)
+    targets = rng.random((count, 4)) < [0.5, 0.3, 0.3, 0.2]
+    directions = rng.normal(size=(4, dim))
+    embeddings = (targets @ directions + spread * rng.normal(size=(count, dim))).astype(np.float32)
+    return embeddings, LabelledClips(paths(count), targets, ("a", "b", "c", "d"), np.arange(count) % 4)
 
 
-def test_folder_of_labels(tmp_path):
-    for file in DIGITS:
-        folder = tmp_path / file.name[0]
-        folder.mkdir(exist_ok=True)
-        shutil.copy(file, folder)
-    (tmp_path / ".cache").mkdir()
-    clips = read_labelled(tmp_path)
-    assert clips.label_names == ("3", "7")
-    assert [file.name for file in clips.files] == [file.name for file in DIGITS]
-    assert clips.labels.tolist() == [0, 0, 0, 1, 1, 1] and clips.labels.dtype == np.int64
-    assert sorted(clips.folds.tolist()) == [0, 0, 1, 2, 3, 4]
+def accuracy(probe, embeddings, clips):
+    (result,) = probe_embeddings(embeddings, clips, [probe])
+    tested = clips.folds >= 0
+    return float((result.scores[tested].argmax(axis=1) == clips.labels[tested]).mean())
 
 
-@pytest.mark.parametrize("where", ["", "audio/"])
-def test_csv_beside_its_files_or_above_audio(tmp_path, where):
-    names = empty_files(tmp_path / where, 4)
-    rows = [f"{name},{label}" for name, label in zip(names, "baba", strict=True)]
-    clips = read_labelled(write_csv(tmp_path / "list.csv", "file,label", *rows))
-    assert clips.files == tuple(tmp_path / where / name for name in names)
-    assert [clips.label_names[i] for i in clips.labels] == list("baba")
-    assert len(set(clips.folds.tolist())) == 4
+# --- all --------------------------------------------------------------------------------------------------------------
 
 
-def test_split_words_and_fold_numbers(tmp_path):
-    names = empty_files(tmp_path, 6)
-    words = ["train", "train", "valid", "Train", "test", "TEST"]
-    rows = [f"{n},{'ab'[i % 2]},{word}" for i, (n, word) in enumerate(zip(names, words, strict=True))]
-    clips = read_labelled(write_csv(tmp_path / "words.csv", "file,label,split", *rows))
-    assert clips.folds.tolist() == [-1, -1, -1, -1, 0, 0]
-    ((train, test),) = clips.splits()
-    assert (train.tolist(), test.tolist()) == ([0, 1, 2, 3], [4, 5])
-
-    rows = [f"{i // 2 + 1},{n},{'ab'[i % 2]}" for i, n in enumerate(names)]
-    clips = read_labelled(write_csv(tmp_path / "numbers.csv", "fold,file,label", *rows))
-    assert clips.folds.tolist() == [1, 1, 2, 2, 3, 3]
-    assert [test.tolist() for _, test in clips.splits()] == [[0, 1], [2, 3], [4, 5]]
-    assert [train.tolist() for train, _ in clips.splits()][1] == [0, 1, 4, 5]
+@pytest.mark.parametrize("probe", PROBES)
+def test_probes_tell_signal_from_noise(probe):
+    embeddings, clips = many_clusters(spread=0.5)
+    assert accuracy(probe, embeddings, clips) >= (0.9 if probe == "mlp" else 0.99)  # trained for a few epochs here
+    middling = accuracy(probe, many_clusters(spread=1.5 if probe == "mlp" else 3.0)[0], clips)
+    assert 0.3 < middling < 0.99
+    noise = np.random.default_rng(1).normal(size=embeddings.shape).astype(np.float32)
+    assert accuracy(probe, noise, clips) < 0.4
 
 
-def test_drawn_folds_are_stratified_and_of_the_seed(tmp_path):
-    names = empty_files(tmp_path, 60)
-    table = write_csv(tmp_path / "x.csv", "file,label", *[f"{n},{'abc'[i % 3]}" for i, n in enumerate(names)])
-    clips = read_labelled(table)
-    counts = Counter(zip(clips.labels.tolist(), clips.folds.tolist(), strict=True))
-    assert set(counts.values()) == {4} and len(counts) == 15
-    assert np.array_equal(clips.folds, read_labelled(table).folds)
-    assert not np.array_equal(clips.folds, read_labelled(table, seed=1).folds)
+@pytest.mark.parametrize("probe", PROBES)
+def test_probes_tell_signal_from_noise_in_several_labels(probe):
+    embeddings, clips = mixtures()
+    (result,) = probe_embeddings(embeddings, clips, [probe])
+    assert result.scores.min() >= 0 and result.scores.max() <= 1
+    assert mean_average_precision(clips.targets, result.scores) > (0.85 if probe == "knn" else 0.97)
+    noise = np.random.default_rng(1).normal(size=embeddings.shape).astype(np.float32)
+    (result,) = probe_embeddings(noise, clips, [probe])
+    assert mean_average_precision(clips.targets, result.scores) < 0.55
 
 
-def test_limit_is_stratified_by_label_and_fold(tmp_path):
-    names = empty_files(tmp_path, 400)
-    rows = [f"{n},{i % 8},{i // 80 + 1}" for i, n in enumerate(names)]  # 8 labels, 5 folds, 10 clips of each
-    table = write_csv(tmp_path / "x.csv", "file,label,fold", *rows)
-    clips = read_labelled(table, limit=80)
-    counts = Counter(zip(clips.labels.tolist(), clips.folds.tolist(), strict=True))
-    assert set(counts.values()) == {2} and len(counts) == 40
-    assert read_labelled(table, limit=80).files == clips.files != read_labelled(table, limit=80, seed=1).files
-    assert len(read_labelled(table, limit=1000)) == len(read_labelled(table)) == 400
-    known = dict(zip(names, rows, strict=True))  # what a clip is does not change
-    for file, label, fold in zip(clips.files, clips.labels, clips.folds, strict=True):
-        assert known[file.name] == f"{file.name},{clips.label_names[label]},{fold}"
+@pytest.mark.parametrize("probe", PROBES)
+def test_probes_never_see_the_test_labels(probe):
+    # Each label is two clusters; those of the test part are exchanged between the labels, so all answers are wrong.
+    labels = np.repeat([0, 1, 1, 0], 20)
+    folds = np.repeat([-1, -1, 0, 0], 20)
+    points = np.repeat([0.0, 1.0, 0.0, 1.0], 20)[:, None]
+    embeddings = (points + 0.01 * np.random.default_rng(0).normal(size=(80, 4))).astype(np.float32)
+    clips = LabelledClips(paths(80), labels, ("a", "b"), folds)
+    assert accuracy(probe, embeddings, clips) == 0.0
+    assert accuracy(probe, embeddings, replace(clips, labels=np.repeat([0, 1, 0, 1], 20))) == 1.0
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_limit_keeps_rare_labels_trainable(tmp_path, seed):
-    names = empty_files(tmp_path, 123)
-    common = [f"{n},common{i % 2},{'test' if i % 10 < 2 else 'train'}" for i, n in enumerate(names[:100])]
-    rare = [f"{names[100]},rare,test", f"{names[101]},rare,train", f"{names[102]},only,train"]
-    tested = [f"{n},tested,{'test' if i else 'train'}" for i, n in enumerate(names[103:])]
-    clips = read_labelled(write_csv(tmp_path / "x.csv", "file,label,split", *common, *rare, *tested), 20, seed)
-    assert len(clips) == 20
-    ((train, test),) = clips.splits()
-    assert set(clips.labels[test]) <= set(clips.labels[train]) and len(test) > 0
-    assert Counter(clips.label_names[i] for i in clips.labels)["rare"] == 2
+@pytest.mark.parametrize("probe", PROBES)
+def test_each_fold_is_judged_by_what_saw_only_the_others(probe):
+    embeddings, clips = many_clusters(spread=3.0)
+    (whole,) = probe_embeddings(embeddings, clips, [probe])
+    assert list(whole.settings) == [0, 1, 2, 3, 4] and whole.seconds > 0
+    # What the clips of fold 2 are makes no difference to how they are scored; to others it does.
+    rng = np.random.default_rng(1)
+    labels = clips.labels.copy()
+    labels[clips.folds == 2] = rng.permutation(labels[clips.folds == 2])
+    (other,) = probe_embeddings(embeddings, replace(clips, labels=labels), [probe])
+    chosen_alike = probe != "mlp" or whole.settings[2]["epoch"] == other.settings[2]["epoch"]
+    if chosen_alike:
+        assert np.array_equal(whole.scores[clips.folds == 2], other.scores[clips.folds == 2])
+    assert not np.array_equal(whole.scores[clips.folds == 1], other.scores[clips.folds == 1])
 
 
-def test_what_is_wrong_with_a_csv_is_said(tmp_path):
-    a, b, c, d = empty_files(tmp_path, 4)
-    header = "file,label,split"
-
-    def refused(message, *lines, error=ConfigError):
-        with pytest.raises(error, match=message):
-            read_labelled(write_csv(tmp_path / "x.csv", *lines))
-
-    refused("column 'label' is missing; there are 'file', 'class'", "file,class", f"{a},x")
-    refused("no rows", header)
-    refused("line 3: the column 'label' is empty", header, f"{a},x,1", f"{b},,1")
-    refused("line 2: the column 'split' is empty", header, f"{a},x")
-    refused("line 2: more than 3 cells", header, f"{a},x,1,2")
-    refused("1 of 2 files are missing: .*gone.wav", header, f"{a},x,1", "gone.wav,y,2", error=AudioError)
-    refused("at least two labels are needed, but all clips are 'x'", header, f"{a},x,1", f"{b},x,2")
-    refused(
-        "all clips of 'y' are in the same test part",
-        header, f"{a},x,1", f"{b},x,2", f"{c},y,2", f"{d},y,2",
-    )  # fmt: skip
-    refused("all clips of 'y' are in the same test part", "file,label", f"{a},x", f"{b},x", f"{c},y")
-    refused("'a', 'b'", header, f"{a},x,a", f"{b},y,b")
-    refused("two or more folds", header, f"{a},x,1", f"{b},y,1")
-    refused("one row and one label, but .*000.wav' have several", "file,label", f"{a},x", f"{a},y")
-    with pytest.raises(ConfigError, match="No such file"):
-        read_labelled(tmp_path / "none.csv")
-    (tmp_path / "latin.csv").write_bytes("file,label\né,x\n".encode("latin-1"))
-    with pytest.raises(ConfigError, match="not a CSV file in UTF-8"):
-        read_labelled(tmp_path / "latin.csv")
+@pytest.mark.parametrize("probe", PROBES)
+def test_clips_that_are_not_tested_have_no_scores(probe):
+    embeddings, clips = many_clusters(spread=0.1)
+    clips = replace(clips, folds=np.array([-1, -1, -1, -2, 0])[clips.folds])
+    (result,) = probe_embeddings(embeddings, clips, [probe])
+    assert np.isnan(result.scores[clips.folds != 0]).all()
+    assert np.isfinite(result.scores[clips.folds == 0]).all()
+    assert np.allclose(result.scores[clips.folds == 0].sum(axis=1), 1)
+    assert score_predictions(clips, result.scores)["accuracy"].value >= 0.95
 
 
-def test_what_is_wrong_with_a_folder_is_said(tmp_path):
-    with pytest.raises(ConfigError, match="no sub-folders"):
-        read_labelled(tmp_path)
-    empty_files(tmp_path / "a", 2)
-    (tmp_path / "metadata.csv").touch()
-    with pytest.raises(ConfigError, match=r"two labels are needed.*Did you mean .*metadata\.csv"):
-        read_labelled(tmp_path)
-    (tmp_path / "b").mkdir()
-    with pytest.raises(AudioError, match="b: no audio files"):
-        read_labelled(tmp_path)
-    empty_files(tmp_path, 1)
-    with pytest.raises(ConfigError, match=r"'000.wav' lie outside"):
-        read_labelled(tmp_path)
+@pytest.mark.parametrize("probe", PROBES)
+def test_probes_give_the_same_twice_and_leave_other_draws_alone(probe):
+    embeddings, clips = many_clusters(spread=3.0)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first, second = (probe_embeddings(embeddings, clips, [probe])[0].scores for _ in range(2))
+    assert np.array_equal(first, second)
+    assert torch.equal(torch.rand(3), expected)
 
 
-def test_limit_must_leave_two_of_each_label(tmp_path):
-    names = empty_files(tmp_path, 30)
-    table = write_csv(tmp_path / "x.csv", "file,label", *[f"{n},{i % 3}" for i, n in enumerate(names)])
-    assert len(read_labelled(table, limit=6)) == 6
-    with pytest.raises(ConfigError, match="5 clips of 3 labels are too few; take 6"):
-        read_labelled(table, limit=5)
+def test_what_is_wrong_with_the_embeddings_is_said():
+    embeddings, clips = many_clusters()
+    with pytest.raises(ConfigError, match=r"shape \(100, D\), not \(99, 32\)"):
+        knn_accuracy(embeddings[1:], clips)
+    embeddings[7, 3] = np.nan
+    for probe in PROBES:
+        with pytest.raises(ConfigError, match=r"1 of 100 embeddings are not finite: '7.wav'"):
+            probe_embeddings(embeddings, clips, [probe])
+    with pytest.raises(ConfigError, match="k must be"):
+        knn_accuracy(embeddings, clips, k=0)
+    for strengths in ([0.1, 0.0], [], [1.0, 0.1]):
+        with pytest.raises(ConfigError, match="strengths"):
+            linear_probe_accuracy(embeddings, clips, strengths)
+    for wrong in (["svm"], [], ["knn", "knn"]):
+        with pytest.raises(ConfigError, match="probes are one or more of linear, knn, mlp, each once, not"):
+            probe_embeddings(embeddings, clips, wrong)
 
 
-@pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="needs ../shared/data")
-@pytest.mark.parametrize(
-    ("name", "labels", "tested"), [("esc50", 50, 500), ("emodb", 7, 500), ("fsdd", 10, 50)]
-)  # of FSDD a tenth is the test part
-def test_shared_sets(name, labels, tested):
-    clips = read_labelled(SHARED / "data" / name / "metadata.csv", 500)
-    assert (len(clips), len(clips.label_names), sum(len(test) for _, test in clips.splits())) == (500, labels, tested)
+def test_without_scikit_learn(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    embeddings, clips = many_clusters()
+    with pytest.raises(UnsupportedError, match=r"m2d-embed\[eval\]"):
+        linear_probe_accuracy(embeddings, clips)
+    with pytest.raises(UnsupportedError, match=r"m2d-embed\[eval\]"):
+        probe_embeddings(embeddings, clips, ["knn"])
+    assert knn_accuracy(embeddings, clips) > 0.9  # needs none
 
 
-# --- probes -----------------------------------------------------------------------------------------------------------
+def test_accuracy_of_several_labels_is_refused():
+    embeddings, clips = mixtures()
+    for probe in (knn_accuracy, linear_probe_accuracy):
+        with pytest.raises(ConfigError, match="accuracy is defined where each clip has one label"):
+            probe(embeddings, clips)
 
 
 @pytest.mark.parametrize("probe", [knn_accuracy, linear_probe_accuracy])
-def test_probes_tell_signal_from_noise(probe):
-    embeddings, clips = many_clusters(spread=0.5)
-    assert probe(embeddings, clips) >= 0.99
-    middling = probe(many_clusters(spread=3.0)[0], clips)
-    assert 0.3 < middling < 0.99
-    noise = np.random.default_rng(1).normal(size=embeddings.shape).astype(np.float32)
-    assert probe(noise, clips) < 0.4
+def test_accuracies_are_those_of_the_probes(probe):
+    embeddings, clips = many_clusters(spread=3.0)
+    name = "knn" if probe is knn_accuracy else "linear"
+    assert probe(embeddings, clips) == accuracy(name, embeddings, clips)
 
 
 @pytest.mark.parametrize("probe", [knn_accuracy, linear_probe_accuracy])
@@ -208,48 +191,46 @@ def test_probes_do_not_depend_on_the_scale_of_a_feature(probe):
     assert probe(scaled, clips) == pytest.approx(probe(embeddings, clips), abs=0.03)
 
 
-@pytest.mark.parametrize("probe", [knn_accuracy, linear_probe_accuracy])
-def test_probes_never_see_the_test_labels(probe):
-    # Each label is two clusters; those of the test part are exchanged between the labels, so all answers are wrong.
-    labels = np.repeat([0, 1, 1, 0], 20)
-    folds = np.repeat([-1, -1, 0, 0], 20)
-    points = np.repeat([0.0, 1.0, 0.0, 1.0], 20)[:, None]
-    embeddings = (points + 0.01 * np.random.default_rng(0).normal(size=(80, 4))).astype(np.float32)
-    clips = LabelledClips(tuple(Path(f"{i}") for i in range(80)), labels, ("a", "b"), folds)
-    assert probe(embeddings, clips) == 0.0
-    clips = LabelledClips(clips.files, np.repeat([0, 1, 0, 1], 20), ("a", "b"), folds)
-    assert probe(embeddings, clips) == 1.0
-
-
-@pytest.mark.parametrize("probe", [knn_accuracy, linear_probe_accuracy])
+@pytest.mark.parametrize("probe", PROBES)
 def test_probes_take_collapsed_embeddings(probe):
     _, clips = many_clusters()
-    assert probe(np.full((100, 8), 3.7, np.float32), clips) == pytest.approx(0.2, abs=0.1)
+    assert accuracy(probe, np.full((100, 8), 3.7, np.float32), clips) == pytest.approx(0.2, abs=0.1)
     half = np.zeros((100, 8), np.float32)
     half[np.arange(100), clips.labels] = 1  # three features are constant
-    assert probe(half, clips) == 1.0
-    clips = LabelledClips(clips.files, clips.labels, clips.label_names, np.arange(100) % 2 - 1)
-    half[clips.folds == 0, 5] = 1e6  # constant in what is trained on, so nothing can be learnt of it
-    assert probe(half, clips) == 1.0
+    assert accuracy(probe, half, clips) == 1.0
+    if probe != "mlp":  # which takes features as they are
+        clips = replace(clips, folds=np.arange(100) % 2 - 1)
+        half[clips.folds == 0, 5] = 1e6  # constant in what is trained on, so nothing can be learnt of it
+        assert accuracy(probe, half, clips) == 1.0
+
+
+# --- nearest neighbours -----------------------------------------------------------------------------------------------
 
 
 def test_knn_on_a_small_case_by_hand():
     # Two features, already standardised over the four training rows.
     train = np.array([[1, 1], [1, -1], [-1, 1], [-1, -1]], np.float32)
     test = np.array([[0.9, 1.1], [1.0, -0.2]], np.float32)
-    clips = LabelledClips(
-        tuple(Path(str(i)) for i in range(6)),
-        np.array([0, 1, 1, 1, 0, 1]),
-        ("a", "b"),
-        np.array([-1, -1, -1, -1, 0, 0]),
-    )
+    clips = LabelledClips(paths(6), np.array([0, 1, 1, 1, 0, 1]), ("a", "b"), np.array([-1, -1, -1, -1, 0, 0]))
     embeddings = np.concatenate([train, test])
     assert knn_accuracy(embeddings, clips, k=1) == 1.0
     # Similarity weighs: of the first one's neighbours one is near (a), the others at right angles (b).
     assert knn_accuracy(embeddings, clips, k=3) == 1.0
     assert knn_accuracy(embeddings, clips, k=1000) == 1.0
-    swapped = LabelledClips(clips.files, np.array([1, 0, 1, 1, 0, 1]), ("a", "b"), clips.folds)
+    swapped = replace(clips, labels=np.array([1, 0, 1, 1, 0, 1]))
     assert knn_accuracy(embeddings, swapped, k=1) == 0.0
+    (predicted,) = knn_predictions(embeddings, clips, k=2)
+    near, far = 2.0 / np.sqrt(2 * 2.02), 0.2 / np.sqrt(2 * 2.02)
+    assert predicted.scores[0] == pytest.approx([near / (near + far), far / (near + far)], abs=1e-6)
+
+
+def test_each_label_of_a_neighbour_has_its_votes():
+    embeddings = np.array([[1, 1], [1, -1], [-1, 1], [-1, -1], [1, 0]], np.float32)
+    targets = np.array([[1, 1, 0], [0, 1, 0], [0, 0, 1], [0, 0, 0], [1, 1, 0]], bool)
+    clips = LabelledClips(paths(5), targets, ("a", "b", "c"), np.array([-1, -1, -1, -1, 0]))
+    (predicted,) = knn_predictions(embeddings, clips, k=2)
+    assert predicted.scores.tolist() == [[0.5, 1.0, 0.0]]
+    assert predicted.settings == {"k": 2}
 
 
 def test_knn_in_pieces_is_the_same(monkeypatch):
@@ -259,55 +240,173 @@ def test_knn_in_pieces_is_the_same(monkeypatch):
     assert knn_accuracy(embeddings, clips) == whole
 
 
+# --- linear -----------------------------------------------------------------------------------------------------------
+
+
 def test_linear_probe_in_the_basis_of_the_clips_is_the_same(monkeypatch):
     embeddings, clips = many_clusters(dim=150, spread=4.0)  # more features than training clips
-    monkeypatch.setattr(probes, "_TOLERANCE", 1e-7)
+    monkeypatch.setattr(linear_probe, "_TOLERANCE", 1e-7)
     rotated = linear_probe_accuracy(embeddings, clips, [0.01])
-    monkeypatch.setattr(probes, "_rotate", lambda train, test: (train, test))
+    monkeypatch.setattr(linear_probe, "rotate", lambda train, test: (train, test))
     assert 0.3 < rotated < 1.0
     assert rotated == linear_probe_accuracy(embeddings, clips, [0.01])
 
 
-def test_linear_probe_chooses_the_strength_on_held_out_clips():
-    labels = np.repeat([0, 1], 40)
-    noise = np.random.default_rng(3).normal(size=(80, 400)).astype(np.float32)  # could only be learnt by heart
-    assert probes._choose_strength(noise, labels, [1e-5, 1e-2, 1e3]) == 1e-5
-    assert probes._choose_strength(np.eye(2, dtype=np.float32)[labels], labels, [1e-5, 1e-2, 1e3]) == 1e3
+@pytest.mark.parametrize("several", [False, True])
+def test_linear_probe_chooses_the_strength_on_held_out_clips(several):
+    labels = np.repeat([0, 1], 200)
+    held_out = np.arange(400) % 5 == 0
+    signal = np.eye(2, dtype=np.float32)[labels]
+    labels = signal.astype(bool) if several else labels
+    noise = np.random.default_rng(3).normal(size=(400, 400)).astype(np.float32)  # could only be learnt by heart
+    assert choose_strength(noise, labels, held_out, [1e-5, 1e-2, 1e3], 2) == 1e-5
+    assert choose_strength(signal, labels, held_out, [1e-5, 1e-2, 1e3], 2) == 1e3
+    nothing = np.zeros(400, dtype=bool)
+    assert choose_strength(signal, labels, nothing, [1e-5, 1e3], 2) == 1e-5
 
 
-def test_held_out_rows_are_a_fifth_and_leave_every_label():
-    labels = np.array([0] * 50 + [1] * 30 + [2] * 4 + [3])
-    mask = probes._held_out(labels)
-    assert 14 <= mask.sum() <= 17
-    assert set(labels[~mask]) == {0, 1, 2, 3}
-    assert mask[labels == 0].sum() == 10
+def test_linear_probe_holds_out_as_the_data_says(monkeypatch):
+    embeddings, clips = many_clusters()
+    seen = []
+    monkeypatch.setattr(linear_probe, "choose_strength", lambda x, labels, held_out, *rest: seen.append(held_out) or 1)
+    predictions = list(linear_predictions(embeddings, clips))
+    for predicted, mask in zip(predictions, seen, strict=True):
+        train, _ = clips.split(predicted.fold)
+        assert train[mask].tolist() == clips.hold_out(predicted.fold)[1].tolist()
+        assert predicted.settings == {"C": 1}
+
+
+def test_linear_probe_is_fitted_again_to_all_training_clips():
+    # Label 2 is known from the validation part alone.
+    labels, folds = np.array([0, 1, 0, 1, 2, 2, 0, 1, 0, 1, 2]), np.array([-1] * 4 + [-2] * 4 + [0] * 3)
+    embeddings, clips = clusters(labels, folds, spread=0.01)
+    assert linear_probe_accuracy(embeddings, clips, [0.1, 1.0]) == 1.0
+
+
+def test_linear_probe_of_labels_that_all_or_no_training_clips_have():
+    targets = np.zeros((40, 4), bool)
+    targets[:, 0] = np.arange(40) % 2
+    targets[:20, 1] = True  # all clips of the training part, none of the others
+    targets[20:, 2] = True
+    embeddings = np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32)
+    embeddings[:, 0] = targets[:, 0]
+    clips = LabelledClips(paths(40), targets, ("a", "b", "c", "d"), np.repeat([-1, 0], 20))
+    (predicted,) = linear_predictions(embeddings, clips)
+    assert (predicted.scores[:, 1] == 1).all() and (predicted.scores[:, 2:] == 0).all()
+    assert ((predicted.scores[:, 0] > 0.5) == targets[20:, 0]).mean() > 0.9
 
 
 def test_linear_probe_of_very_few_clips():
     embeddings, clips = clusters([0, 0, 1, 1], [0, 1, 0, 1], spread=0.1)
     assert linear_probe_accuracy(embeddings, clips) == 1.0
+    # One label alone is left where settings are chosen.
+    embeddings, clips = clusters([0, 0, 0, 1, 1, 0], [0, 0, 1, 1, 2, 2], spread=0.1)
+    assert len(list(linear_predictions(embeddings, clips))) == 3
 
 
-def test_what_is_wrong_with_the_embeddings_is_said():
-    embeddings, clips = many_clusters()
-    with pytest.raises(ConfigError, match=r"shape \(100, D\), not \(99, 32\)"):
-        knn_accuracy(embeddings[1:], clips)
-    embeddings[7, 3] = np.nan
-    for probe in (knn_accuracy, linear_probe_accuracy):
-        with pytest.raises(ConfigError, match=r"1 of 100 embeddings are not finite: '7.wav'"):
-            probe(embeddings, clips)
-    with pytest.raises(ConfigError, match="k must be"):
-        knn_accuracy(embeddings, clips, k=0)
-    with pytest.raises(ConfigError, match="strengths"):
-        linear_probe_accuracy(embeddings, clips, [0.1, 0.0])
+# --- MLP --------------------------------------------------------------------------------------------------------------
 
 
-def test_without_scikit_learn(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn", None)
-    embeddings, clips = many_clusters()
-    with pytest.raises(UnsupportedError, match=r"m2d-embed\[pretrain\]"):
-        linear_probe_accuracy(embeddings, clips)
-    assert knn_accuracy(embeddings, clips) > 0.9  # needs none
+def test_the_settings_are_those_of_hear(monkeypatch):
+    monkeypatch.undo()
+    assert len(GRID) == 16 and {s.hidden_layers for s in GRID} == {1, 2}
+    assert {s.learning_rate for s in GRID} == {3.2e-3, 1e-3, 3.2e-4, 1e-4}
+    network = mlp_probe._network(20, 7, MlpSettings(2, 1e-3, "xavier_normal"))
+    kinds = [type(layer).__name__ for layer in network]
+    assert kinds == ["Linear", "BatchNorm1d", "Dropout", "ReLU"] * 2 + ["Linear"]
+    assert [layer.weight.shape for layer in network if isinstance(layer, torch.nn.Linear)] == [
+        (1024, 20), (1024, 1024), (7, 1024),
+    ]  # fmt: skip
+    assert network[2].p == 0.1
+    # Xavier: variance 2 / (inputs + outputs), times 2 behind a ReLU.
+    assert float(network[0].weight.detach().std()) == pytest.approx((2 / 1044) ** 0.5, rel=0.02)
+    assert float(network[4].weight.detach().std()) == pytest.approx((2 * 2 / 2048) ** 0.5, rel=0.02)
+    uniform = mlp_probe._network(20, 7, MlpSettings(1, 1e-3, "xavier_uniform"))[0].weight.detach()
+    assert float(uniform.abs().max()) == pytest.approx((6 / 1044) ** 0.5, rel=0.01)
+    assert (mlp_probe._BATCH, mlp_probe._MAX_EPOCHS, mlp_probe._VALIDATE_EVERY) == (1024, 500, 3)
+    assert (mlp_probe._PATIENCE, mlp_probe._GRID_POINTS) == (20, 8)
+
+
+def test_mlp_tries_eight_settings_on_the_first_fold_and_the_best_on_the_others(monkeypatch):
+    monkeypatch.setattr(mlp_probe, "_GRID_POINTS", 8)
+    embeddings, clips = many_clusters(spread=3.0)
+    calls = []
+    train = mlp_probe._train
+
+    def spy(part, held_out, num_labels, settings, seed):
+        trained = train(part, held_out, num_labels, settings, seed)
+        calls.append((settings, len(part.x), len(held_out.x), trained.score))
+        return trained
+
+    monkeypatch.setattr(mlp_probe, "_train", spy)
+    done = []
+    predictions = list(mlp_predictions(embeddings, clips, on_trained=lambda: done.append(1)))
+    assert len(calls) == len(done) == num_trainings(clips) == 12
+    assert all((trained_on, held_out) == (60, 20) for _, trained_on, held_out, _ in calls)
+    tried = [settings for settings, *_ in calls[:8]]
+    assert len(set(tried)) == 8
+    scores = [score for *_, score in calls[:8]]
+    best = tried[scores.index(max(scores))]
+    assert [settings for settings, *_ in calls[8:]] == [best] * 4
+    for predicted in predictions:
+        assert predicted.settings["hidden_layers"] == best.hidden_layers
+        assert predicted.settings["learning_rate"] == best.learning_rate
+        assert predicted.settings["epoch"] % 3 == 0
+    assert predictions[0].settings["validation_score"] == max(scores)
+
+
+def test_mlp_keeps_the_weights_of_the_best_epoch(monkeypatch):
+    embeddings, clips = many_clusters(spread=3.0)
+    part, held_out = (mlp_probe._part(embeddings, clips, i, torch.device("cpu")) for i in clips.hold_out(0))
+    scores = iter([0.1, 0.5, 0.4, 0.5, 0.3, 0.2, 0.1, 0.1, 0.1])
+    weights = []
+
+    def validate(network, _):
+        weights.append(mlp_probe._copy(network))
+        return next(scores)
+
+    monkeypatch.setattr(mlp_probe, "_validate", validate)
+    monkeypatch.setattr(mlp_probe, "_PATIENCE", 4)
+    trained = mlp_probe._train(part, held_out, 5, GRID[0], seed=0)
+    assert (trained.score, trained.epoch) == (0.5, 6)  # the first of equals
+    assert len(weights) == 6  # then four in a row were not better
+    kept = trained.network.state_dict()
+    assert all(torch.equal(kept[name], weights[1][name]) for name in kept)
+    assert not torch.equal(kept["0.weight"], weights[2]["0.weight"])
+
+
+def test_mlp_is_validated_by_accuracy_or_map():
+    embeddings, clips = mixtures()
+    held_out = mlp_probe._part(embeddings, clips, np.arange(50), torch.device("cpu"))
+    network = mlp_probe._network(24, 4, GRID[0]).eval()
+    with torch.no_grad():
+        scores = network(held_out.x).sigmoid().numpy()
+    expected = mean_average_precision(clips.targets[:50], scores)
+    assert mlp_probe._validate(network, held_out) == pytest.approx(expected)
+    one = mlp_probe._Part(held_out.x, torch.arange(50) % 4)
+    assert mlp_probe._validate(network, one) == pytest.approx((scores.argmax(axis=1) == np.arange(50) % 4).mean())
+
+
+def test_batches_of_the_mlp():
+    assert mlp_probe._batches(5) == [slice(0, 5)]
+    assert mlp_probe._batches(1024) == [slice(0, 1024)]
+    assert mlp_probe._batches(1025) == [slice(0, 1025)]  # batch norm cannot do one clip
+    assert mlp_probe._batches(2050) == [slice(0, 1024), slice(1024, 2048), slice(2048, 2050)]
+
+
+def test_mlp_of_another_seed_is_another():
+    embeddings, clips = many_clusters(spread=3.0)
+    first, second = (next(mlp_predictions(embeddings, clips, seed)).scores for seed in (0, 1))
+    assert not np.array_equal(first, second)
+
+
+def test_mlp_needs_clips_to_validate_on():
+    embeddings, clips = clusters([0, 0, 1, 1], [0, 1, 0, 1], spread=0.1)
+    with pytest.raises(ConfigError, match="fold 0 has too few training clips to hold any out"):
+        mlp_predictions(embeddings, clips)
+
+
+# --- real clips -------------------------------------------------------------------------------------------------------
 
 
 def test_embedding_real_clips(tiny):

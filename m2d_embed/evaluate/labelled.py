@@ -11,6 +11,7 @@ import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -131,8 +132,8 @@ class LabelledClips:
         """Groups that a fold has both in training and in test; none if groups are unknown."""
         if self.groups is None:
             return []
-        groups = np.array(self.groups)
-        return sorted(set(groups[self.folds == fold]) & set(groups[self.folds != fold]))
+        tested = self.folds == fold
+        return sorted(set(compress(self.groups, tested)) & set(compress(self.groups, ~tested)))
 
     def _draw_validation(self, train: Integers, test: Integers) -> Bools:
         strata = _strata(self)[train]
@@ -190,7 +191,37 @@ def read_labelled(path: Path, limit: int | None = None, seed: int = 0, label_col
     blank = np.zeros(len(rows), dtype=np.int64)
     clips = LabelledClips(tuple(row.file for row in rows), labels, names, blank, groups)
     clips = assign_folds(clips, [row.part for row in rows], path, seed)
-    return clips if limit is None or limit >= len(clips) else _thin(clips, limit, seed)
+    if limit is None or limit >= len(clips):
+        return clips
+    thinned = _thin(clips, limit, seed)
+    if untrained := _untrained(thinned):  # possible only if a clip has several labels
+        raise ConfigError(
+            f"{path}: of {limit} clips none of {named(untrained)} would be left to train on, but some to test; "
+            "take more."
+        )
+    return thinned
+
+
+def check_contents(clips: LabelledClips, contents: Sequence[str], path: Path) -> None:
+    """Refuse clips of the same content in different parts of the data, or with different labels.
+
+    Copies with the same labels inside a part are no more than superfluous.
+
+    Args:
+        clips: what the files are.
+        contents: (n,) a hash of what each file holds.
+        path: of the data, for the message.
+
+    Raises:
+        ConfigError: if the same content lies in more than one part of the data, or has different labels; it names
+            the clips.
+    """
+    check_duplicates(clips.files, clips.folds, contents, path)
+    targets = clips.targets
+    differing = [found for found in _copies(contents) if (targets[found] != targets[found[0]]).any()]
+    if differing:
+        pairs = [" = ".join(clips.files[i].name for i in found) for found in differing]
+        raise ConfigError(f"{path}: clips of the same content have different labels: {named(pairs)}. Which are right?")
 
 
 def check_duplicates(files: Sequence[Path], folds: Integers, contents: Sequence[str], path: Path) -> None:
@@ -202,16 +233,21 @@ def check_duplicates(files: Sequence[Path], folds: Integers, contents: Sequence[
         contents: (n,) a hash of what each file holds.
         path: of the data, for the message.
     """
-    by_content: dict[str, list[int]] = defaultdict(list)
-    for index, content in enumerate(contents):
-        by_content[content].append(index)
-    crossing = [found for found in by_content.values() if len({int(folds[i]) for i in found}) > 1]
+    crossing = [found for found in _copies(contents) if len({int(folds[i]) for i in found}) > 1]
     if crossing:
         pairs = [" = ".join(files[i].name for i in found) for found in crossing]
         raise ConfigError(
             f"{path}: {len(crossing)} clips lie in more than one part (fold or split), so the test part would be known "
             f"from training: {named(pairs)}. Keep each in one part."
         )
+
+
+def _copies(contents: Sequence[str]) -> list[list[int]]:
+    """The indices of each content that is there more than once."""
+    by_content: dict[str, list[int]] = defaultdict(list)
+    for index, content in enumerate(contents):
+        by_content[content].append(index)
+    return [found for found in by_content.values() if len(found) > 1]
 
 
 def assign_folds(clips: LabelledClips, parts: Sequence[str], path: Path, seed: int) -> LabelledClips:
@@ -415,15 +451,25 @@ def _every_fifth(strata: Integers) -> Bools:
 
 
 def _check_folds(clips: LabelledClips, path: Path) -> None:
+    if not len(clips.split(clips.test_folds()[0])[0]):
+        raise ConfigError(
+            f"{path}: all clips are of one group, and groups are kept whole, so there are none to train on; give them "
+            "several groups, or a column fold."
+        )
+    if untrained := _untrained(clips):
+        raise ConfigError(
+            f"{path}: all clips of {named(untrained)} are in the same test part, so there are none to train on; "
+            "move one to another part, or leave the label out."
+        )
+
+
+def _untrained(clips: LabelledClips) -> list[str]:
+    """Labels that a fold tests without training on them."""
     targets = clips.targets
+    missing = np.zeros(len(clips.label_names), dtype=bool)
     for train, test in clips.splits():
-        untrained = np.flatnonzero(targets[test].any(axis=0) & ~targets[train].any(axis=0))
-        if len(untrained):
-            names = named([clips.label_names[label] for label in untrained])
-            raise ConfigError(
-                f"{path}: all clips of {names} are in the same test part, so there are none to train on; "
-                "move one to another part, or leave the label out."
-            )
+        missing |= targets[test].any(axis=0) & ~targets[train].any(axis=0)
+    return [clips.label_names[label] for label in np.flatnonzero(missing)]
 
 
 def _thin(clips: LabelledClips, limit: int, seed: int) -> LabelledClips:

@@ -1,39 +1,106 @@
-"""Quick probes of an encoder on labelled clips: nearest neighbours, and a linear classifier.
+"""Probes: how well simple classifiers on fixed embeddings name clips that they were not fitted to.
 
-Both see every feature standardised with the mean and standard deviation of the training rows, and give the share of
-clips named rightly, over all test folds together. They are for comparing checkpoints within a run: pre-training calls
-them every so many steps.
+* ``linear``: logistic regression (``linear_probe``).
+* ``knn``: nearest neighbours; the only one that learns nothing.
+* ``mlp``: the shallow network of the HEAR benchmark (``mlp_probe``).
+
+Each test fold is judged by a classifier that saw only the other folds. The linear and the nearest-neighbour probe see
+every feature standardised with the mean and standard deviation of the training clips.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
+import torch
+from tqdm.auto import tqdm
 
 from m2d_embed.errors import ConfigError
 from m2d_embed.evaluate.extra import require_sklearn
-from m2d_embed.evaluate.labelled import Integers, LabelledClips, named
+from m2d_embed.evaluate.features import FoldPrediction, Scores, Vectors, check_embeddings, standardise
+from m2d_embed.evaluate.labelled import Bools, LabelledClips, named
+from m2d_embed.evaluate.linear_probe import STRENGTHS, linear_predictions
 
 if TYPE_CHECKING:
     from m2d_embed.model import M2D
 
-Vectors = npt.NDArray[np.float32]
+PROBES = ("linear", "knn", "mlp")
+NEIGHBOURS = 10
 
-_HOLD_OUT_EVERY = 5  # training rows: one in so many chooses the regularisation
-_TOLERANCE = 1e-3  # of the fit: a tenth of it takes three times as long and moves the accuracy by less than its error
-_MAX_ITERATIONS = 200
 _ROWS_AT_A_TIME = 1024  # test rows compared with all training rows together
 _LEAST_VOTE = 1e-6  # of a neighbour that is not similar at all: without any, such neighbours could not outvote label 0
 
 
-def knn_accuracy(embeddings: Vectors, clips: LabelledClips, k: int = 10) -> float:
-    """Share of the tested clips whose nearest training clips name them rightly.
+@dataclass(frozen=True, eq=False)
+class ProbeResult:
+    """What a probe says of every clip.
 
-    Neighbours are the ``k`` of highest cosine similarity; each votes with its similarity.
+    Attributes:
+        probe: one of ``PROBES``.
+        scores: (n, L) float64 from 0 to 1; a row of NaN for a clip that is in no test fold.
+        settings: test fold -> what was chosen for it on its training clips.
+        seconds: how long it took.
+    """
+
+    probe: str
+    scores: Scores
+    settings: dict[int, dict[str, Any]]
+    seconds: float
+
+
+def probe_embeddings(
+    embeddings: Vectors,
+    clips: LabelledClips,
+    probes: Sequence[str] = PROBES,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    show_progress: bool = False,
+) -> list[ProbeResult]:
+    """What each probe says of the clips of every test fold.
+
+    Args:
+        embeddings: (n, D) float32, one row a clip.
+        clips: what they are, each with one label or with any number.
+        probes: which, of ``PROBES``.
+        seed: of the MLP.
+        device: where the MLP is trained.
+        show_progress: show a bar for each probe on stderr.
+
+    Raises:
+        ConfigError: if ``embeddings`` do not fit ``clips`` or are not finite, a probe is unknown, or a fold is too
+            small for the MLP.
+        UnsupportedError: if scikit-learn is not installed.
+    """
+    check_probes(probes)
+    require_sklearn("probes")
+    results = []
+    for probe in probes:
+        started = time.perf_counter()
+        scores = np.full((len(clips), len(clips.label_names)), np.nan)
+        settings = {}
+        for predicted in _predictions(probe, embeddings, clips, seed, device, show_progress):
+            scores[predicted.test] = predicted.scores
+            settings[predicted.fold] = predicted.settings
+        results.append(ProbeResult(probe, scores, settings, time.perf_counter() - started))
+    return results
+
+
+def check_probes(probes: Sequence[str]) -> None:
+    """Raise ConfigError if there are no probes, one is unknown, or one is there twice."""
+    unknown = [probe for probe in probes if probe not in PROBES]
+    if unknown or not probes or len(set(probes)) < len(probes):
+        raise ConfigError(f"probes are one or more of {', '.join(PROBES)}, each once, not {named(probes) or 'none'}.")
+
+
+def knn_predictions(embeddings: Vectors, clips: LabelledClips, k: int = NEIGHBOURS) -> Iterator[FoldPrediction]:
+    """Yield what the nearest training clips say of each test fold.
+
+    Neighbours are the ``k`` of highest cosine similarity; each votes with its similarity for its label or labels. A
+    score is a label's share of the votes.
 
     Args:
         embeddings: (n, D) float32, one row a clip.
@@ -45,45 +112,29 @@ def knn_accuracy(embeddings: Vectors, clips: LabelledClips, k: int = 10) -> floa
     """
     if k < 1:
         raise ConfigError(f"k must be 1 or more neighbours, not {k}.")
-    _check_embeddings(embeddings, clips)
-    right = 0
-    for train, test in clips.splits():
-        trained, tested = map(_unit, _standardise(embeddings[train], embeddings[test]))
-        for start in range(0, len(test), _ROWS_AT_A_TIME):
-            rows = slice(start, start + _ROWS_AT_A_TIME)
-            votes = _votes(tested[rows] @ trained.T, clips.labels[train], len(clips.label_names), k)
-            right += int((votes.argmax(axis=1) == clips.labels[test[rows]]).sum())
-    return right / _num_tested(clips)
+    check_embeddings(embeddings, clips)
+    return _ask_neighbours(embeddings, clips, k)
 
 
-def linear_probe_accuracy(
-    embeddings: Vectors, clips: LabelledClips, strengths: Sequence[float] = (0.01, 0.1, 1.0)
-) -> float:
-    """Share of the tested clips that a multinomial logistic regression names rightly.
-
-    Args:
-        embeddings: (n, D) float32, one row a clip.
-        clips: what they are.
-        strengths: scikit-learn's ``C`` to choose from, in ascending order: the larger, the weaker the L2
-            regularisation. Each fold takes the one of least log-loss on a fifth of its training clips when fitted to
-            the others; the first, if there are too few clips to hold any out.
+def knn_accuracy(embeddings: Vectors, clips: LabelledClips, k: int = NEIGHBOURS) -> float:
+    """Share of the tested clips whose nearest training clips name them rightly; see ``knn_predictions``.
 
     Raises:
-        ConfigError: if ``embeddings`` do not fit ``clips`` or are not finite, or a strength is not positive.
+        ConfigError: as ``knn_predictions``; and if a clip has any number of labels, of which accuracy is not defined.
+    """
+    _refuse_multi_label(clips)
+    return _accuracy(clips, knn_predictions(embeddings, clips, k))
+
+
+def linear_probe_accuracy(embeddings: Vectors, clips: LabelledClips, strengths: Sequence[float] = STRENGTHS) -> float:
+    """Share of the tested clips that a logistic regression names rightly; see ``linear_probe.linear_predictions``.
+
+    Raises:
+        ConfigError: as there; and if a clip has any number of labels, of which accuracy is not defined.
         UnsupportedError: if scikit-learn is not installed.
     """
-    if not strengths or min(strengths) <= 0:
-        raise ConfigError(f"strengths must be one or more positive numbers, not {tuple(strengths)}.")
-    require_sklearn("the linear probe")
-    _check_embeddings(embeddings, clips)
-    right = 0
-    for train, test in clips.splits():
-        x, x_test = _standardise(embeddings[train], embeddings[test])
-        x, x_test = _rotate(x, x_test)
-        y = clips.labels[train]
-        (classifier,) = _classifiers(x, y, [_choose_strength(x, y, strengths)])
-        right += int((classifier.predict(x_test) == clips.labels[test]).sum())
-    return right / _num_tested(clips)
+    _refuse_multi_label(clips)
+    return _accuracy(clips, linear_predictions(embeddings, clips, strengths))
 
 
 def embed_clips(model: M2D, clips: LabelledClips, batch_size: int = 32) -> Vectors:
@@ -101,30 +152,53 @@ def embed_clips(model: M2D, clips: LabelledClips, batch_size: int = 32) -> Vecto
             module.training = training
 
 
-# --- features and classifiers -----------------------------------------------------------------------------------------
+# --- inside -----------------------------------------------------------------------------------------------------------
 
 
-def _check_embeddings(embeddings: Vectors, clips: LabelledClips) -> None:
-    if embeddings.ndim != 2 or len(embeddings) != len(clips):
-        raise ConfigError(f"embeddings of {len(clips)} clips have shape ({len(clips)}, D), not {embeddings.shape}.")
-    bad = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
-    if len(bad):
+def _predictions(
+    probe: str,
+    embeddings: Vectors,
+    clips: LabelledClips,
+    seed: int,
+    device: torch.device | str,
+    show_progress: bool,
+) -> Iterator[FoldPrediction]:
+    from m2d_embed.evaluate.mlp_probe import mlp_predictions, num_trainings
+
+    off = None if show_progress else True
+    if probe == "mlp":
+        with tqdm(total=num_trainings(clips), desc=probe, unit="training", disable=off) as bar:
+
+            def on_trained() -> None:
+                bar.update()
+
+            yield from mlp_predictions(embeddings, clips, seed, device, on_trained)
+        return
+    work = linear_predictions(embeddings, clips) if probe == "linear" else knn_predictions(embeddings, clips)
+    yield from tqdm(work, total=len(clips.test_folds()), desc=probe, unit="fold", disable=off)
+
+
+def _accuracy(clips: LabelledClips, predictions: Iterator[FoldPrediction]) -> float:
+    right = sum(int((p.scores.argmax(axis=1) == clips.labels[p.test]).sum()) for p in predictions)
+    return right / int((clips.folds >= 0).sum())
+
+
+def _refuse_multi_label(clips: LabelledClips) -> None:
+    if clips.multi_label:
         raise ConfigError(
-            f"{len(bad)} of {len(clips)} embeddings are not finite: {named([str(clips.files[i]) for i in bad])}."
+            "accuracy is defined where each clip has one label, but these have any number; "
+            "use m2d-embed probe, or probe_embeddings and score_predictions, which give mAP."
         )
 
 
-def _num_tested(clips: LabelledClips) -> int:
-    return int((clips.folds >= 0).sum())
-
-
-def _standardise(train: Vectors, test: Vectors) -> tuple[Vectors, Vectors]:
-    """Zero mean and unit variance over the training rows; a feature that is constant there becomes 0."""
-    mean = train.mean(axis=0, dtype=np.float64)
-    std = train.std(axis=0, dtype=np.float64)
-    constant = std <= 1e-6 * np.abs(mean)
-    scale = np.where(constant, 0.0, 1.0 / np.where(constant, 1.0, std))
-    return ((train - mean) * scale).astype(np.float32), ((test - mean) * scale).astype(np.float32)
+def _ask_neighbours(embeddings: Vectors, clips: LabelledClips, k: int) -> Iterator[FoldPrediction]:
+    for fold in clips.test_folds():
+        train, test = clips.split(fold)
+        trained, tested = map(_unit, standardise(embeddings[train], embeddings[test]))
+        targets = clips.targets[train]
+        pieces = [tested[start : start + _ROWS_AT_A_TIME] for start in range(0, len(test), _ROWS_AT_A_TIME)]
+        scores = np.concatenate([_votes(piece @ trained.T, targets, k) for piece in pieces])
+        yield FoldPrediction(fold, test, scores, {"k": min(k, len(train))})
 
 
 def _unit(vectors: Vectors) -> Vectors:
@@ -133,59 +207,11 @@ def _unit(vectors: Vectors) -> Vectors:
     return unit
 
 
-def _votes(similarity: Vectors, labels: Integers, num_labels: int, k: int) -> npt.NDArray[np.float64]:
-    """(tests, trainings) similarities -> (tests, num_labels) sums over the ``k`` nearest."""
-    k = min(k, len(labels))
+def _votes(similarity: Vectors, targets: Bools, k: int) -> Scores:
+    """(tests, trainings) similarities -> (tests, L) shares of the votes of the ``k`` nearest."""
+    k = min(k, len(targets))
     nearest = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
-    weights = np.maximum(np.take_along_axis(similarity, nearest, axis=1), _LEAST_VOTE)
-    votes = np.zeros((len(similarity), num_labels))
-    np.add.at(votes, (np.arange(len(similarity))[:, None], labels[nearest]), weights)
-    return votes
-
-
-def _rotate(train: Vectors, test: Vectors) -> tuple[Vectors, Vectors]:
-    """Both in an orthonormal basis of the training rows, if those are fewer than the features.
-
-    An L2-regularised linear model is the same in either basis, as its weights lie in the span of the training rows; but
-    there are fewer of them to fit.
-    """
-    if len(train) >= train.shape[1]:
-        return train, test
-    basis, _ = np.linalg.qr(train.T)  # (D, n)
-    return train @ basis, test @ basis
-
-
-def _choose_strength(x: Vectors, y: Integers, strengths: Sequence[float]) -> float:
-    """The strength of least log-loss on a held-out fifth of the training rows; accuracy there would be too coarse."""
-    held_out = _held_out(y)
-    if len(strengths) == 1 or not held_out.any():
-        return strengths[0]
-    from sklearn.metrics import log_loss
-
-    fitted = _classifiers(x[~held_out], y[~held_out], strengths)
-    losses = [log_loss(y[held_out], c.predict_proba(x[held_out]), labels=c.classes_) for c in fitted]
-    return strengths[losses.index(min(losses))]
-
-
-def _held_out(labels: Integers) -> npt.NDArray[np.bool_]:
-    """A mask of every fifth row, label after label, leaving at least one of each label to train on."""
-    order = np.random.default_rng(0).permutation(len(labels))
-    order = order[np.argsort(labels[order], kind="stable")]
-    is_first = np.diff(labels[order], prepend=-1) != 0
-    mask = np.zeros(len(labels), dtype=bool)
-    mask[order] = (np.arange(len(labels)) % _HOLD_OUT_EVERY == _HOLD_OUT_EVERY - 1) & ~is_first
-    return mask
-
-
-def _classifiers(x: Vectors, y: Integers, strengths: Iterable[float]) -> Iterator[Any]:
-    """Yield one classifier, fitted with each strength in turn from where it was with the last."""
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-
-    classifier = LogisticRegression(tol=_TOLERANCE, max_iter=_MAX_ITERATIONS, warm_start=True)
-    for strength in strengths:
-        classifier.set_params(C=strength)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # the last digits of the weights change no label
-            classifier.fit(x, y)
-        yield classifier
+    weights = np.maximum(np.take_along_axis(similarity, nearest, axis=1), _LEAST_VOTE).astype(np.float64)
+    votes: Scores = np.einsum("tk,tkl->tl", weights, targets[nearest].astype(np.float64))
+    shares: Scores = votes / weights.sum(axis=1, keepdims=True)
+    return shares

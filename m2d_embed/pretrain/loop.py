@@ -13,16 +13,13 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -44,14 +41,12 @@ from m2d_embed.pretrain.sources import is_shards
 from m2d_embed.pretrain.warm_start import apply_start, read_start
 from m2d_embed.training import run_state
 from m2d_embed.training.monitor import RunLog, mean_variance, rank_me
+from m2d_embed.training.processes import agreed, check_processes, shared_means, start_accelerator, stop_agreed
 from m2d_embed.training.run_state import RunState
 from m2d_embed.training.schedule import ema_decay, learning_rate
 from m2d_embed.training.stop import Stop
 
 RECIPE_FILE = "recipe.yaml"
-_LONGEST_WAIT = timedelta(hours=12)  # of the other processes while the main one measures or builds a cache
-T = TypeVar("T")
-_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
 def pretrain(recipe: Recipe) -> Path | None:
@@ -72,11 +67,6 @@ def pretrain(recipe: Recipe) -> Path | None:
         return run.export() if finished else None
 
 
-def is_main_process() -> bool:
-    """Whether this is the first of the processes that torchrun or accelerate started, or the only one."""
-    return bool(PartialState().is_main_process)
-
-
 def export_latest(recipe: Recipe) -> Path:
     """Export the newest checkpoint of a run without training any further.
 
@@ -95,20 +85,12 @@ class _Run:
     def __init__(self, recipe: Recipe, stop: Stop):
         self.recipe = recipe
         self.stop = stop
-        AcceleratorState._reset_state()  # else a second run in one process keeps the precision of the first
-        self.accelerator = Accelerator(
-            cpu=not torch.accelerator.is_available(),  # else it takes several processes on CPUs for as many single ones
-            mixed_precision=_PRECISION[recipe.training.precision],
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-                InitProcessGroupKwargs(timeout=_LONGEST_WAIT),
-            ],
-        )
+        self.accelerator = start_accelerator(recipe.training.precision)
         self._check_device()
         self.accumulation = self._accumulation()
         previous = _previous(recipe)
         self._check_processes(previous)
-        self.probe_clips = self._agreed(self._read_probe)
+        self.probe_clips = agreed(self.accelerator, self._read_probe)
         start = read_start(recipe.start) if previous is None else None
         start_config = start.config if start is not None else None
         shape = previous.config if previous else recipe.model_config(start_config, (0.0, 1.0))
@@ -154,7 +136,7 @@ class _Run:
         bar = tqdm(total=self.total, initial=self.step, unit="step", disable=None if main else True)
         try:
             with bar:
-                while self.step < self.total and not self._stop_agreed():
+                while self.step < self.total and not stop_agreed(self.accelerator, self.stop):
                     values = self._step(batches)
                     self.step += 1
                     bar.update()
@@ -220,7 +202,7 @@ class _Run:
             for key in [key for key in outputs if key.startswith("loss")]:
                 losses[key] = losses.get(key, 0) + outputs[key].detach().float() / self.accumulation
         norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), training.clip_norm)
-        values = self._shared({**losses, "grad_norm": torch.as_tensor(norm)})
+        values = shared_means(self.accelerator, {**losses, "grad_norm": torch.as_tensor(norm)})
         self._check_finite(values, micro_losses, names)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -229,12 +211,6 @@ class _Run:
             values |= self._collapse_signs(outputs)
         seconds = time.perf_counter() - began
         return {**values, "lr": rate, "ema_decay": decay, "seconds": seconds, "waited": waited}
-
-    def _shared(self, values: dict[str, Tensor]) -> dict[str, float]:
-        """Means over all processes, in one exchange."""
-        stacked = torch.stack([value.float().to(self.accelerator.device) for value in values.values()])
-        shared: Tensor = self.accelerator.reduce(stacked, reduction="mean")
-        return dict(zip(values, shared.tolist(), strict=True))
 
     def _check_finite(self, values: dict[str, float], losses: list[Tensor], names: list[list[str]]) -> None:
         """Stop before the update if the loss or the gradient is not finite; the state before this step is saved."""
@@ -261,13 +237,6 @@ class _Run:
             return {}
         target = outputs["target"].detach().flatten(0, 1).float()
         return {"target_variance": mean_variance(target), "target_rank": rank_me(target)}
-
-    def _stop_agreed(self) -> bool:
-        """Whether any process was told to stop; all have to leave at the same step."""
-        if self.accelerator.num_processes == 1:
-            return self.stop.wanted
-        flag = torch.tensor(float(self.stop.wanted), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, reduction="sum") > 0)
 
     def _count_bad(self, batch: Batch) -> None:
         for name, reason in self.bad.add(batch).items():
@@ -348,20 +317,6 @@ class _Run:
             )
         return int(training.effective_batch // at_once)
 
-    def _agreed(self, work: Callable[[], T]) -> T:
-        """What the main process makes, or its error, in every process."""
-        made: list[Any] = [None]
-        if self.accelerator.is_main_process:
-            try:
-                made = [work()]
-            except M2DEmbedError as error:
-                made = [error]
-        (result,) = broadcast_object_list(made)
-        if isinstance(result, M2DEmbedError):
-            raise result
-        made_by_main: T = result
-        return made_by_main
-
     def _read_probe(self) -> LabelledClips | None:
         """The labelled clips to probe with, each looked at once: better now than after hours."""
         probe = self.recipe.probe
@@ -381,25 +336,18 @@ class _Run:
 
     def _open_data(self, shape: ModelConfig) -> TrainingData:
         """The main process first: it may have labels to collect and a cache to build."""
-        names = self._agreed(lambda: label_names(self.recipe))
+        names = agreed(self.accelerator, lambda: label_names(self.recipe))
         opened: list[TrainingData] = []
 
         def by_main() -> None:
             opened.append(open_data(self.recipe, shape, names, show_progress=True))
 
-        self._agreed(by_main)
+        agreed(self.accelerator, by_main)
         return opened[0] if opened else open_data(self.recipe, shape, names, show_progress=False)
 
     def _check_device(self) -> None:
         training = self.recipe.training
-        if self.recipe.folder.exists() and not self.recipe.folder.is_dir():
-            raise ConfigError(f"output: {self.recipe.folder} is a file; name a folder, new or of an earlier run.")
-        launched = int(os.environ.get("WORLD_SIZE", "1"))
-        if self.accelerator.num_processes != launched:
-            raise ConfigError(
-                f"{launched} processes were launched, but accelerate sees {self.accelerator.num_processes}; "
-                "check its environment variables (ACCELERATE_...) and the devices."
-            )
+        check_processes(self.accelerator, self.recipe.folder)
         if self.accelerator.device.type != "cpu":
             return
         if training.precision == "fp16":
@@ -420,7 +368,7 @@ class _Run:
         """The configuration with mean and standard deviation, given or measured by the main process."""
         stats = self.recipe.data.norm_stats
         if stats is None:
-            stats = self._agreed(lambda: measure_stats(self.data.dataset))
+            stats = agreed(self.accelerator, lambda: measure_stats(self.data.dataset))
         return self.recipe.model_config(start, stats)
 
     def _total_steps(self) -> int:

@@ -8,15 +8,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import os
 import re
-import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-
-import yaml
 
 from m2d_embed.config import FRONT_ENDS, VIT_SIZES, ModelConfig, from_dict
 from m2d_embed.errors import ConfigError
@@ -24,6 +20,7 @@ from m2d_embed.pretrain.batches import DataConfig
 from m2d_embed.pretrain.masking import MaskingConfig
 from m2d_embed.pretrain.predictor import PredictorConfig
 from m2d_embed.pretrain.sources import is_shards
+from m2d_embed.training.settings import flatten, override, read_yaml, require, to_plain, to_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -100,8 +97,8 @@ class OfflineSection:
 
     def __post_init__(self) -> None:
         sensible = all(0 <= weight < math.inf for weight in self.weights)
-        _require(sensible, f"offline.weights must not be negative, not {self.weights}")
-        _require(self.joint_dim > 0, f"offline.joint_dim must be positive, not {self.joint_dim}")
+        require(sensible, f"offline.weights must not be negative, not {self.weights}")
+        require(self.joint_dim > 0, f"offline.joint_dim must be positive, not {self.joint_dim}")
 
 
 @dataclass(frozen=True)
@@ -132,7 +129,7 @@ class TrainingSection:
     keep: int = 3
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             (self.steps is None) != (self.epochs is None),
             "training.steps or training.epochs: give one of them, and null for the other",
         )
@@ -147,14 +144,14 @@ class TrainingSection:
             "keep",
         ):
             value = getattr(self, name)
-            _require(value is None or value > 0, f"training.{name} must be positive, not {value}")
-        _require(0 < self.base_lr < math.inf, f"training.base_lr must be positive, not {self.base_lr}")
-        _require(self.weight_decay >= 0, f"training.weight_decay must not be negative, not {self.weight_decay}")
-        _require(0 <= self.warmup < 1, f"training.warmup is a share of the run, 0 <= warmup < 1, not {self.warmup}")
-        _require(0 <= self.seed < 2**63, f"training.seed must not be negative, and fit 63 bits, not {self.seed}")
+            require(value is None or value > 0, f"training.{name} must be positive, not {value}")
+        require(0 < self.base_lr < math.inf, f"training.base_lr must be positive, not {self.base_lr}")
+        require(self.weight_decay >= 0, f"training.weight_decay must not be negative, not {self.weight_decay}")
+        require(0 <= self.warmup < 1, f"training.warmup is a share of the run, 0 <= warmup < 1, not {self.warmup}")
+        require(0 <= self.seed < 2**63, f"training.seed must not be negative, and fit 63 bits, not {self.seed}")
         decays = self.ema_decay
-        _require(all(0 <= v <= 1 for v in decays), f"training.ema_decay must lie between 0 and 1, not {decays}")
-        _require(all(0 <= v < 1 for v in self.betas), f"training.betas must be 0 or more, below 1, not {self.betas}")
+        require(all(0 <= v <= 1 for v in decays), f"training.ema_decay must lie between 0 and 1, not {decays}")
+        require(all(0 <= v < 1 for v in self.betas), f"training.betas must be 0 or more, below 1, not {self.betas}")
 
 
 @dataclass(frozen=True)
@@ -166,7 +163,7 @@ class ProbeSection:
     clips: int = 500
 
     def __post_init__(self) -> None:
-        _require(self.every > 0 and self.clips > 1, "probe.every must be positive, and probe.clips at least 2")
+        require(self.every > 0 and self.clips > 1, "probe.every must be positive, and probe.clips at least 2")
 
 
 @dataclass(frozen=True)
@@ -188,14 +185,14 @@ class Recipe:
     probe: ProbeSection = field(default_factory=ProbeSection)
 
     def __post_init__(self) -> None:
-        _require(re.fullmatch(r"[\w.-]+", self.name) is not None, f"name {self.name!r}: letters, digits, '.', '_', '-'")
+        require(re.fullmatch(r"[\w.-]+", self.name) is not None, f"name {self.name!r}: letters, digits, '.', '_', '-'")
         teacher = self.objective == "m2d_x"
-        _require(not teacher or bool(self.offline.teacher), "objective m2d_x needs offline.teacher, a model's name")
-        _require(
+        require(not teacher or bool(self.offline.teacher), "objective m2d_x needs offline.teacher, a model's name")
+        require(
             self.training.steps is not None or not is_shards(self.data.source),
             "training.epochs cannot be counted with tar shards; give training.steps",
         )
-        _require(teacher or not self.offline.teacher, f"offline.teacher: objective {self.objective} has no teacher")
+        require(teacher or not self.offline.teacher, f"offline.teacher: objective {self.objective} has no teacher")
 
     @property
     def folder(self) -> Path:
@@ -230,12 +227,11 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as YAML or JSON hold them."""
-        plain: dict[str, Any] = _plain(dataclasses.asdict(self))
-        return plain
+        return to_plain(self)
 
     def to_yaml(self) -> str:
         """The whole recipe, defaults included."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        return to_yaml(self)
 
     def differences(self, other: dict[str, Any]) -> list[str]:
         """What differs from the recipe another run was begun with, as ``key: theirs -> ours``; what may is left out.
@@ -243,7 +239,7 @@ class Recipe:
         With tar shards the number of workers and the micro-batch may not: each worker reads shards of its own. Nor may
         the micro-batch of m2d_clap, from which it takes its negatives.
         """
-        mine, theirs = _flatten(self.to_dict()), _flatten(other)
+        mine, theirs = flatten(self.to_dict()), flatten(other)
         bound = ["data.workers", "training.micro_batch"] if is_shards(self.data.source) else []
         bound += ["training.micro_batch"] if self.objective == "m2d_clap" else []
         keys = [key for key in {**theirs, **mine} if key in bound or not _FREE_ON_RESUME.fullmatch(key)]
@@ -261,15 +257,11 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
         ConfigError: if there is no such recipe, it is not YAML, or a key or value is wrong; it names the key.
     """
     file = _find(name)
-    try:
-        content = _parse(file.read_text(encoding="utf-8"), str(file))
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{file}: not a text file ({error}).") from error
-    _require(isinstance(content, dict), f"{file}: a recipe is a mapping of keys to values")
-    for override in overrides:
-        _override(content, override)
+    content = read_yaml(file)
+    for text in overrides:
+        override(content, text, Recipe, "training.steps=1000")
     for key, how in (("data", "data.source=FOLDER"), ("training", "training.steps=1000")):
-        _require(isinstance(content.get(key, {}), dict), f"{file}: {key} is a section, e.g. {how}")
+        require(isinstance(content.get(key, {}), dict), f"{file}: {key} is a section, e.g. {how}")
     if "source" not in content.setdefault("data", {}):
         raise ConfigError(f"{file}: data.source is missing; say what to train on: data.source=FOLDER, a .csv or *.tar.")
     try:
@@ -281,16 +273,13 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
 
 def known_recipes() -> dict[str, str]:
     """Names of the recipes that come with the package, and what each is about."""
-    return {
-        file.stem: str(_parse(file.read_text(encoding="utf-8"), str(file)).get("about", "")).strip()
-        for file in sorted(RECIPES.glob("*.yaml"))
-    }
+    return {file.stem: str(read_yaml(file).get("about", "")).strip() for file in sorted(RECIPES.glob("*.yaml"))}
 
 
 def _find(name: str) -> Path:
     file = Path(name)
     if file.suffix in (".yaml", ".yml") or file.is_file():
-        _require(file.is_file(), f"{name}: no such recipe file")
+        require(file.is_file(), f"{name}: no such recipe file")
         return file
     packaged = RECIPES / f"{name}.yaml"
     known = [f.stem for f in sorted(RECIPES.glob("*.yaml"))]
@@ -298,76 +287,3 @@ def _find(name: str) -> Path:
         close = difflib.get_close_matches(name, known) or known
         raise ConfigError(f"{name!r} is neither a YAML file nor a known recipe; known: {', '.join(close)}.")
     return packaged
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML without surprises: a key given twice is an error, and 3e-4 is a number."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            _require(isinstance(key, str), f"line {node.start_mark.line + 1}: the key {key!r} is not a word")
-            _require(keys.count(key) == 1, f"line {node.start_mark.line + 1}: the key {key!r} is there twice")
-        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
-        return mapping
-
-
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
-)
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, _StrictLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: not valid YAML ({' '.join(str(error).split())}).") from error
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from error
-
-
-def _override(content: dict[str, Any], override: str) -> None:
-    """Set ``a.b=value`` in nested dicts."""
-    path, equals, value = override.partition("=")
-    keys = path.split(".")
-    _require(bool(equals) and all(keys), f"{override!r}: an override is key=value, e.g. training.steps=1000")
-    known = _known_keys(Recipe)
-    if path not in known:
-        close = [k for k in known if k.rpartition(".")[2] == keys[-1]] or difflib.get_close_matches(path, known)
-        hint = f"; did you mean {' or '.join(close)}?" if close else ""
-        raise ConfigError(f"{override!r}: there is no key {path!r} in a recipe{hint}")
-    inner = content
-    for key in keys[:-1]:
-        inner = inner.setdefault(key, {})
-        _require(isinstance(inner, dict), f"{override!r}: {key} is not a section in this recipe")
-    # Text is taken as it is: a path may hold what YAML gives a meaning to.
-    is_text = known[path] in (str, str | None) and value != "null"
-    inner[keys[-1]] = os.path.expanduser(value) if is_text else _parse(value, override)  # noqa: PTH111
-
-
-def _known_keys(cls: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys of a config class, sections included, and their types."""
-    keys = {}
-    for name, hint in typing.get_type_hints(cls).items():
-        keys[prefix + name] = hint
-        if dataclasses.is_dataclass(hint):
-            keys |= _known_keys(hint, f"{prefix}{name}.")
-    return keys
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in content.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)

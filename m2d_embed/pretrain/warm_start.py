@@ -11,16 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from m2d_embed import hub
 from m2d_embed.checkpoints import WEIGHT_FILES, load_checkpoint, read_full_state
 from m2d_embed.config import ModelConfig
-from m2d_embed.encoder import sincos_positions
-from m2d_embed.errors import CheckpointError, ConfigError
+from m2d_embed.errors import CheckpointError
 from m2d_embed.pretrain.objectives import Objective
 from m2d_embed.pretrain.recipe import StartSection
+from m2d_embed.training.positions import resize_positions
 from m2d_embed.training.run_state import RunState
 
 log = logging.getLogger("m2d_embed")
@@ -122,24 +121,3 @@ def apply_start(objective: Objective, start: Start, parts: str) -> None:
         objective.reset_target()
     left = sorted(held - {name.partition(".")[0] for name in wanted})
     log.info("started from %s%s", start.origin, f"; left out: {', '.join(left)}" if left else "")
-
-
-def resize_positions(positions: Tensor, old_grid: tuple[int, int], fixed: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Positions (1, 1 + F * T, dim) of one grid for another.
-
-    Fixed sin-cos positions are those of the new grid, ``fixed``; others are interpolated (bicubic) over the grid.
-
-    Raises:
-        ConfigError: if the positions are not those of ``old_grid``.
-    """
-    rows, columns = old_grid
-    if positions.shape[1] != 1 + rows * columns:
-        raise ConfigError(f"{positions.shape[1]} positions do not belong to a grid of {rows} x {columns} patches")
-    is_fixed = torch.allclose(positions.float(), sincos_positions(positions.shape[2], old_grid), atol=1e-2)
-    if is_fixed and positions.shape[2] == fixed.shape[2]:
-        return fixed
-    if old_grid == grid:
-        return positions
-    image = positions[:, 1:].reshape(1, rows, columns, -1).permute(0, 3, 1, 2)  # (1, dim, F, T)
-    resized = F.interpolate(image.float(), size=grid, mode="bicubic", align_corners=False)
-    return torch.cat([positions[:, :1], resized.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)

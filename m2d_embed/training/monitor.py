@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,17 +70,18 @@ class RunLog:
         folder: the run's; made if it is missing. Events go to ``<folder>/tensorboard``.
         first_step: the first step that will be written. What an earlier process logged from there on, after the
             checkpoint that this one goes on from, is dropped, as is a line it was killed in.
+        extra: of the package, for the message that tensorboard is missing.
 
     Raises:
         UnsupportedError: if tensorboard is not installed.
         ConfigError: if ``log.jsonl`` is damaged.
     """
 
-    def __init__(self, folder: Path, first_step: int):
+    def __init__(self, folder: Path, first_step: int, extra: str = "pretrain"):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise UnsupportedError("logging a run needs tensorboard: pip install 'm2d-embed[pretrain]'") from error
+            raise UnsupportedError(f"logging a run needs tensorboard: pip install 'm2d-embed[{extra}]'") from error
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / LOG_FILE
         if file.exists():
@@ -120,8 +122,8 @@ def plot_curve(rows: list[Row], output: Path, title: str) -> None:
     """Draw a run as a PNG: its loss over the steps, and below it whatever else was logged.
 
     Args:
-        rows: as ``RunLog.read`` gives them. ``loss``, its parts ``loss/...``, ``probe/...``, ``target_rank`` and
-            ``lr`` are drawn; a row need not have all of them.
+        rows: as ``RunLog.read`` gives them. ``loss``, its parts ``loss/...``, ``probe/...``, ``valid/...``,
+            ``target_rank`` and ``lr`` are drawn; a row need not have all of them.
         output: the PNG to write.
         title: over the picture.
 
@@ -139,8 +141,9 @@ def plot_curve(rows: list[Row], output: Path, title: str) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    panels = [(_draw_loss, 3.0)]
-    panels += [(_draw_probes, 1.5)] if _keys(rows, "probe/") else []
+    panels: list[tuple[Callable[[Any, Sequence[Row]], None], float]] = [(_draw_loss, 3.0)]
+    panels += [(functools.partial(_draw_shares, "probe/", "probes (%)"), 1.5)] if _keys(rows, "probe/") else []
+    panels += [(functools.partial(_draw_shares, "valid/", "validation (%)"), 1.5)] if _keys(rows, "valid/") else []
     panels += [(_draw_rank, 1.0)] if _keys(rows, "target_rank") else []
     panels += [(_draw_rate, 1.0)] if _keys(rows, "lr") else []
     heights = [height for _, height in panels]
@@ -241,12 +244,12 @@ def _draw_raw(axes: Any, steps: Values, values: Values, color: str) -> None:
     axes.fill_between(steps[starts], low, high, color=color, alpha=0.25, linewidth=0)
 
 
-def _draw_probes(axes: Any, rows: Sequence[Row]) -> None:
-    for i, key in enumerate(_keys(rows, "probe/")):
+def _draw_shares(prefix: str, title: str, axes: Any, rows: Sequence[Row]) -> None:
+    for i, key in enumerate(_keys(rows, prefix)):
         steps, values = _series(rows, key)
-        label = f"{key.removeprefix('probe/')}: {values[-1]:.1%}"
+        label = f"{key.removeprefix(prefix)}: {values[-1]:.1%}"
         axes.plot(*_fewer(steps, 100 * values), color=f"C{i + 1}", linewidth=1.4, marker=_marker(steps), label=label)
-    axes.set_ylabel("probes (%)")
+    axes.set_ylabel(title)
     _legend(axes)
 
 

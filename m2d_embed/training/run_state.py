@@ -35,6 +35,7 @@ class RunState:
     ``model`` and ``optimizer`` are state dicts with full names, the same whatever the number of processes; ``recipe``
     is the run's as plain values, ``config`` the encoder's; ``bad_files`` and ``pending`` are what the loop has counted.
     ``data`` describes the training data in words; ``processes`` took part; ``scaler`` is that of float16's losses.
+    ``extra`` is what a kind of run keeps besides: tensors and plain values.
     """
 
     step: int
@@ -47,6 +48,7 @@ class RunState:
     data: str = ""
     processes: int = 1
     scaler: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
 
     def write(self, folder: Path, keep: int) -> Path:
         """Write ``<folder>/checkpoints/step-<step>.ckpt`` and delete all but the last ``keep``.
