@@ -1,7 +1,7 @@
 """What fine-tuning is worth: the bundled model fine-tuned, against the linear probe of the same model.
 
-    python -m benchmarks.finetuning ../shared/data/esc50/metadata.csv --fold 1 epochs=30
-    python -m benchmarks.finetuning ../shared/data/emodb/metadata.csv --fold all epochs=30
+    python -m benchmarks.finetuning ../shared/data/esc50/metadata.csv --fold 1
+    python -m benchmarks.finetuning ../shared/data/emodb/metadata.csv
     python -m benchmarks.render                                  # puts it into the README
 
 Each call puts its set into benchmarks/finetuning.json. Both are trained on the same clips, all that the tested fold

@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from benchmarks.hear.report import comparison, tables
+
 PROBES = {"linear": "linear", "mlp": "MLP of the HEAR protocol", "knn": "kNN"}
 HEADLINE = {False: "accuracy", True: "mAP"}  # by whether clips have any number of labels
 README = Path(__file__).parents[1] / "README.md"
@@ -14,6 +16,7 @@ TRAINING = Path(__file__).with_name("training.json")
 SHORT_RUN = Path(__file__).with_name("short_run.json")
 QUALITY = Path(__file__).with_name("quality.json")
 FINETUNING = Path(__file__).with_name("finetuning.json")
+HEAR = Path(__file__).with_name("hear.json")
 GPU_TRAINING = Path(__file__).with_name("training-gpu.json")
 
 
@@ -140,6 +143,20 @@ def finetuning_table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"On {machine}, beside other work. Measured by {commands}."])
 
 
+def hear_table(result: dict[str, Any], quality: dict[str, Any]) -> str:
+    lines = [
+        f"Scores of hear-eval-kit {result['hear-eval-kit']} with its default grid and 8 grid points, on "
+        f"{on_cores(result['machine'])}; ± is the standard deviation over folds, in brackets the 95 % interval.",
+        "",
+        *tables(result),
+        "",
+        "The same folds and clips in `m2d-embed probe --probe mlp` (accuracy in %):",
+        "",
+        *comparison(result, quality),
+    ]
+    return "\n".join([*lines, "", f"Measured by `{result['command']}`."])
+
+
 def plus_minus(score: list[float]) -> str:
     value, low, high = score
     return f"{value:.1f} ± {(high - low) / 2:.1f}"
@@ -191,6 +208,8 @@ def main() -> None:
     text = replace_section(text, "short-run", short_run_table(json.loads(SHORT_RUN.read_text())))
     text = replace_section(text, "quality", quality_table(json.loads(QUALITY.read_text())))
     text = replace_section(text, "finetuning", finetuning_table(json.loads(FINETUNING.read_text())))
+    hear, quality = json.loads(HEAR.read_text()), json.loads(QUALITY.read_text())
+    text = replace_section(text, "hear", hear_table(hear, quality))
     README.write_text(text, encoding="utf-8")
 
 

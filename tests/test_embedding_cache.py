@@ -189,6 +189,8 @@ def test_bad_files_are_all_named_and_the_others_kept(tiny, clips, tmp_path, embe
     before = len(embedded)
     embed(tiny, clips, tmp_path / "cache")
     assert len(embedded) == before
+    with pytest.raises(AudioError, match="3 of 9 files cannot be embedded:"):  # those in the cache count, too
+        embed(tiny, [*clips, *bad], tmp_path / "cache")
     with pytest.raises(AudioError, match=r"1 of 2 files cannot be embedded:\n  .*gone.wav: cannot be opened"):
         hash_files([clips[0], tmp_path / "gone.wav"])
 

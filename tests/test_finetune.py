@@ -442,6 +442,7 @@ def test_each_fold_in_turn(recipe, tones):
     assert list(together["accuracy"]["by_fold"].values()) == pytest.approx(accuracy)
     assert results(run)["scores"]["accuracy"]["value"] == together["accuracy"]["value"]
     assert [part["fold"] for part in parts] == [0, 1, 2]
+    assert [list(part["scores"]["accuracy"]["by_fold"]) for part in parts] == [["0"], ["1"], ["2"]]
 
 
 def test_groups_on_both_sides_are_noted(recipe, tones, tmp_path, capsys):
@@ -452,6 +453,16 @@ def test_groups_on_both_sides_are_noted(recipe, tones, tmp_path, capsys):
     finetune(run)
     assert results(run)["notes"] == ["1 groups are in training and in test: 'g3'; scores on new ones may be lower."]
     assert "note: 1 groups" in capsys.readouterr().err
+
+
+def test_labels_that_are_not_tested_are_noted(recipe, tones, tmp_path):
+    with (tones / "tones.csv").open(newline="") as stream:
+        rows = [{**row, "file": tones / row["file"]} for row in csv.DictReader(stream)]
+    for fold in ("1", "2"):
+        next(row for row in rows if row["fold"] == fold)["label"] = "new"
+    run = recipe("steps=1", data=write_table(tmp_path / "new.csv", rows))
+    finetune(run)
+    assert results(run)["notes"] == ["the test part has no clip of 'new', left out of macro-F1 and mAP."]
 
 
 def test_no_fold_trains_on_everything(recipe):

@@ -117,6 +117,13 @@ def test_scores_of_columns_are_scikit_learns_over_all_clips_and_the_labels_that_
     assert scores.frame_f1_macro == pytest.approx(np.mean((2 * both / sizes)[:2]))
 
 
+def test_scores_of_columns_of_a_single_label():
+    """Two columns of three found, one too many; where nothing sounds and nothing is said does not count."""
+    probabilities = one_label(0, 0.9, 0.9, 0.1, 0.9, 0, 0, 0)
+    scores = score_frames([clip(probabilities, Event(0, 0.2, 0.6))], DECISION)
+    assert scores.frame_f1_macro == scores.frame_f1_micro == pytest.approx(2 * 2 / (3 + 3))
+
+
 def test_perfect_predictions_score_1():
     events = (Event(0, 0.155, 0.475), Event(1, 0.635, 0.955), Event(0, 0.795, 0.955))
     scores = score_frames([clip(clip(np.zeros((6, 2)), *events).targets, *events)] * 2, DECISION)

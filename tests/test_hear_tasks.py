@@ -152,6 +152,13 @@ def test_events_are_written_in_milliseconds(make_csv, tmp_path):
     assert (task.events_cut, task.events_dropped) == (0, 0)
 
 
+def test_a_grid_of_its_own(make_csv, tmp_path):
+    data = read_task(make_csv(EVENTS, seconds=1.0))
+    task = convert(data, tmp_path / "tasks", TaskOptions("animals", grid={"max_epochs": [50]}))
+    grid = read(task.folder, "task_metadata.json")["evaluation_params"]["task_specific_param_grid"]
+    assert grid == {"check_val_every_n_epoch": [10], "max_epochs": [50]}
+
+
 def test_events_are_cut_with_their_clip(make_csv, tmp_path):
     options = TaskOptions("animals", duration=0.6)
     task = convert(read_task(make_csv(EVENTS, seconds=1.0)), tmp_path / "tasks", options)
@@ -253,7 +260,12 @@ def test_labels_that_would_change(labels, message):
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [({"name": "a/b"}, "name='a/b'"), ({"rates": ()}, "rates"), ({"duration": 0.0}, "duration=0")],
+    [
+        ({"name": "a/b"}, "name='a/b'"),
+        ({"rates": ()}, "rates"),
+        ({"duration": 0.0}, "duration=0"),
+        ({"grid": {"max_epochs": 100}}, "'max_epochs' needs a list"),
+    ],
 )
 def test_impossible_options(fields, message):
     with pytest.raises(ConfigError, match=message):

@@ -1,5 +1,6 @@
 """Labelled clips from folders and CSV files, and the parts they are trained, validated and tested in."""
 
+import re
 import shutil
 import sys
 from collections import Counter
@@ -136,6 +137,7 @@ def test_what_is_wrong_with_a_csv_is_said(tmp_path):
     refused("line 3: the column 'label' is empty", header, f"{a},x,1", f"{b},,1")
     refused("line 2: the column 'split' is empty", header, f"{a},x")
     refused("line 2: more than 3 cells", header, f"{a},x,1,2")
+    refused("the column 'label' is there 2 times", "file,label,label", f"{a},x,y", f"{b},y,x")
     refused("1 of 2 files are missing: .*gone.wav", header, f"{a},x,1", "gone.wav,y,2", error=AudioError)
     refused("at least two labels are needed, but all clips are 'x'", header, f"{a},x,1", f"{b},x,2")
     refused(
@@ -145,6 +147,7 @@ def test_what_is_wrong_with_a_csv_is_said(tmp_path):
     refused("all clips of 'y' are in the same test part", "file,label", f"{a},x", f"{b},x", f"{c},y")
     refused("'a', 'b'", header, f"{a},x,a", f"{b},y,b")
     refused("two or more folds", header, f"{a},x,1", f"{b},y,1")
+    refused("folds are whole numbers, .*'1.5'", header, f"{a},x,1.5", f"{b},y,2")
     refused("'dev'", header, f"{a},x,train", f"{b},y,dev", f"{c},x,test")
     refused("a train and a test part are needed", header, f"{a},x,train", f"{b},y,valid")
     refused("000.wav' have several. Several labels of one clip are written .* ';'", "file,label", f"{a},x", f"{a},y")
@@ -232,6 +235,20 @@ def test_limit_of_clips_with_several_labels(tmp_path):
     assert len(clips) == 20 and clips.targets[:, clips.label_names.index("rare")].sum() >= 2
 
 
+def test_limit_that_leaves_nothing_to_test(tmp_path):
+    parts = ["train", "valid", "test"]
+    rows = [f"{name},{'xy'[i % 2]},{parts[i // 2]}" for i, name in enumerate(empty_files(tmp_path, 6))]
+    path = write_csv(tmp_path / "x.csv", "file,label,split", *rows)
+    refused = 0
+    for seed in range(20):
+        try:
+            assert read_labelled(path, limit=4, seed=seed).test_folds() == [0]
+        except ConfigError as error:
+            assert "of 4 clips none would be left to test" in str(error)
+            refused += 1
+    assert 0 < refused < 20
+
+
 def test_limit_that_leaves_a_label_only_in_test(tmp_path):
     names = empty_files(tmp_path, 18)
     # Only one clip of fold 1 is "b", and it is drawn as one of the rarer "d".
@@ -251,6 +268,14 @@ def test_limit_that_leaves_a_label_only_in_test(tmp_path):
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("written", ["{}", "{}.0", "fold{}", "Fold 0{}", "fold_{}"])
+def test_ways_to_write_a_fold(tmp_path, written):
+    names = empty_files(tmp_path, 6)
+    rows = [f"{name},{'xy'[i % 2]},{written.format(i // 2)}" for i, name in enumerate(names)]
+    clips = read_labelled(write_csv(tmp_path / "x.csv", "file,label,fold", *rows))
+    assert clips.folds.tolist() == [0, 0, 1, 1, 2, 2]
 
 
 @pytest.mark.parametrize("word", ["valid", "validation", "val", "VALID"])
@@ -364,6 +389,17 @@ def test_content_in_two_parts_is_refused():
         check_duplicates(clips.files, clips.folds, list("abdaa"), Path("x.csv"))
     with pytest.raises(ConfigError, match=r"2 clips lie in .*'0.wav = 1.wav', '2.wav = 4.wav'"):
         check_contents(clips, list("aabcb"), Path("x.csv"))
+
+
+def test_copies_are_named_as_in_the_data(tmp_path):
+    clips = made_up([0, 1], [0, 1])
+    files = (tmp_path / "dog" / "1.wav", tmp_path / "cat" / "1.wav")
+    with pytest.raises(ConfigError, match=r"'dog/1.wav = cat/1.wav'"):
+        check_duplicates(files, clips.folds, list("aa"), tmp_path)
+    with pytest.raises(ConfigError, match=r"'dog/1.wav = cat/1.wav'"):
+        check_duplicates(files, clips.folds, list("aa"), tmp_path / "metadata.csv")
+    with pytest.raises(ConfigError, match=re.escape(f"'{files[0]} = {files[1]}'")):
+        check_duplicates(files, clips.folds, list("aa"), tmp_path / "elsewhere" / "metadata.csv")
 
 
 def test_content_with_two_labels_is_refused():

@@ -406,6 +406,13 @@ def test_mlp_needs_clips_to_validate_on():
         mlp_predictions(embeddings, clips)
 
 
+def test_mlp_needs_labels_to_validate_on():
+    several = np.array([[1, 0], [0, 1], [0, 0], [0, 0], [1, 1], [0, 1]], bool)
+    embeddings, clips = clusters([0] * 6, [-1, -1, -2, -2, 0, 0], spread=0.1)
+    with pytest.raises(ConfigError, match="no clip held out for validation of fold 0 has a label"):
+        mlp_predictions(embeddings, replace(clips, labels=several, label_names=("a", "b")))
+
+
 # --- real clips -------------------------------------------------------------------------------------------------------
 
 

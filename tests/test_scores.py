@@ -1,5 +1,6 @@
 """Scores of probes: against scikit-learn and by hand, and their intervals."""
 
+import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -56,6 +57,17 @@ def test_scores_of_one_label_each_by_hand():
     assert result["macro-F1"].by_fold == {0: pytest.approx((2 / 3 + 1 / 2) / 2), 1: 1.0}
     # l0 comes first and second; l1 comes first, behind l0's second, third.
     assert result["mAP"].by_fold[0] == pytest.approx((1 + (1 + 2 / 3) / 2) / 2)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_fold_of_one_label(several):
+    clips = made_up([0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 1, 1])
+    if several:
+        clips = dataclasses.replace(clips, labels=clips.targets)
+    scores = np.array([[9, 1], [8, 2], [3, 7], [1, 9], [1, 9], [9, 1]]) / 10
+    by_fold = score_predictions(clips, scores)["macro-F1"].by_fold
+    assert by_fold == {0: pytest.approx(2 * 2 / (2 + 3)), 1: 1.0}
+    assert label_scores(clips, scores)["l0"].f1 == pytest.approx((0.8 + 1) / 2)
 
 
 @pytest.mark.parametrize("make", [one_label, several_labels])

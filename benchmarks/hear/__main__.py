@@ -44,7 +44,7 @@ def run_command(
     """Evaluate a HEAR module with hear-eval-kit; what is finished is not done again. Then as `report`."""
     from benchmarks.hear.run import RunOptions, find_tasks, run
 
-    options = RunOptions(module, model, parse_options(model_options), grid.value, grid_points)
+    options = RunOptions(module, model, parse_options(model_options, "--model-options"), grid.value, grid_points)
     run(options, find_tasks(tasks_dir, task or ()), output)
     report_command(output, output / "results.json")
 
@@ -84,12 +84,16 @@ def convert_command(
         float | None,
         typer.Option(help="Trim or zero-pad clips to so many seconds, to embed them in batches. Default: as they are."),
     ] = None,
+    param_grid: Annotated[
+        str,
+        typer.Option(help='Replaces values of hear-eval-kit\'s grid for this task, as JSON: {"max_epochs": [100]}.'),
+    ] = "{}",
     label_column: Annotated[str, typer.Option(help="Column of the labels, if it has another name.")] = "",
     limit: Annotated[int | None, typer.Option(help="At most so many clips, of all labels and folds.")] = None,
     seed: Seed = 0,
 ) -> None:
     """Make a HEAR task of labelled clips or events."""
-    options = TaskOptions(name, tuple(rate or [16_000]), duration)
+    options = TaskOptions(name, tuple(rate or [16_000]), duration, parse_options(param_grid, "--param-grid"))
     for line in convert(read_task(data, seed, limit, label_column), tasks_dir, options).describe(options):
         print(line)
 
@@ -129,8 +133,8 @@ def timestamps_command(
     print(f"{out / EVENTS_FILE}: soundscapes of {seconds:g} s: {made}")
 
 
-def parse_options(text: str) -> dict[str, Any]:
-    """The keyword arguments that a JSON object states.
+def parse_options(text: str, option: str) -> dict[str, Any]:
+    """What a JSON object given as an option states.
 
     Raises:
         ConfigError: if it is not one.
@@ -138,9 +142,9 @@ def parse_options(text: str) -> dict[str, Any]:
     try:
         options = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"--model-options: not JSON ({error}).") from error
+        raise ConfigError(f"{option}: not JSON ({error}).") from error
     if not isinstance(options, dict):
-        raise ConfigError(f"--model-options: a JSON object is needed, e.g. '{{\"hop_ms\": 40}}', not {text}.")
+        raise ConfigError(f"{option}: a JSON object is needed, not {text}.")
     return options
 
 

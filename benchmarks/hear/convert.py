@@ -47,8 +47,8 @@ MULTILABEL_SCORES = ("mAP", "d_prime", "aucroc")
 EVENT_SCORES = ("event_onset_200ms_fms", "segment_1s_er")
 
 #: hear-eval-kit validates every 3 epochs, but its own event task (DCASE 2016 task 2) every 10: scoring events is slow,
-#: and an early model that predicts none has no F-measure, which ends its training.
-EVENT_GRID = {"check_val_every_n_epoch": [10]}
+#: and an early network that predicts none has no F-measure, which ends its training.
+EVENT_GRID: dict[str, Any] = {"check_val_every_n_epoch": [10]}
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
@@ -66,7 +66,8 @@ class TaskOptions:
     """How a task is made: its name, the sample rates in Hz its audio is written at, and the length of its clips.
 
     With a ``duration`` (seconds) clips are trimmed at their end or padded with zeros, and embedded in batches; None
-    leaves them as they are, and they are embedded one by one.
+    leaves them as they are, and they are embedded one by one. ``grid`` replaces values of hear-eval-kit's grid for
+    this task, e.g. ``{"max_epochs": [100]}``.
 
     Raises:
         ConfigError: if the name cannot name a folder, or a rate or the duration is not positive.
@@ -75,6 +76,7 @@ class TaskOptions:
     name: str
     rates: tuple[int, ...] = (16_000,)
     duration: float | None = None
+    grid: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -83,6 +85,9 @@ class TaskOptions:
             raise ConfigError(f"rates={self.rates}: sample rates in Hz are needed, e.g. 16000.")
         if self.duration is not None and not self.duration > 0:
             raise ConfigError(f"duration={self.duration:g}: a length in seconds is needed, or none.")
+        odd = [name for name, values in self.grid.items() if not (isinstance(values, list) and values)]
+        if odd:
+            raise ConfigError(f'grid: {named(odd)} needs a list of values to try, e.g. {{"max_epochs": [100]}}.')
 
 
 @dataclass(frozen=True, eq=False)
@@ -355,6 +360,7 @@ class _Writer:
     def _metadata(self) -> dict[str, Any]:
         has_events = self.data.events is not None
         several = self.data.clips.multi_label
+        grid = (EVENT_GRID if has_events else {}) | self.options.grid
         return {
             "task_name": self.options.name,
             # of all that was written, so that results of an earlier task of this name are told from those of this one
@@ -365,7 +371,7 @@ class _Writer:
             "splits": list(self.data.splits),
             "sample_duration": self.options.duration,
             "evaluation": EVENT_SCORES if has_events else MULTILABEL_SCORES if several else MULTICLASS_SCORES,
-            "evaluation_params": {"task_specific_param_grid": EVENT_GRID} if has_events else {},
+            "evaluation_params": {"task_specific_param_grid": grid} if grid else {},
         }
 
     def _untrained(self) -> list[str]:

@@ -101,14 +101,16 @@ def embed_cached(
         if content not in known:
             missing.setdefault(content, []).append(file)
     if missing:
-        known |= _embed(model, missing, batch_size, folder, show_progress)
+        done, failed = _embed(model, missing, batch_size, folder, show_progress)
+        refuse_failed(failed, len(files))
+        known |= done
     return np.stack([known[content] for content in hashes])
 
 
 def _embed(
     model: M2D, files: dict[str, list[Path]], batch_size: int, folder: Path, show_progress: bool
-) -> dict[str, Vectors]:
-    """Embed the first file of each content; write to the cache as they come."""
+) -> tuple[dict[str, Vectors], list[str]]:
+    """Embed the first file of each content; write to the cache as they come. Returns also what failed, and why."""
     contents = list(files)
     done: dict[str, Vectors] = {}
     pending: dict[str, Vectors] = {}
@@ -130,8 +132,7 @@ def _embed(
                     pending = {}
         finally:
             _write_shard(folder, pending)
-    refuse_failed(failed, sum(map(len, files.values())))
-    return done
+    return done, failed
 
 
 def refuse_failed(failed: Sequence[str], total: int) -> None:

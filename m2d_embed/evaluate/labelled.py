@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ _PARTS = {
     "testing": 0,
 }
 _PART_COLUMNS = ("fold", "split")
+_FOLD = re.compile(r"(?:fold[ _-]?)?(-?\d+)(?:\.0*)?")  # 3, fold3, and 3.0 as pandas writes it
 _NUM_FOLDS = 5  # of clips that come without folds
 _HOLD_OUT_EVERY = 5  # training clips: one in so many is held out for validation
 _MIN_FOLDS_TO_ROTATE = 3  # with fewer, holding out the next fold would leave none to train on
@@ -194,6 +196,8 @@ def read_labelled(path: Path, limit: int | None = None, seed: int = 0, label_col
     if limit is None or limit >= len(clips):
         return clips
     thinned = _thin(clips, limit, seed)
+    if not thinned.test_folds():  # possible only if there are three parts, of which a label keeps two
+        raise ConfigError(f"{path}: of {limit} clips none would be left to test; take more.")
     if untrained := _untrained(thinned):  # possible only if a clip has several labels
         raise ConfigError(
             f"{path}: of {limit} clips none of {named(untrained)} would be left to train on, but some to test; "
@@ -220,7 +224,7 @@ def check_contents(clips: LabelledClips, contents: Sequence[str], path: Path) ->
     targets = clips.targets
     differing = [found for found in _copies(contents) if (targets[found] != targets[found[0]]).any()]
     if differing:
-        pairs = [" = ".join(clips.files[i].name for i in found) for found in differing]
+        pairs = _equal_files(clips.files, differing, path)
         raise ConfigError(f"{path}: clips of the same content have different labels: {named(pairs)}. Which are right?")
 
 
@@ -235,11 +239,17 @@ def check_duplicates(files: Sequence[Path], folds: Integers, contents: Sequence[
     """
     crossing = [found for found in _copies(contents) if len({int(folds[i]) for i in found}) > 1]
     if crossing:
-        pairs = [" = ".join(files[i].name for i in found) for found in crossing]
         raise ConfigError(
             f"{path}: {len(crossing)} clips lie in more than one part (fold or split), so the test part would be known "
-            f"from training: {named(pairs)}. Keep each in one part."
+            f"from training: {named(_equal_files(files, crossing, path))}. Remove the copies, or keep each in one part."
         )
+
+
+def _equal_files(files: Sequence[Path], copies: Sequence[Sequence[int]], path: Path) -> list[str]:
+    """``a.wav = b.wav`` for each content, as the data at ``path`` names them: other folders have clips of that name."""
+    folder = path if path.is_dir() else path.parent
+    shown = [str(file.relative_to(folder) if file.is_relative_to(folder) else file) for file in files]
+    return [" = ".join(shown[i] for i in found) for found in copies]
 
 
 def _copies(contents: Sequence[str]) -> list[list[int]]:
@@ -263,7 +273,7 @@ def assign_folds(clips: LabelledClips, parts: Sequence[str], path: Path, seed: i
 
 
 def parse_parts(parts: Sequence[str], path: Path) -> Integers:
-    """(n,) folds from what a table states: whole numbers from 0, or train, valid and test.
+    """(n,) folds from what a table states: whole numbers from 0, perhaps after the word fold, or train, valid and test.
 
     Raises:
         ConfigError: if they are neither, or leave nothing to train on or to test.
@@ -278,10 +288,10 @@ def parse_parts(parts: Sequence[str], path: Path) -> Integers:
         if not (folds == TRAIN_ONLY).any() or not (folds == 0).any():
             raise ConfigError(f"{path}: a train and a test part are needed, not {found} alone.")
         return folds
-    try:
-        folds = np.array([int(word) for word in words], dtype=np.int64)
-    except ValueError:
-        raise ConfigError(f"{path}: folds are whole numbers, or train, valid and test, not {found}.") from None
+    numbers = [_FOLD.fullmatch(word) for word in words]
+    if None in numbers:
+        raise ConfigError(f"{path}: folds are whole numbers, or train, valid and test, not {found}.")
+    folds = np.array([int(number[1]) for number in numbers if number], dtype=np.int64)
     if folds.min() < TRAIN_ONLY or len(np.unique(folds)) < 2:
         raise ConfigError(f"{path}: two or more folds numbered from 0 are needed, not {found}.")
     return folds
@@ -329,7 +339,8 @@ def read_table(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]
     """The columns of a CSV file, and of each row its line number and its cells, stripped.
 
     Raises:
-        ConfigError: if it cannot be read, is not a CSV file in UTF-8, a row has too many cells, or there are no rows.
+        ConfigError: if it cannot be read, is not a CSV file in UTF-8, a column is there twice, a row has too many
+            cells, or there are no rows.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:
@@ -340,6 +351,8 @@ def read_table(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]
         raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from error
     except (csv.Error, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not a CSV file in UTF-8 ({error}).") from error
+    if doubled := [name for name, times in Counter(columns).items() if times > 1]:
+        raise ConfigError(f"{path}: the column {doubled[0]!r} is there {columns.count(doubled[0])} times.")
     if not rows:
         raise ConfigError(f"{path}: no rows under the column names.")
     return columns, rows
@@ -459,7 +472,7 @@ def _check_folds(clips: LabelledClips, path: Path) -> None:
     if untrained := _untrained(clips):
         raise ConfigError(
             f"{path}: all clips of {named(untrained)} are in the same test part, so there are none to train on; "
-            "move one to another part, or leave the label out."
+            "add some, move one to another part, or leave the label out."
         )
 
 

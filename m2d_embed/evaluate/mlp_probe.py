@@ -84,8 +84,8 @@ def mlp_predictions(
         on_trained: called after each of the ``num_trainings``.
 
     Raises:
-        ConfigError: if ``embeddings`` do not fit ``clips`` or are not finite, or a fold has too few training clips to
-            hold any out.
+        ConfigError: if ``embeddings`` do not fit ``clips`` or are not finite, a fold has too few training clips to
+            hold any out, or none of those held out has a label.
     """
     check_embeddings(embeddings, clips)
     for fold in clips.test_folds():
@@ -94,6 +94,11 @@ def mlp_predictions(
             raise ConfigError(
                 f"the MLP probe: fold {fold} has too few training clips to hold any out for validation; "
                 "use the linear and the nearest-neighbour probe."
+            )
+        if not clips.targets[held_out].any():
+            raise ConfigError(
+                f"the MLP probe: no clip held out for validation of fold {fold} has a label, so nothing can be chosen "
+                "on them; use the linear and the nearest-neighbour probe."
             )
     target = torch.device(device)
     return _predict(embeddings, clips, seed, target if target.type == "cuda" else torch.device("cpu"), on_trained)
@@ -187,7 +192,7 @@ def _batches(count: int) -> list[slice]:
 
 
 def _validate(network: nn.Module, held_out: _Part) -> float:
-    """Accuracy, or mAP over the labels there; NaN, which is never better, if there are none."""
+    """Accuracy, or mAP over the labels there."""
     multi_label = held_out.y.ndim == 2
     scores = _probabilities(network, held_out.x, multi_label)
     if multi_label:

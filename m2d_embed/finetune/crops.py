@@ -389,7 +389,9 @@ class _LogMels:
         samples: list[int] = []
         errors: list[str] = []
         # Files are read to their end even where nothing is kept: a damaged one must not stop a run in its third hour.
-        for clip in tqdm(opened, desc="log-mel" if self.cached else "checking", unit="clip", disable=not progress):
+        for clip in tqdm(
+            opened, desc="log-mel" if self.cached else "checking", unit="clip", disable=None if progress else True
+        ):
             try:
                 samples.append(self._take_in(clip))
             except AudioError as error:

@@ -17,7 +17,7 @@ from m2d_embed.evaluate.events import LabelledEvents
 from m2d_embed.evaluate.labelled import LABEL_SEPARATOR, Integers
 from m2d_embed.finetune.crops import EvaluationClips
 from m2d_embed.finetune.frame_scores import ClipFrames, EventDecision, events_from_frames, score_frames
-from m2d_embed.finetune.task import Task, as_one_fold
+from m2d_embed.finetune.task import Task
 from m2d_embed.model import M2D
 
 Floats = npt.NDArray[np.float32]
@@ -65,7 +65,7 @@ def all_scores(task: Task, clips: EvaluationClips, predicted: Predictions) -> di
         return {name.replace("_", " "): {"value": value} for name, value in found.items()}
     rows = np.array(sorted(predicted), dtype=np.int64)
     matrix = np.stack([predicted[row] for row in rows.tolist()]).astype(np.float64)
-    return _plain(scores.score_predictions(as_one_fold(task.clips, rows), matrix))
+    return _plain(scores.score_predictions(task.clips.select(rows), matrix))
 
 
 def scores_of_folds(
@@ -96,7 +96,7 @@ def per_label(task: Task, predicted: Predictions) -> dict[str, dict[str, Any]]:
         return {}
     rows = np.array(sorted(predicted), dtype=np.int64)
     matrix = np.stack([predicted[row] for row in rows.tolist()]).astype(np.float64)
-    found = scores.label_scores(as_one_fold(task.clips, rows), matrix)
+    found = scores.label_scores(task.clips.select(rows), matrix)
     return {name: dataclasses.asdict(score) for name, score in found.items()}
 
 

@@ -36,7 +36,7 @@ def main(data: Path, output: Path) -> float:
     model.head = TaggingHead(model.config.head_dim, head)
     audio = [torch.from_numpy(load_audio(file, model.sample_rate)) for file in clips.files]
     labels, samples = torch.from_numpy(clips.labels), round(SECONDS * model.sample_rate)
-    optimizer = torch.optim.AdamW(layer_groups(model, RATE, layer_decay=0.75, weight_decay=0.05))
+    optimizer = torch.optim.AdamW(layer_groups(model, RATE, layer_decay=0.9, weight_decay=0.05))
     rates, steps = [group["lr"] for group in optimizer.param_groups], -(-len(train) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, EPOCHS * steps, pct_start=0.1)
     model.train()

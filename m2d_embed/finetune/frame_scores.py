@@ -108,7 +108,7 @@ def score_frames(clips: Sequence[ClipFrames], decision: EventDecision) -> FrameS
     """
     require_sklearn("scores of frames")
     require("mir_eval", "scores of events")
-    from sklearn.metrics import average_precision_score, f1_score
+    from sklearn.metrics import average_precision_score
 
     widths = {clip.probabilities.shape[1] for clip in clips}
     if len(widths) != 1:
@@ -119,12 +119,14 @@ def score_frames(clips: Sequence[ClipFrames], decision: EventDecision) -> FrameS
     if not present.any():
         raise ConfigError("no column of the clips has a label, so there is nothing to score.")
     active = probabilities >= decision.threshold
+    # Not scikit-learn's F1: it takes a single column for two classes, yes and no, and scores both.
+    columns = np.stack([(targets & active).sum(axis=0), targets.sum(axis=0), active.sum(axis=0)], axis=1)
     onsets = _onset_counts(clips, decision)
     return FrameScores(
         frame_map=float(average_precision_score(targets[:, present], probabilities[:, present], average="macro")),
-        frame_f1_macro=float(f1_score(targets[:, present], active[:, present], average="macro", zero_division=0)),
-        frame_f1_micro=float(f1_score(targets, active, average="micro", zero_division=0)),
-        onset_f1_macro=float(np.mean([_f1(onsets[label]) for label in np.flatnonzero(onsets[:, 1])])),
+        frame_f1_macro=_macro_f1(columns),
+        frame_f1_micro=_f1(columns.sum(axis=0)),
+        onset_f1_macro=_macro_f1(onsets),
         onset_f1_micro=_f1(onsets.sum(axis=0)),
     )
 
@@ -184,8 +186,13 @@ def _onsets(events: Sequence[Event], label: int) -> npt.NDArray[np.float64]:
     return np.array([event.onset for event in events if event.label == label], dtype=np.float64)
 
 
+def _macro_f1(counts: npt.NDArray[np.int64]) -> float:
+    """Mean over the labels that occur; ``counts`` (L, 3) as for ``_f1``."""
+    return float(np.mean([_f1(counts[label]) for label in np.flatnonzero(counts[:, 1])]))
+
+
 def _f1(counts: npt.NDArray[np.int64]) -> float:
-    """Of the numbers of matches, true events and found events."""
+    """Of the numbers of matches, of true ones and of found ones."""
     matched, true, found = counts.tolist()
     return 2 * matched / (true + found) if true + found else 0.0
 

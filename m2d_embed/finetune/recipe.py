@@ -120,7 +120,7 @@ class FinetuneRecipe:
     features: Literal["stacked", "flat"] = "stacked"
     freeze_encoder: bool = False
     freeze_patch_embed: bool = False
-    layer_decay: float = 0.75
+    layer_decay: float = 0.9
     window_seconds: float | None = None
     lora: LoraSection = field(default_factory=LoraSection)
     crop_seconds: float | None = None
@@ -130,7 +130,7 @@ class FinetuneRecipe:
     spec_augment: SpecAugmentSection = field(default_factory=SpecAugmentSection)
     patch_dropout: tuple[int, int] = (0, 0)
     label_smoothing: float = 0.1
-    epochs: float = 40.0
+    epochs: float = 30.0
     steps: int | None = None
     batch_size: int = 32
     lr: float = 1e-3

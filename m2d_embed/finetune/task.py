@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -152,16 +151,18 @@ def check_contents(task: Task, parts: Parts, path: Path) -> str:
 
 def notes_on(task: Task, fold: int | None) -> list[str]:
     """What a reader of the test scores should know."""
-    shared = task.clips.shared_groups(fold) if fold is not None else []
-    if not shared:
+    if fold is None:
         return []
-    return [f"{len(shared)} groups are in training and in test: {named(shared)}; scores on new ones may be lower."]
-
-
-def as_one_fold(clips: LabelledClips, rows: Integers) -> LabelledClips:
-    """These clips as one test fold, for their scores."""
-    chosen = clips.select(rows)
-    return dataclasses.replace(chosen, folds=np.zeros(len(rows), dtype=np.int64))
+    clips, notes = task.clips, []
+    if shared := clips.shared_groups(fold):
+        notes.append(
+            f"{len(shared)} groups are in training and in test: {named(shared)}; scores on new ones may be lower."
+        )
+    absent = np.flatnonzero(~clips.targets[clips.folds == fold].any(axis=0))
+    if len(absent):
+        names = named([clips.label_names[label] for label in absent])
+        notes.append(f"the test part has no clip of {names}, left out of macro-F1 and mAP.")
+    return notes
 
 
 def _labels_of(task: Task, row: int) -> list[object]:
