@@ -149,11 +149,10 @@ def hear_table(result: dict[str, Any], quality: dict[str, Any]) -> str:
         f"{on_cores(result['machine'])}; ± is the standard deviation over folds, in brackets the 95 % interval.",
         "",
         *tables(result),
-        "",
-        "The same folds and clips in `m2d-embed probe --probe mlp` (accuracy in %):",
-        "",
-        *comparison(result, quality),
     ]
+    if "mlp" in next(iter(next(iter(quality["scores in % with 95 % intervals"].values())).values())):
+        lines += ["", "The same folds and clips in `m2d-embed probe --probe mlp` (accuracy in %):", ""]
+        lines += comparison(result, quality)
     return "\n".join([*lines, "", f"Measured by `{result['command']}`."])
 
 

@@ -1,6 +1,7 @@
 """What fine-tuning trains on: crops by position, targets to the column, clips as inference sees them."""
 
 import csv
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -207,7 +208,10 @@ def test_impossible_settings(clips):
         EvaluationClips(TINY, clips, [0], batch_size=0)
 
 
-def test_progress_is_shown_only_if_asked_for(clips, capsys):
+def test_progress_is_shown_on_a_terminal_if_asked_for(clips, capsys, monkeypatch):
+    training(clips, progress=True)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     training(clips)
     assert capsys.readouterr().err == ""
     training(clips, progress=True)

@@ -296,6 +296,12 @@ def test_linear_probe_of_labels_that_all_or_no_training_clips_have():
     assert ((predicted.scores[:, 0] > 0.5) == targets[20:, 0]).mean() > 0.9
 
 
+def test_linear_probe_of_many_labels_with_few_clips_does_not_warn(recwarn):
+    embeddings, clips = clusters(np.repeat(np.arange(24), 2), np.arange(48) % 2, spread=0.1)
+    assert len(list(linear_probe.linear_predictions(embeddings, clips))) == 2
+    assert not [warning for warning in recwarn if "classes" in str(warning.message)]
+
+
 def test_linear_probe_of_very_few_clips():
     embeddings, clips = clusters([0, 0, 1, 1], [0, 1, 0, 1], spread=0.1)
     assert linear_probe_accuracy(embeddings, clips) == 1.0

@@ -120,8 +120,10 @@ def test_mean_average_precision_is_that_of_scikit_learn(decimals):
     assert np.isnan(mean_average_precision(np.zeros((5, 2), bool), np.ones((5, 2))))
 
 
+@pytest.mark.parametrize("few", [0, 1000])  # each way to count what passes a threshold
 @pytest.mark.parametrize("decimals", [1, 9])
-def test_resamples_are_scored_as_scikit_learn_scores_weights(decimals):
+def test_resamples_are_scored_as_scikit_learn_scores_weights(decimals, few, monkeypatch):
+    monkeypatch.setattr(scores_module, "_FEW_THRESHOLDS", few)
     clips = several_labels(120)
     scores = np.round(guesses(clips, 0.3), decimals)
     decided = predicted_labels(clips, scores)

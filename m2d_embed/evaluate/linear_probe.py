@@ -143,4 +143,5 @@ def _fit(classifier: Any, x: Vectors, labels: Integers | Bools, strength: float)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the last digits of the weights change no label
+        warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)  # of many labels with few clips
         return classifier.set_params(C=strength).fit(x, labels)

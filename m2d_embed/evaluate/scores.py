@@ -27,6 +27,7 @@ RESAMPLES = 1000
 THRESHOLD = 0.5  # from which on a clip of a multi-label set has a label
 
 _PERCENTILES = (2.5, 97.5)
+_FEW_THRESHOLDS = 256  # up to which a product of matrices is quicker than sorting all resamples
 _NUMBERS_AT_A_TIME = 1 << 22  # resamples x clips: bounds the memory
 
 Weights = npt.NDArray[np.float32]
@@ -236,9 +237,13 @@ def _average_precision(positive: Bools, scores: Scores, weights: Weights) -> Sco
     group = np.cumsum(np.diff(scores[order], prepend=np.inf) != 0) - 1  # of equal scores
     lasts = np.append(np.flatnonzero(np.diff(group)), len(group) - 1)
     gaining, gained_at = np.unique(group[hit], return_inverse=True)
-    drawn = weights[:, order]
-    passed = np.cumsum(drawn, axis=1)[:, lasts[gaining]]
-    gained = drawn[:, hit] @ (gained_at[:, None] == np.arange(len(gaining))).astype(np.float32)
+    gained = weights[:, order[hit]] @ (gained_at[:, None] == np.arange(len(gaining))).astype(np.float32)
+    if len(gaining) <= _FEW_THRESHOLDS:
+        group_of = np.empty_like(group)
+        group_of[order] = group
+        passed = weights @ (group_of[:, None] <= gaining).astype(np.float32)
+    else:
+        passed = np.cumsum(weights[:, order], axis=1)[:, lasts[gaining]]
     hits = np.cumsum(gained, axis=1)
     total = hits[:, -1]
     area = (gained * hits / np.maximum(passed, 1)).sum(axis=1, dtype=np.float64)
