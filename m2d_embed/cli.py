@@ -85,6 +85,9 @@ Model = Annotated[str, typer.Option("--model", "-m", help="Which model; the bund
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps ... By default a GPU if there is one.")]
 Dtype = Annotated[Precision | None, typer.Option(help="Precision of the matrices.", show_default="fp32 on the CPU")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Windows encoded at a time.")]
+Layers = Annotated[str, typer.Option(help="Transformer blocks to read, e.g. -1 or 6,9,11.")]
+Concat = Annotated[bool, typer.Option("--concat", help="Concatenate several layers; else they are averaged.")]
+Flat = Annotated[bool, typer.Option("--flat", help="Average the patches of a column instead of stacking.")]
 TopK = Annotated[int, typer.Option("--top-k", "-k", min=1, help="How many to show.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON lines instead of text.")]
 
@@ -98,11 +101,9 @@ def embed(
     kind: Annotated[Kind, typer.Option(help="One embedding a clip, or one every hop with its time.")] = Kind.scene,
     model: Model = "",
     hop_ms: Annotated[float | None, typer.Option(help="Step of timestamps; the model's own by default.")] = None,
-    layers: Annotated[str, typer.Option(help="Transformer blocks to read, e.g. -1 or 6,9,11.")] = "-1",
-    concat: Annotated[
-        bool, typer.Option("--concat", help="Concatenate several layers; else they are averaged.")
-    ] = False,
-    flat: Annotated[bool, typer.Option("--flat", help="Average the patches of a column instead of stacking.")] = False,
+    layers: Layers = "-1",
+    concat: Concat = False,
+    flat: Flat = False,
     device: Device = None,
     dtype: Dtype = None,
     batch_size: BatchSize = 32,
@@ -311,11 +312,9 @@ def probe(
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many clips, some of every label.")] = None,
     draw_map: Annotated[bool, typer.Option("--map", help="Also write map.html: all clips to see and hear.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of what is drawn: folds, if the data has none, the MLP ...")] = 0,
-    layers: Annotated[str, typer.Option(help="Transformer blocks to read, e.g. -1 or 6,9,11.")] = "-1",
-    concat: Annotated[
-        bool, typer.Option("--concat", help="Concatenate several layers; else they are averaged.")
-    ] = False,
-    flat: Annotated[bool, typer.Option("--flat", help="Average the patches of a column instead of stacking.")] = False,
+    layers: Layers = "-1",
+    concat: Concat = False,
+    flat: Flat = False,
     device: Device = None,
     dtype: Dtype = None,
     batch_size: BatchSize = 32,

@@ -115,7 +115,7 @@ def keep_predictions(tasks: Any) -> None:
 def _adapt_training(tasks: Any) -> None:
     lightning = importlib.import_module("pytorch_lightning")
 
-    class Trainer(lightning.Trainer):  # type: ignore[name-defined, misc]
+    class Trainer(lightning.Trainer):  # type: ignore[name-defined, misc]  # imported here, where it is installed
         """Today's trainer with the arguments, and the settable epoch, of pytorch-lightning 1.6."""
 
         _best_epoch: int | None = None

@@ -30,6 +30,7 @@ except ImportError as error:
     ) from error
 
 
+# scikit-learn has no types, so mypy takes its classes for Any.
 class M2DFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
     """Scene embeddings of sounds, the same as ``M2D.encode`` returns.
 

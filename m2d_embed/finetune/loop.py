@@ -508,19 +508,11 @@ class _Run:
 
 
 def _previous(recipe: FinetuneRecipe) -> RunState | None:
-    """The newest checkpoint of the run, if it has one, and is of the same recipe."""
+    """The newest checkpoint of the run, if it has one, and is of fine-tuning by the same recipe."""
     file = run_state.latest(recipe.folder)
-    if file is None:
-        return None
-    state = RunState.read(file)
-    if "average" not in state.extra:
+    if file is not None and "average" not in RunState.read(file).extra:
         raise ConfigError(f"{recipe.folder} holds a run of pre-training; give another --output.")
-    if differing := recipe.differences(state.recipe):
-        raise ConfigError(
-            f"{recipe.folder} holds a run of another recipe ({'; '.join(differing[:4])}). Give another --output, "
-            "or the settings it was begun with."
-        )
-    return state
+    return run_state.previous(recipe)
 
 
 def _say_what_goes(name: str, config: ModelConfig) -> None:

@@ -73,7 +73,7 @@ def export_latest(recipe: Recipe) -> Path:
     Raises:
         ConfigError: if the run has no checkpoint, or is of another recipe.
     """
-    state = _previous(recipe)
+    state = run_state.previous(recipe)
     if state is None:
         raise ConfigError(f"{recipe.folder}: no checkpoint to export; train first.")
     return export(recipe.folder, state, recipe)
@@ -88,7 +88,7 @@ class _Run:
         self.accelerator = start_accelerator(recipe.training.precision)
         self._check_device()
         self.accumulation = self._accumulation()
-        previous = _previous(recipe)
+        previous = run_state.previous(recipe)
         self._check_processes(previous)
         self.probe_clips = agreed(self.accelerator, self._read_probe)
         start = read_start(recipe.start) if previous is None else None
@@ -404,20 +404,6 @@ class _Run:
             processes=self.accelerator.num_processes,
             scaler=dict(scaler.state_dict()) if scaler is not None else {},
         )
-
-
-def _previous(recipe: Recipe) -> RunState | None:
-    """The newest checkpoint of the run, if it has one, and is of the same recipe."""
-    file = run_state.latest(recipe.folder)
-    if file is None:
-        return None
-    state = RunState.read(file)
-    if differing := recipe.differences(state.recipe):
-        raise ConfigError(
-            f"{recipe.folder} holds a run of another recipe ({'; '.join(differing[:4])}). Give another output=, "
-            "or the recipe it was begun with."
-        )
-    return state
 
 
 def _with_clap(config: ModelConfig, objective: Objective) -> ModelConfig:

@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -233,13 +233,13 @@ class Recipe:
         """The whole recipe, defaults included."""
         return to_yaml(self)
 
-    def differences(self, other: dict[str, Any]) -> list[str]:
+    def differences(self, other: Mapping[str, Any]) -> list[str]:
         """What differs from the recipe another run was begun with, as ``key: theirs -> ours``; what may is left out.
 
         With tar shards the number of workers and the micro-batch may not: each worker reads shards of its own. Nor may
         the micro-batch of m2d_clap, from which it takes its negatives.
         """
-        mine, theirs = flatten(self.to_dict()), flatten(other)
+        mine, theirs = flatten(self.to_dict()), flatten(dict(other))
         bound = ["data.workers", "training.micro_batch"] if is_shards(self.data.source) else []
         bound += ["training.micro_batch"] if self.objective == "m2d_clap" else []
         keys = [key for key in {**theirs, **mine} if key in bound or not _FREE_ON_RESUME.fullmatch(key)]

@@ -7,9 +7,10 @@ state.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from m2d_embed.config import ModelConfig
-from m2d_embed.errors import CheckpointError
+from m2d_embed.errors import CheckpointError, ConfigError
 
 FORMAT_VERSION = 1
 _FOLDER = "checkpoints"
@@ -106,6 +107,34 @@ class RunState:
 def latest(folder: Path) -> Path | None:
     """The newest checkpoint of a run, or None."""
     return next(reversed(_files(folder)), None)
+
+
+class RunRecipe(Protocol):
+    """What a run is made by: its folder, and how it differs from another recipe's plain values."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    def differences(self, other: Mapping[str, Any]) -> list[str]: ...
+
+
+def previous(recipe: RunRecipe) -> RunState | None:
+    """The newest checkpoint of the run of a recipe, or None.
+
+    Raises:
+        ConfigError: if the run in its folder is of another recipe.
+        CheckpointError: if the checkpoint is damaged, or of another format.
+    """
+    file = latest(recipe.folder)
+    if file is None:
+        return None
+    state = RunState.read(file)
+    if differing := recipe.differences(state.recipe):
+        raise ConfigError(
+            f"{recipe.folder} holds a run of another recipe ({'; '.join(differing[:4])}). Give another folder "
+            "(output= or --output), or the settings it was begun with."
+        )
+    return state
 
 
 def capture(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
