@@ -6,7 +6,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from m2d_embed.errors import ConfigError
-from m2d_embed.evaluate.confusion import plot_confusion
+from m2d_embed.evaluate.confusion import font_families, plot_confusion
 
 
 @pytest.fixture
@@ -97,6 +97,13 @@ def test_only_names_that_do_not_fit_are_shortened(tmp_path, drawn):
     assert not any(text.get_parse_math() for text in (*shown, *drawn[0].axes[0].get_xticklabels()))
     assert not drawn[0].axes[0].title.get_parse_math()
     assert drawn[0].get_tightbbox().width < 10  # inches
+
+
+def test_letters_that_the_usual_font_lacks_come_from_other_fonts(tmp_path, recwarn):
+    assert font_families("dog, œuf, собака") == ["DejaVu Sans"]
+    assert font_families("dog \u24b6") == ["DejaVu Sans", "STIXGeneral"]  # both come with matplotlib
+    plot_confusion(diagonal(2), ["dog", "\u24b6"], tmp_path / "out.png", "a title")
+    assert not [warning for warning in recwarn if "missing from font" in str(warning.message)]
 
 
 def test_refusals(tmp_path):

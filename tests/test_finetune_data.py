@@ -333,6 +333,13 @@ def test_an_event_after_the_end_of_its_clip_is_named(files):
             build(data)
 
 
+def test_files_with_events_that_end_after_them_are_known(files):
+    data = events_of(
+        files, (Event(0, 0.1, SECONDS[0] + 0.009),), (Event(1, 0.0, SECONDS[1] + 0.011),)
+    )  # a frame takes 10 ms
+    assert training(data).overlong == EvaluationClips(TINY, data, [0, 1], progress=False).overlong == [str(files[1])]
+
+
 def test_balanced_draws_of_events_are_by_the_events_of_the_clip(files):
     data = events_of(files, *[(Event(0, 0.0, 0.03),)] * 6, (Event(1, 0.0, 0.03),))
     names = Counter(training(data, balanced=True).batch(0, 140).names)

@@ -134,6 +134,8 @@ def test_what_is_wrong_with_a_csv_is_said(tmp_path):
 
     refused("column 'label' is missing; there are 'file', 'class'", "file,class", f"{a},x")
     refused("no rows", header)
+    refused("cells are separated by ';'; save it with commas", "file;label;split", f"{a};x;1")
+    refused(r"cells are separated by '\\t'", "file\tlabel", f"{a}\tx")
     refused("line 3: the column 'label' is empty", header, f"{a},x,1", f"{b},,1")
     refused("line 2: the column 'split' is empty", header, f"{a},x")
     refused("line 2: more than 3 cells", header, f"{a},x,1,2")

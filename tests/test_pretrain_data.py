@@ -31,7 +31,8 @@ from m2d_embed.pretrain.datasets import (
     open_dataset,
 )
 from m2d_embed.pretrain.masking import MaskingConfig
-from m2d_embed.pretrain.sources import Item, ItemOrder, read_source
+from m2d_embed.pretrain.sources import Item, read_source
+from m2d_embed.training.sampling import ItemOrder
 
 RATE = 16_000
 RAW = LogMel(dataclasses.replace(TINY, norm_stats=(0.0, 1.0)))

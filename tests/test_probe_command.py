@@ -76,8 +76,9 @@ def test_the_command(table, model_folder, tmp_path):
     assert lines[3].split() == ["probe", "accuracy", "macro-F1", "mAP"]
     assert [line.split()[0] for line in lines[4:7]] == ["linear", "knn", "mlp"]
     folder = tmp_path / f"probe-set-{TINY.name}"
-    assert lines[-1] == f"-> {folder.name}: confusion.png, predictions.csv, results.json"
-    assert sorted(file.name for file in folder.iterdir()) == ["confusion.png", "predictions.csv", "results.json"]
+    files = ["confusion.png", "predictions.csv", "scores.npz", "results.json"]
+    assert lines[-1] == f"-> {folder.name}: {', '.join(files)}"
+    assert sorted(file.name for file in folder.iterdir()) == sorted(files)
     assert min(picture_size(folder / "confusion.png")) > 200
 
     results = json.loads((folder / "results.json").read_text())
@@ -103,6 +104,13 @@ def test_the_command(table, model_folder, tmp_path):
         right = np.mean([row["label"] == row[probe] for row in rows])
         assert right == pytest.approx(results["probes"][probe]["scores"]["accuracy"]["value"])
         assert all(0.5 <= float(row[f"{probe}_score"]) <= 1 for row in rows)
+    with np.load(folder / "scores.npz") as scores:
+        assert scores["labels"].tolist() == ["digit", "sound"]
+        for probe in ("linear", "knn", "mlp"):
+            assert scores[probe].shape == (12, 2)
+            assert [["digit", "sound"][best] for best in scores[probe].argmax(axis=1)] == [row[probe] for row in rows]
+            best = [float(row[f"{probe}_score"]) for row in rows]
+            np.testing.assert_allclose(scores[probe].max(axis=1), best, atol=1e-6)
 
 
 def test_options_of_the_command(table, model_folder, tmp_path):
@@ -133,7 +141,7 @@ def test_the_second_time_nothing_is_embedded(table, tiny, monkeypatch):
 
 def test_report_as_the_functions_give_it(table, tiny):
     report, files = run_probe(tiny, table, Path("out"), ProbeOptions(("knn", "linear")))
-    assert [file.name for file in files] == ["confusion.png", "predictions.csv", "results.json"]
+    assert [file.name for file in files] == ["confusion.png", "predictions.csv", "scores.npz", "results.json"]
     assert [result.probe for result in report.results] == ["knn", "linear"]
     for result in report.results:
         assert report.scores[result.probe] == score_predictions(report.clips, result.scores)
@@ -163,7 +171,12 @@ def test_an_earlier_report_is_replaced_whole(table, tiny, tmp_path):
     Path("out/map.html").write_text("of another time")
     Path("out/mine.txt").write_text("kept")
     run_probe(tiny, several(tmp_path), Path("out"), ProbeOptions(("knn",)))
-    assert sorted(file.name for file in Path("out").iterdir()) == ["mine.txt", "predictions.csv", "results.json"]
+    assert sorted(file.name for file in Path("out").iterdir()) == [
+        "mine.txt",
+        "predictions.csv",
+        "results.json",
+        "scores.npz",
+    ]
 
 
 def test_map(table, tiny, monkeypatch):

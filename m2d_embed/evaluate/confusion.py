@@ -25,13 +25,16 @@ _GAMMA = 0.6  # of the colour scale
 _TICKS = (0, 0.05, 0.2, 0.4, 0.6, 0.8, 1)  # of the colour scale
 _DARK = 0.45  # share; counts on cells from here on are white
 _DPI = 120
+_FONT = "DejaVu Sans"  # comes with matplotlib
+_NO_LETTERS = "Last Resort"  # a font of boxes
 
 
 def plot_confusion(matrix: npt.NDArray[np.integer[Any]], label_names: Sequence[str], output: Path, title: str) -> None:
     """Draw a confusion matrix as a PNG; a cell's colour is its share of the clips of its row.
 
     The picture grows with the number of labels. Counts are written where they fit into the cells; of too many labels
-    for the name of each, every second (third, ...) has its name. A label without clips has an empty row.
+    for the name of each, every second (third, ...) has its name. A label without clips has an empty row. Letters that
+    no installed font has are boxes.
 
     Args:
         matrix: (L, L) counts; rows are true labels, columns predicted ones.
@@ -44,6 +47,34 @@ def plot_confusion(matrix: npt.NDArray[np.integer[Any]], label_names: Sequence[s
             ``output`` does not end in ``.png``, or its folder does not exist.
     """
     _check(matrix, label_names, output)
+    from matplotlib import rc_context
+
+    with rc_context({"font.family": font_families("".join((title, *label_names)))}):
+        _draw(matrix, label_names, output, title)
+
+
+def font_families(text: str) -> list[str]:
+    """Matplotlib's own font, and installed ones that have the letters of a text which it lacks, e.g. Japanese."""
+    from matplotlib import font_manager
+
+    families = [_FONT]
+    missing = set(text) - _letters(font_manager.findfont(_FONT))
+    for font in font_manager.fontManager.ttflist if missing else []:
+        if font.style != "normal" or font.name.startswith(_NO_LETTERS):
+            continue
+        if found := missing & _letters(font.fname):
+            families.append(font.name)
+            missing -= found
+    return families
+
+
+def _letters(font_file: str) -> set[str]:
+    from matplotlib.font_manager import get_font
+
+    return set(map(chr, get_font(font_file).get_charmap()))
+
+
+def _draw(matrix: npt.NDArray[np.integer[Any]], label_names: Sequence[str], output: Path, title: str) -> None:
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 

@@ -38,6 +38,7 @@ _PARTS = {
 }
 _PART_COLUMNS = ("fold", "split")
 _FOLD = re.compile(r"(?:fold[ _-]?)?(-?\d+)(?:\.0*)?")  # 3, fold3, and 3.0 as pandas writes it
+_OTHER_DELIMITERS = re.compile(r"[;\t|]")
 _NUM_FOLDS = 5  # of clips that come without folds
 _HOLD_OUT_EVERY = 5  # training clips: one in so many is held out for validation
 _MIN_FOLDS_TO_ROTATE = 3  # with fewer, holding out the next fold would leave none to train on
@@ -339,8 +340,8 @@ def read_table(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]
     """The columns of a CSV file, and of each row its line number and its cells, stripped.
 
     Raises:
-        ConfigError: if it cannot be read, is not a CSV file in UTF-8, a column is there twice, a row has too many
-            cells, or there are no rows.
+        ConfigError: if it cannot be read, is not a CSV file in UTF-8 with commas, a column is there twice, a row has
+            too many cells, or there are no rows.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:
@@ -355,6 +356,8 @@ def read_table(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]
         raise ConfigError(f"{path}: the column {doubled[0]!r} is there {columns.count(doubled[0])} times.")
     if not rows:
         raise ConfigError(f"{path}: no rows under the column names.")
+    if len(columns) == 1 and (other := _OTHER_DELIMITERS.search(columns[0])):
+        raise ConfigError(f"{path}: its cells are separated by {other[0]!r}; save it with commas.")
     return columns, rows
 
 

@@ -1,4 +1,4 @@
-"""What probes found, for people and programs: a table, ``results.json``, ``predictions.csv``, pictures."""
+"""What probes found, for people and programs: a table, ``results.json``, predictions and scores, pictures."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from m2d_embed.evaluate.scores import RESAMPLES, Score, confusion, label_scores,
 
 RESULTS_FILE = "results.json"
 PREDICTIONS_FILE = "predictions.csv"
+SCORES_FILE = "scores.npz"
 CONFUSION_FILE = "confusion.png"
 MAP_FILE = "map.html"
 
@@ -72,20 +73,27 @@ def format_report(report: ProbeReport) -> str:
 
 
 def write_report(report: ProbeReport, folder: Path) -> list[Path]:
-    """Write ``confusion.png`` (of clips with one label each), ``predictions.csv`` and, at last, ``results.json``.
+    """Write ``confusion.png`` (of clips with one label each), predictions, all scores and, at last, ``results.json``.
 
     Returns:
         The files written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (CONFUSION_FILE, PREDICTIONS_FILE, MAP_FILE, RESULTS_FILE):  # none may be left of an earlier run
+    for name in (
+        CONFUSION_FILE,
+        PREDICTIONS_FILE,
+        SCORES_FILE,
+        MAP_FILE,
+        RESULTS_FILE,
+    ):  # none may be left of an earlier run
         (folder / name).unlink(missing_ok=True)
     files = []
     if not report.clips.multi_label:
         files.append(_draw_confusion(report, folder / CONFUSION_FILE))
     _write_predictions(report, folder / PREDICTIONS_FILE)
+    _write_scores(report, folder / SCORES_FILE)
     _write_whole(folder / RESULTS_FILE, json.dumps(report_as_dict(report), indent=1, ensure_ascii=False) + "\n")
-    return [*files, folder / PREDICTIONS_FILE, folder / RESULTS_FILE]
+    return [*files, *(folder / name for name in (PREDICTIONS_FILE, SCORES_FILE, RESULTS_FILE))]
 
 
 def write_sound_map(report: ProbeReport, folder: Path, sample_rate: int) -> Path:
@@ -181,6 +189,13 @@ def _write_predictions(report: ProbeReport, output: Path) -> None:
                 scores = LABEL_SEPARATOR.join(f"{score:.6f}" for score in result.scores[i][chosen])
                 row += [_joined(clips, chosen), scores]
             writer.writerow(row)
+
+
+def _write_scores(report: ProbeReport, output: Path) -> None:
+    """Of each tested clip the scores of all labels: an array (n, L) a probe, in the order of ``predictions.csv``."""
+    tested = report.clips.folds >= 0
+    arrays: dict[str, Any] = {result.probe: result.scores[tested].astype(np.float32) for result in report.results}
+    np.savez_compressed(output, labels=np.array(report.clips.label_names), **arrays)
 
 
 def _joined(clips: LabelledClips, targets: np.typing.NDArray[np.bool_], separator: str = LABEL_SEPARATOR) -> str:

@@ -1,7 +1,7 @@
 """Augmentation of training batches, on any device: mixup, SpecAugment, gain, and structured patch dropout.
 
 Every function draws from the numpy generator that it is given and from nothing else: a generator keyed by the seed and
-the position (``pretrain.sources.rng_at``) gives the same batch again, on every device.
+the position (``training.sampling.rng_at``) gives the same batch again, on every device.
 """
 
 from __future__ import annotations

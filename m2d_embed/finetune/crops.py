@@ -2,7 +2,7 @@
 
 Crops are cut out of the log-mel of the whole clip, so a crop has the frames that inference sees there. The order of the
 clips and the place of each crop are keyed by the seed and by a *position* in the endless stream of a run
-(``pretrain.sources.rng_at``): a run is the same whoever asks for its batches, and going on with one repeats nothing.
+(``training.sampling.rng_at``): a run is the same whoever asks for its batches, and going on with one repeats nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from m2d_embed.errors import AudioError, ConfigError
 from m2d_embed.evaluate.events import Event, LabelledEvents
 from m2d_embed.evaluate.labelled import Bools, Integers, LabelledClips, named
 from m2d_embed.frontend import LogMel
-from m2d_embed.pretrain.sources import ItemOrder, Purpose, rng_at
+from m2d_embed.training.sampling import ItemOrder, Purpose, rng_at
 from m2d_embed.windows import Window, cut
 
 #: Log-mels that take more memory are computed from the files whenever they are needed.
@@ -123,6 +123,11 @@ class TrainingClips:
         """Whether the log-mels are in memory."""
         return self._data.log_mels.cached
 
+    @property
+    def overlong(self) -> list[str]:
+        """The files with events that end after the end of the file, where they are cut."""
+        return self._data.overlong
+
     def batch(self, position: int, batch_size: int) -> Batch:
         """The crops of the ``batch_size`` positions from ``position`` on; the same whenever they are asked for.
 
@@ -204,6 +209,11 @@ class EvaluationClips:
             log_mels = [self._data.log_mels.read(item, 0, int(frames[item])) for item in items]
             padded = [F.pad(log_mel, (0, longest - log_mel.shape[-1])) for log_mel in log_mels]
             yield self._rows[items], torch.stack(padded).unsqueeze(1)
+
+    @property
+    def overlong(self) -> list[str]:
+        """The files with events that end after the end of the file, where they are cut."""
+        return self._data.overlong
 
     def frame_targets(self, row: int) -> Tensor:
         """(T, L) float32: which labels each column of one clip has, T as ``M2D.frame_logits`` gives; only for events.
@@ -340,12 +350,18 @@ class _Data:
         self.num_labels = len(clips.label_names)
         self.log_mels = _LogMels(config, files, dtype, max_cached_bytes, progress)
         self.events: list[list[Event]] | None = None
+        self.overlong: list[str] = []
         if isinstance(data, LabelledEvents):
-            seconds = self.log_mels.seconds
-            _check_onsets([data.events[row] for row in rows], seconds, self.names)
+            seconds, stated = self.log_mels.seconds, [data.events[row] for row in rows]
+            _check_onsets(stated, seconds, self.names)
+            self.overlong = [
+                name
+                for events, end, name in zip(stated, seconds, self.names, strict=True)
+                if any(event.offset > end + config.frame_ms / 1000 for event in events)
+            ]
             self.events = [
-                [event._replace(offset=min(event.offset, end)) for event in data.events[row]]
-                for row, end in zip(rows, seconds, strict=True)
+                [event._replace(offset=min(event.offset, end)) for event in events]
+                for events, end in zip(stated, seconds, strict=True)
             ]
 
     def __len__(self) -> int:

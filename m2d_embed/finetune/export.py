@@ -67,7 +67,7 @@ def card(recipe: FinetuneRecipe, config: ModelConfig, results: Mapping[str, Any]
     return f"""{model_card(config)}
 ## Fine-tuning
 
-A classifier of {len(config.head.labels)} labels ({kind}): {shown}.
+A classifier ({kind}) with {len(config.head.labels)} label{"s" if len(config.head.labels) > 1 else ""}: {shown}.
 
 * Begun from: {results["base"]}. Its licence holds for these weights, too.
 * Data: `{recipe.data_name}`, {results["parts"]}.

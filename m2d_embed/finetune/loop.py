@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from m2d_embed import __version__
 from m2d_embed.config import ModelConfig
 from m2d_embed.errors import CheckpointError, ConfigError, TrainingError
+from m2d_embed.evaluate.labelled import named
 from m2d_embed.finetune import evaluate, network
 from m2d_embed.finetune.augment import KeptPatches, kept_patches, mixup, random_gain, spec_augment
 from m2d_embed.finetune.crops import Batch, EvaluationClips, TrainingClips, longest_frames
@@ -34,11 +35,11 @@ from m2d_embed.finetune.optim import Average, layer_groups, loss_per_row, scaled
 from m2d_embed.finetune.recipe import ALL_FOLDS, FinetuneRecipe, whole_columns
 from m2d_embed.finetune.task import Parts, check_contents, choose_fold, choose_parts, notes_on, read_task
 from m2d_embed.model import M2D
-from m2d_embed.pretrain.sources import Purpose, rng_at
 from m2d_embed.training import run_state
 from m2d_embed.training.monitor import RunLog
 from m2d_embed.training.processes import agreed, check_processes, shared_means, start_accelerator, stop_agreed
 from m2d_embed.training.run_state import RunState
+from m2d_embed.training.sampling import Purpose, rng_at
 from m2d_embed.training.schedule import learning_rate
 from m2d_embed.training.stop import Stop
 
@@ -392,11 +393,11 @@ class _Run:
         trained = sum(p.numel() for p in self.network.parameters() if p.requires_grad) / 1e6
         every = sum(p.numel() for p in self.network.parameters()) / 1e6
         seconds = self.train_clips.crop_frames * self.config.frame_ms / 1000
-        folds = self.task.clips.test_folds()
+        labels, folds = len(self.task.clips.label_names), self.task.clips.test_folds()
         others = f" of {', '.join(map(str, folds))} (--fold takes another)" if len(folds) > 1 else ""
         tested = "no fold is tested" if self.fold is None else f"fold {self.fold}{others} is tested"
         print(
-            f"{recipe.data}: {self.task.kind}, {len(self.task.clips.label_names)} labels; {tested}; "
+            f"{recipe.data}: {self.task.kind}, {labels} label{'s' if labels > 1 else ''}; {tested}; "
             f"{self.parts.describe()}\n"
             f"{self.base}: {trained:.2f} of {every:.2f} M parameters are trained, on crops of {seconds:.2f} s\n"
             f"{self.total} steps of {recipe.batch_size} clips on {self.accelerator.num_processes} x "
@@ -459,6 +460,11 @@ class _Run:
             self.config, data, parts.train, frames, recipe.seed, recipe.balanced, progress=main
         )
         self.valid_clips, self.test_clips = whole(parts.valid), whole(parts.test)
+        tested = [clips for clips in (self.valid_clips, self.test_clips) if clips is not None]
+        if overlong := self.train_clips.overlong + [name for clips in tested for name in clips.overlong]:
+            self.notes.append(
+                f"events of {len(overlong)} files end after the end of the file, and are cut there: {named(overlong)}."
+            )
 
     def _crop_frames(self, parts: Parts) -> int:
         """Length of a crop, whole patches: as asked for, but no longer than the longest clip."""

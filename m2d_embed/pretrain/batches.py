@@ -19,7 +19,8 @@ from m2d_embed.errors import AudioError, ConfigError
 from m2d_embed.pretrain.crops import Crop, fit
 from m2d_embed.pretrain.masking import MaskingConfig, draw_order
 from m2d_embed.pretrain.mel_cache import MelCrop
-from m2d_embed.pretrain.sources import Purpose, is_shards, rng_at
+from m2d_embed.pretrain.sources import is_shards
+from m2d_embed.training.sampling import Purpose, rng_at
 
 Features = npt.NDArray[np.float32]
 

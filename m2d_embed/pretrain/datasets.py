@@ -21,8 +21,9 @@ from m2d_embed.frontend import LogMel
 from m2d_embed.pretrain.batches import Batch, BatchBuilder, BatchSpec, DataConfig, Sample, read_features
 from m2d_embed.pretrain.crops import Crop, read_crop
 from m2d_embed.pretrain.mel_cache import MelCache, MelCrop, build_cache
-from m2d_embed.pretrain.sources import Item, ItemOrder, ItemTable, Purpose, is_shards, read_source, rng_at
+from m2d_embed.pretrain.sources import Item, ItemTable, is_shards, read_source
 from m2d_embed.pretrain.workers import start_worker
+from m2d_embed.training.sampling import ItemOrder, Purpose, rng_at
 
 if TYPE_CHECKING:
     from m2d_embed.pretrain.shards import ShardDataset

@@ -35,7 +35,8 @@ from m2d_embed.errors import AudioError, ConfigError, M2DEmbedError
 from m2d_embed.pretrain.batches import Batch, BatchBuilder, BatchSpec, Sample, read_features
 from m2d_embed.pretrain.crops import read_crop
 from m2d_embed.pretrain.datasets import ClipSource
-from m2d_embed.pretrain.sources import Purpose, is_shards, rng_at
+from m2d_embed.pretrain.sources import is_shards
+from m2d_embed.training.sampling import Purpose, rng_at
 
 #: Samples, as they are in the tar, that each worker keeps to draw the next one from.
 _BUFFER = 256
