@@ -125,7 +125,7 @@ class FinetuneRecipe:
     lora: LoraSection = field(default_factory=LoraSection)
     crop_seconds: float | None = None
     balanced: bool = False
-    mixup: float = 0.3
+    mixup: float = 0.0
     gain_db: float = 0.0
     spec_augment: SpecAugmentSection = field(default_factory=SpecAugmentSection)
     patch_dropout: tuple[int, int] = (0, 0)
