@@ -24,7 +24,6 @@ from torch import Tensor, nn
 import m2d_embed
 from benchmarks.reference_style import ReferenceStyle
 from m2d_embed.config import ModelConfig
-from m2d_embed.encoder import Linear
 from m2d_embed.model import M2D
 
 RESULT = Path(__file__).with_suffix(".json")
@@ -96,7 +95,7 @@ def matrix_products(config: ModelConfig, rounds: int) -> dict[str, float]:
     contestants: dict[str, Callable[[], Tensor]] = {}
     for name, layer, dtype in (
         ("float32", nn.Linear(k, n), torch.float32),
-        ("float32 through oneDNN", Linear(k, n), torch.float32),
+        
         ("bfloat16", nn.Linear(k, n), torch.bfloat16),
     ):
         contestants[name] = partial(layer.to(dtype), torch.randn(m, k, dtype=dtype))

@@ -11,6 +11,7 @@ positions) and ``encode`` (class token, blocks, norm) are apart so that pre-trai
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,26 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2d_embed.config import ModelConfig, resolve_layers
-
-#: Fewest rows for which a convolution beats a matrix product.
-_MIN_CONV_ROWS = 512
-
-
-class Linear(nn.Linear):
-    """``nn.Linear``, which for float32 inference on a CPU goes through oneDNN as a 1x1 convolution.
-
-    PyTorch gives float32 matrix products to MKL, whose kernels for AMD processors are slower than oneDNN's:
-    ``benchmarks/throughput.py`` measures both.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.numel() // x.shape[-1]
-        in_float32 = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        if not in_float32 or torch.is_grad_enabled() or rows < _MIN_CONV_ROWS:
-            return super().forward(x)
-        image = x.reshape(1, rows, 1, -1).permute(0, 3, 1, 2)  # (1, d_in, rows, 1), a view with the channels last
-        y = F.conv2d(image, self.weight[:, :, None, None], self.bias)
-        return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+from m2d_embed.packed import PackedBlock, PackedBlocks, can_pack, is_unhooked
 
 
 class Attention(nn.Module):
@@ -47,8 +29,8 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = Linear(dim, 3 * dim)
-        self.proj = Linear(dim, dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, attended: Tensor | None = None) -> Tensor:
         """(B, tokens, dim) -> the same; ``attended`` as in ``attend``."""
@@ -81,8 +63,8 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
-        self.fc1 = Linear(dim, hidden_dim)
-        self.fc2 = Linear(hidden_dim, dim)
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc2(F.gelu(self.fc1(x)))
@@ -111,6 +93,10 @@ class Block(nn.Module):
         return x
 
 
+#: What packed copies can stand for.
+_BLOCK_PARTS = (nn.ModuleList, Block, Attention, Mlp, nn.Linear, nn.LayerNorm)
+
+
 class PatchEmbed(nn.Module):
     """Cut a log-mel into patches and embed each linearly; a convolution whose stride is its kernel."""
 
@@ -127,7 +113,11 @@ class PatchEmbed(nn.Module):
 class Encoder(nn.Module):
     """Vision transformer over one window of log-mel.
 
-    State dict names are those of the published checkpoints.
+    State dict names are those of the published checkpoints. Inference on an x86 CPU goes through packed copies of the
+    blocks (``packed.py``).
+
+    Attributes:
+        quantize: multiply in int8 where packed copies are used.
     """
 
     pos_embed: Tensor
@@ -142,6 +132,11 @@ class Encoder(nn.Module):
         mlp_dim = int(dim * config.mlp_ratio)
         self.blocks = nn.ModuleList(Block(dim, config.num_heads, mlp_dim, config.norm_eps) for _ in range(config.depth))
         self.norm = nn.LayerNorm(dim, eps=config.norm_eps)
+        self.quantize = False
+        self._packed: PackedBlocks | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_packed": None}  # neither copied nor pickled, but made anew
 
     def init_weights(self) -> None:
         """Draw fresh weights as in arXiv 2111.06377: Xavier-uniform matrices, N(0, 0.02) tokens, zero biases."""
@@ -169,7 +164,7 @@ class Encoder(nn.Module):
     def with_class_token(self, tokens: Tensor) -> Tensor:
         """Prepend the class token, with its position: (B, N, dim) -> (B, 1 + N, dim)."""
         cls_token = self.cls_token + self.pos_embed[:, :1]
-        return torch.cat([cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
+        return torch.cat([cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
 
     def encode(self, tokens: Tensor, layers: Sequence[int] = (-1,), is_audio: Tensor | None = None) -> list[Tensor]:
         """Prepend the class token, run the blocks, and read the named layers through the final norm.
@@ -186,11 +181,25 @@ class Encoder(nn.Module):
         x = self.with_class_token(tokens)
         attended = None if is_audio is None else F.pad(is_audio, (1, 0), value=True)[:, None, None]
         outputs: dict[int, Tensor] = {}
-        for index, block in enumerate(self.blocks[: max(wanted) + 1]):
+        for index, block in enumerate(self._runnable(x)[: max(wanted) + 1]):
             x = block(x, attended)
             if index in wanted:
                 outputs[index] = self.norm(x)
         return [outputs[index] for index in wanted]
+
+    def _runnable(self, x: Tensor) -> Sequence[PackedBlock] | nn.ModuleList:
+        """The blocks, or packed copies of them where these do the same faster."""
+        if torch.compiler.is_compiling():
+            return self.blocks
+        if self.training or x.device.type != "cpu":
+            self._packed = None  # gives the memory back
+            return self.blocks
+        if not can_pack(x):
+            return self.blocks
+        if self._packed is None or not self._packed.is_current(self.blocks, self.quantize):
+            plain = all(type(module) in _BLOCK_PARTS and is_unhooked(module) for module in self.blocks.modules())
+            self._packed = PackedBlocks(self.blocks, self.quantize) if plain else None
+        return self._packed.blocks if self._packed is not None else self.blocks
 
     def forward(self, log_mel: Tensor, layers: Sequence[int] = (-1,)) -> list[Tensor]:
         """Patch features of one window.

@@ -26,6 +26,7 @@ def load_model(
     layers: int | Sequence[int] = -1,
     layer_pooling: Literal["mean", "concat"] = "mean",
     flat: bool = False,
+    compile: bool = False,
 ) -> M2D:
     """Load a model for HEAR.
 
@@ -33,12 +34,13 @@ def load_model(
         model_file_path: "" for the bundled model; a folder, a published ``.pth`` or ``.zip``; ``org/name`` or
             ``org/name@revision`` on the Hugging Face Hub; or the name of an official M2D release.
         device: where to put it; None is a GPU if there is one, else the CPU.
-        dtype: of the matrices: "fp32", "bf16" or "fp16". None is float32, but on a GPU the model's half-precision
-            file if it has one. Embeddings are float32 whatever it is.
+        dtype: of the matrices: "fp32", "bf16", "fp16", or on a CPU "int8". None is float32, but on a GPU the model's
+            half-precision file if it has one. Embeddings are float32 whatever it is.
         hop_ms: step between timestamp embeddings in ms; None is the model's own, one patch. A finer one, e.g. 40 for
             a model of 160 ms, costs as many times the work.
         layers: the transformer block to read, or several; 0 is the first, -1 the last.
         layer_pooling: how several layers are combined, "mean" or "concat".
+        compile: run the encoder through ``torch.compile``; for GPUs. The first clips of a new length take long.
         flat: average the patches of a time column (``d`` values) instead of stacking them (``F * d``).
 
     Returns:
@@ -49,6 +51,7 @@ def load_model(
         ModelNotFoundError: if the name leads nowhere or access is refused.
         CheckpointError: if files are damaged, unsafe, or contradict their configuration.
         ConfigError: on an impossible option.
+        UnsupportedError: if this machine cannot multiply in the dtype.
     """
     from m2d_embed.model import M2D  # here, as it costs a fifth of a second that `import m2d_embed` need not take
 
@@ -60,7 +63,7 @@ def load_model(
     )
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return M2D.from_pretrained(model_file_path, device=device, dtype=dtype, features=features)
+    return M2D.from_pretrained(model_file_path, device=device, dtype=dtype, features=features, compile=compile)
 
 
 def _as_layers(layers: int | Sequence[int]) -> tuple[int, ...]:

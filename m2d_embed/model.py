@@ -30,17 +30,19 @@ from m2d_embed.checkpoints import (
     summarise_unused,
     write_native,
 )
+from m2d_embed.compiled import CompiledEncoder
 from m2d_embed.config import FeatureConfig, ModelConfig
 from m2d_embed.encoder import Encoder
 from m2d_embed.errors import AudioError, ConfigError, UnsupportedError
 from m2d_embed.frontend import LogMel
 from m2d_embed.heads.clap import TEXT_ENCODER_FILE, ClapHead, TextEncoder
 from m2d_embed.heads.tagging import TaggingHead
+from m2d_embed.packed import supports_int8
 from m2d_embed.windows import column_times, cut, interleave, pad_to_patch
 
 log = logging.getLogger("m2d_embed")
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 _HALF = (torch.bfloat16, torch.float16)
 
 #: Windows encoded at a time when a batch of long clips has more of them: bounds the memory of activations.
@@ -80,6 +82,7 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
         self.head = TaggingHead(config.head_dim, config.head) if config.head is not None else None
         self.clap = ClapHead(config.clap) if config.clap is not None else None
         self.origin = "random weights"
+        self._compiled: CompiledEncoder | None = None
         self._text_encoder: TextEncoder | None = None
         self._text_weights: Path | dict[str, Tensor] | None = None
 
@@ -107,7 +110,9 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the matrices of the blocks."""
+        """Dtype that the matrices of the blocks are multiplied in."""
+        if self.encoder.quantize:
+            return torch.int8
         return next(m.weight.dtype for m in self.encoder.blocks.modules() if isinstance(m, nn.Linear))
 
     # --- waveform or log-mel in, features out -------------------------------------------------------------------
@@ -181,7 +186,7 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
         Returns:
             (N, T, D) float32.
         """
-        return _combine(self.encoder(log_mel, features.layers), features).float()
+        return _combine(self._encode_windows(log_mel, features.layers), features).float()
 
     # --- heads --------------------------------------------------------------------------------------------------
 
@@ -341,6 +346,7 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
         device: str | torch.device = "cpu",
         dtype: str | torch.dtype | None = None,
         features: FeatureConfig | None = None,
+        compile: bool = False,
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
@@ -353,9 +359,10 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
             pretrained_model_name_or_path: "" (the bundled model), a folder, a published ``.pth`` or ``.zip``, a Hub
                 repository (``org/name`` or ``org/name@revision``), or the name of an official M2D release.
             device: where to put it.
-            dtype: of the matrices: "fp32", "bf16", "fp16" or a torch.dtype. None is float32, but on a GPU the
-                half-precision file if the model has one.
+            dtype: of the matrices: "fp32", "bf16", "fp16", "int8" (CPU only) or a torch.dtype. None is float32, but on
+                a GPU the half-precision file if the model has one.
             features: which features it returns.
+            compile: run the encoder through ``torch.compile`` (see ``compile_encoder``); for GPUs.
             revision, token, cache_dir: as in huggingface_hub, for a Hub repository.
             force_download, local_files_only: as in huggingface_hub, for a Hub repository or an official release.
 
@@ -363,10 +370,13 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
             ModelNotFoundError: if the name leads nowhere or access is refused.
             CheckpointError: if files are damaged, unsafe, or contradict their configuration.
             ConfigError: on an impossible option.
+            UnsupportedError: if this machine cannot multiply in the dtype.
         """
         compute_dtype = None if dtype is None else parse_dtype(dtype)
         target = _parse_device(device)
         on_gpu = target.type != "cpu"
+        if compute_dtype == torch.int8:
+            _check_int8(target)
         prefer_half = [d for d in _HALF if d == compute_dtype or (compute_dtype is None and on_gpu)]
         location = hub.locate(
             pretrained_model_name_or_path,
@@ -375,7 +385,8 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
             options=hub.HubOptions(revision, token, cache_dir, force_download, local_files_only),
         )
         checkpoint = load_checkpoint(location, prefer_half)
-        return cls._from_checkpoint(checkpoint, location.origin, target, compute_dtype, features)
+        model = cls._from_checkpoint(checkpoint, location.origin, target, compute_dtype, features)
+        return model.compile_encoder() if compile else model
 
     @classmethod
     def _from_checkpoint(
@@ -399,11 +410,31 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
         return model.to(device).eval()
 
     def set_dtype(self, dtype: torch.dtype) -> M2D:
-        """Store and multiply the matrices of the blocks in ``dtype``; norms, positions and log-mel stay in float32."""
+        """Store and multiply the matrices of the blocks in ``dtype``; norms, positions and log-mel stay in float32.
+
+        int8 is stored as bfloat16, and multiplied in int8 by inference on a CPU; gradients are those of bfloat16.
+
+        Raises:
+            ConfigError: for int8 on another device than a CPU.
+            UnsupportedError: if this CPU cannot multiply in int8.
+        """
+        if dtype == torch.int8:
+            _check_int8(self.device)
+        self.encoder.quantize = dtype == torch.int8
+        stored = torch.bfloat16 if dtype == torch.int8 else dtype
         for block in self.encoder.blocks:
             for module in block.modules():
                 if isinstance(module, nn.Linear):
-                    module.to(dtype)
+                    module.to(stored)
+        return self
+
+    def compile_encoder(self) -> M2D:
+        """Run the encoder through ``torch.compile`` in inference without gradients (``compiled.py``).
+
+        The first clips of each new length and batch size take long. On a CPU it replaces the packed blocks, which are
+        usually faster; it is meant for GPUs.
+        """
+        self._compiled = CompiledEncoder(self.encoder)
         return self
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -415,6 +446,13 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
         return ModelCard(model_card(self.config))
 
     # --- inside -------------------------------------------------------------------------------------------------
+
+    def _encode_windows(self, log_mel: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        """(N, 1, mels, frames) of one window at most -> one (N, F, T, d) tensor a layer."""
+        if self._compiled is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            features: list[Tensor] = self.encoder(log_mel, layers)
+            return features
+        return self._compiled(log_mel, layers)
 
     def _as_log_mel(self, x: Tensor) -> Tensor:
         if not x.is_floating_point():
@@ -444,7 +482,7 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
         for width in sorted(widths, reverse=True):  # all full windows of all clips together, then the last, shorter one
             group = [w for w in windows if w.stop - w.start == width]
             stacked = torch.stack([pad_to_patch(log_mel[..., w.start : w.stop], self.config) for w in group], dim=1)
-            parts = [self.encoder(part, layers) for part in torch.split(stacked.flatten(0, 1), _MAX_WINDOWS)]
+            parts = [self._encode_windows(part, layers) for part in torch.split(stacked.flatten(0, 1), _MAX_WINDOWS)]
             for layer, outputs in enumerate(zip(*parts, strict=True)):
                 patches = torch.cat(outputs)[..., : group[0].columns, :]  # (B * n, F, T, d)
                 patches = patches.reshape(batch, len(group), *patches.shape[1:]).transpose(1, 2)
@@ -463,6 +501,14 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
     if parsed is None or parsed not in DTYPES.values():
         raise ConfigError(f"dtype {dtype!r} is not possible; choose one of {', '.join(DTYPES)}.")
     return parsed
+
+
+def _check_int8(device: torch.device) -> None:
+    """ConfigError or UnsupportedError if int8 is impossible; "meta" is where weights are about to be loaded."""
+    if device.type not in ("cpu", "meta"):
+        raise ConfigError(f"int8 is for CPUs; on {device} take bf16 or fp16.")
+    if not supports_int8():
+        raise UnsupportedError("int8 needs an x86 CPU with AVX-512 VNNI or AMX; take bf16 or fp32.")
 
 
 def _parse_device(device: str | torch.device) -> torch.device:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2d_embed.config import ClapConfig, ModelConfig
-from m2d_embed.encoder import Encoder, Linear, init_linears
+from m2d_embed.encoder import Encoder, init_linears
 from m2d_embed.heads.clap import ClapHead
 from m2d_embed.pretrain.predictor import Predictor, PredictorConfig
 
@@ -164,7 +164,7 @@ class M2DX(M2D):
     def __init__(self, config: ModelConfig, predictor: PredictorConfig, offline_dim: int, weights: tuple[float, float]):
         super().__init__(config, predictor)
         self.weights = weights
-        self.offline = Linear(config.grid_size[0] * config.embed_dim, offline_dim)
+        self.offline = nn.Linear(config.grid_size[0] * config.embed_dim, offline_dim)
 
     def init_weights(self) -> None:
         super().init_weights()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from m2d_embed.encoder import Block, Linear, init_linears, sincos_positions
+from m2d_embed.encoder import Block, init_linears, sincos_positions
 from m2d_embed.errors import ConfigError
 
 
@@ -43,13 +43,13 @@ class Predictor(nn.Module):
         self, config: PredictorConfig, input_dim: int, output_dim: int, grid_size: tuple[int, int], norm_eps: float
     ):
         super().__init__()
-        self.embed = Linear(input_dim, config.dim)
+        self.embed = nn.Linear(input_dim, config.dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.dim))
         self.register_buffer("pos_embed", sincos_positions(config.dim, grid_size))
         mlp_dim = int(config.dim * config.mlp_ratio)
         self.blocks = nn.ModuleList(Block(config.dim, config.num_heads, mlp_dim, norm_eps) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.dim, eps=norm_eps)
-        self.out = Linear(config.dim, output_dim)
+        self.out = nn.Linear(config.dim, output_dim)
 
     def init_weights(self) -> None:
         """Draw fresh weights: Xavier-uniform matrices, zero biases, an N(0, 0.02) mask token."""

@@ -1,0 +1,255 @@
+"""Packed blocks: the numbers of the blocks they stand for, never stale, and out of the way where they must be."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from conftest import DATA, TINY, random_model
+
+import m2d_embed
+from m2d_embed import packed
+from m2d_embed.errors import ConfigError, UnsupportedError
+from m2d_embed.model import M2D
+
+SOUNDS = sorted([*(DATA / "digits").glob("*.opus"), *(DATA / "sounds").glob("*.oga")])
+needs_kernels = pytest.mark.skipif(not packed._HAS_KERNELS, reason="packed blocks are for x86 CPUs")
+needs_int8 = pytest.mark.skipif(not packed.supports_int8(), reason="this CPU has no fast int8 products")
+pytestmark = needs_kernels
+
+
+def clips(batch: int, samples: int) -> torch.Tensor:
+    """White noise in [-1, 1]."""
+    return torch.rand(batch, samples, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+@pytest.fixture
+def model() -> M2D:
+    return random_model(TINY)
+
+
+def plain(model: M2D, audio: torch.Tensor) -> torch.Tensor:
+    """The same by the modules themselves, which gradients go through."""
+    with torch.enable_grad():
+        return model.scene(audio).detach()
+
+
+@torch.no_grad()
+def fast(model: M2D, audio: torch.Tensor) -> torch.Tensor:
+    return model.scene(audio)
+
+
+def is_packed(model: M2D) -> bool:
+    return model.encoder._packed is not None
+
+
+@pytest.mark.parametrize("seconds", [0.02, 0.4, 3.0])
+@pytest.mark.parametrize("batch", [1, 5])
+def test_float32_is_exact(model, batch, seconds):
+    audio = clips(batch, int(seconds * 16_000))
+    torch.testing.assert_close(fast(model, audio), plain(model, audio), atol=2e-6, rtol=0)
+    assert is_packed(model)
+
+
+def test_bfloat16_rounds_no_more_than_the_modules(model):
+    audio = clips(3, 24_000)
+    exact = plain(model, audio)
+    model.set_dtype(torch.bfloat16)
+    error, usual = (fast(model, audio) - exact).norm(), (plain(model, audio) - exact).norm()
+    assert is_packed(model)
+    assert 0 < error < 1.5 * usual
+
+
+@needs_int8
+def test_int8_is_close_on_real_sounds():
+    exact, rough = m2d_embed.load_model(device="cpu"), m2d_embed.load_model(device="cpu", dtype="int8")
+    assert rough.dtype == torch.int8
+    a, b = (torch.from_numpy(model.encode(SOUNDS)) for model in (exact, rough))
+    cosine = torch.cosine_similarity(a, b)
+    assert 0.9995 < cosine.min() < 0.9999999
+
+
+@needs_int8
+def test_int8_results_do_not_depend_on_other_clips():
+    model = random_model(TINY).set_dtype(torch.int8)
+    loud, quiet = 30 * clips(1, 24_000), 1e-4 * clips(1, 24_000)
+    together = fast(model, torch.cat([loud, quiet]))
+    torch.testing.assert_close(together[1:], fast(model, quiet), atol=1e-5, rtol=0)
+    torch.testing.assert_close(together[:1], fast(model, loud), atol=1e-5, rtol=0)
+
+
+@needs_int8
+def test_int8_in_parts_is_int8_at_once(model, monkeypatch):
+    audio = clips(4, 24_000)
+    expected = fast(model.set_dtype(torch.int8), audio)
+    monkeypatch.setattr(packed, "_HIDDEN_BYTES", 4 * model.encoder.blocks[0].mlp.fc1.out_features * 7)
+    again = random_model(TINY).set_dtype(torch.int8)
+    torch.testing.assert_close(fast(again, audio), expected, atol=1e-6, rtol=0)
+
+
+@needs_int8
+def test_int8_multiplies_integers(model):
+    """By hand: round the weights by output and the inputs by row, multiply exactly, scale back."""
+    layer = model.encoder.blocks[0].mlp.fc1
+    x = torch.randn(9, layer.in_features)
+    x[3] *= 1000
+    steps, scales = x.abs().amax(1, keepdim=True) / 127, layer.weight.abs().amax(1) / 127
+    rounded = (layer.weight / scales[:, None]).round().double()
+    with torch.no_grad():
+        expected = (x / steps + 0.5).floor().double() @ rounded.T * steps * scales + layer.bias
+        found = packed._quantized(layer)(x)
+    torch.testing.assert_close(found, expected.float(), atol=1e-5, rtol=1e-5)
+    assert ((found - layer(x)).norm(dim=1) / layer(x).norm(dim=1)).max() < 0.02
+
+
+@needs_int8
+def test_a_clip_of_zeros_in_int8(model):
+    assert fast(model.set_dtype(torch.int8), torch.zeros(1, 8000)).isfinite().all()
+
+
+def test_int8_needs_the_hardware_and_a_cpu(model, monkeypatch):
+    monkeypatch.setattr(packed, "_HAS_KERNELS", False)
+    with pytest.raises(UnsupportedError, match="int8 needs an x86 CPU"):
+        model.set_dtype(torch.int8)
+    with pytest.raises(UnsupportedError, match="int8 needs an x86 CPU"):
+        m2d_embed.load_model(device="cpu", dtype="int8")
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match="int8 is for CPUs"):
+        from m2d_embed.model import _check_int8
+
+        _check_int8(torch.device("cuda"))
+
+
+# --- staleness --------------------------------------------------------------------------------------------------------
+
+
+def in_place(weight):
+    with torch.no_grad():
+        weight.mul_(1.5)
+
+
+def through_data(weight):
+    weight.data.mul_(1.5)  # leaves the version as it was
+
+
+def new_data(weight):
+    weight.data = weight.data * 1.5
+
+
+@pytest.mark.parametrize("change", [in_place, through_data, new_data])
+@pytest.mark.parametrize("name", ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"])
+def test_changed_matrices_are_packed_again(model, change, name):
+    audio = clips(2, 16_000)
+    before = fast(model, audio)
+    change(model.encoder.blocks[1].get_submodule(name).weight)
+    after = fast(model, audio)
+    assert (after - before).abs().max() > 1e-4
+    torch.testing.assert_close(after, plain(model, audio), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["attn.qkv.bias", "mlp.fc1.bias", "mlp.fc2.bias", "norm1.weight", "norm2.bias"])
+def test_biases_and_norms_are_read_anew(model, name):
+    audio = clips(2, 16_000)
+    before = fast(model, audio)
+    model.encoder.blocks[1].get_parameter(name).data[::2].add_(0.3)
+    after = fast(model, audio)
+    assert (after - before).abs().max() > 1e-4
+    torch.testing.assert_close(after, plain(model, audio), atol=2e-6, rtol=0)
+
+
+def test_loaded_weights_and_new_dtypes_are_packed_again(model):
+    audio, other = clips(1, 16_000), random_model(TINY, seed=1)
+    fast(model, audio)
+    model.load_state_dict(other.state_dict())
+    torch.testing.assert_close(fast(model, audio), plain(other, audio), atol=2e-6, rtol=0)
+    half = fast(model.set_dtype(torch.bfloat16), audio)
+    assert 1e-5 < (half - plain(other, audio)).abs().max() < 0.1
+
+
+def test_weights_made_in_inference_mode():
+    audio = clips(1, 16_000)
+    with torch.inference_mode():
+        model = random_model(TINY)
+        first = model.scene(audio)
+        model.encoder.blocks[0].mlp.fc1.weight.mul_(2)
+        second = model.scene(audio)
+    assert (first - second).abs().max() > 1e-4
+
+
+def test_training_mode_keeps_no_copies(model):
+    audio = clips(1, 16_000)
+    fast(model, audio)
+    assert is_packed(model)
+    fast(model.train(), audio)
+    assert not is_packed(model)
+
+
+# --- out of the way ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["blocks.1", "blocks.1.attn", "blocks.1.mlp.fc1", "blocks.1.norm2"])
+def test_hooks_are_called(model, name):
+    audio, calls = clips(1, 16_000), []
+    fast(model, audio)
+    handle = model.encoder.get_submodule(name).register_forward_hook(lambda *_: calls.append(name))
+    fast(model, audio)
+    assert set(calls) == {name}
+    count = len(calls)
+    handle.remove()
+    fast(model, audio)
+    assert len(calls) == count and is_packed(model)
+
+
+def test_replaced_layers_are_called(model):
+    class Doubled(torch.nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        @property
+        def weight(self):
+            return self.layer.weight
+
+        def forward(self, x):
+            return 2 * self.layer(x)
+
+    audio = clips(1, 16_000)
+    fast(model, audio)
+    block = model.encoder.blocks[0]
+    block.attn.proj = Doubled(block.attn.proj)
+    torch.testing.assert_close(fast(model, audio), plain(model, audio), atol=2e-6, rtol=0)
+    assert not is_packed(model)
+
+
+def test_gradients_flow_after_inference(model):
+    audio = clips(1, 16_000)
+    fast(model, audio)
+    model.scene(audio).sum().backward()
+    assert model.encoder.blocks[0].attn.qkv.weight.grad.abs().sum() > 0
+
+
+def test_masked_tokens_are_masked(model):
+    tokens = torch.randn(2, 12, TINY.embed_dim)
+    is_audio = torch.arange(12) < torch.tensor([[7], [12]])
+    expected = model.encoder.encode(tokens, is_audio=is_audio)[0].detach()
+    with torch.no_grad():
+        found = model.encoder.encode(tokens, is_audio=is_audio)[0]
+    torch.testing.assert_close(found[0, :8], expected[0, :8], atol=2e-6, rtol=0)
+    torch.testing.assert_close(found[1], expected[1], atol=2e-6, rtol=0)
+
+
+def test_several_layers(model):
+    audio = clips(2, 20_000)
+    expected = [x.detach() for x in model.intermediates(audio, (0, -1))]
+    with torch.no_grad():
+        for found, wanted in zip(model.intermediates(audio, (0, -1)), expected, strict=True):
+            torch.testing.assert_close(found, wanted, atol=2e-6, rtol=0)
+
+
+def test_copies_and_pickles_do_not_carry_packed_weights(model):
+    audio = clips(1, 16_000)
+    fast(model, audio)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert not is_packed(twin) and is_packed(model)
+        in_place(twin.encoder.blocks[0].mlp.fc2.weight)
+        torch.testing.assert_close(fast(twin, audio), plain(twin, audio), atol=2e-6, rtol=0)
