@@ -17,7 +17,7 @@ import numpy as np
 import typer
 
 from benchmarks.quality import in_percent, set_name
-from benchmarks.throughput import machine
+from benchmarks.timing import machine
 from m2d_embed.evaluate.embedding_cache import embed_cached, hash_files
 from m2d_embed.evaluate.labelled import TRAIN_ONLY, LabelledClips, read_labelled
 from m2d_embed.evaluate.probes import probe_embeddings

@@ -19,7 +19,7 @@ import torch
 import typer
 from tqdm.auto import tqdm
 
-from benchmarks.throughput import machine
+from benchmarks.timing import machine
 from m2d_embed.audio import load_audio
 from m2d_embed.errors import ConfigError
 from m2d_embed.evaluate.embedding_cache import embed_cached, hash_files

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import typer
 
-from benchmarks.throughput import machine
+from benchmarks.timing import machine
 from m2d_embed.evaluate.labelled import read_labelled
 from m2d_embed.evaluate.probes import embed_clips, knn_accuracy, linear_probe_accuracy
 from m2d_embed.model import M2D

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import typer
 
-from benchmarks.throughput import machine
+from benchmarks.timing import machine
 
 RESULT = Path(__file__).with_suffix(".json")
 STEPS = ("import torch", "import m2d_embed", "m2d_embed.load_model()")

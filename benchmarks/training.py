@@ -31,7 +31,7 @@ import typer
 from accelerate.state import AcceleratorState
 
 from benchmarks.reference_style import ReferenceStyleM2D, ReferenceTraining, mel_loader
-from benchmarks.throughput import machine, matrix_products
+from benchmarks.timing import machine, product_rates
 from m2d_embed.config import ModelConfig
 from m2d_embed.frontend import LogMel
 from m2d_embed.pretrain import loop
@@ -312,7 +312,7 @@ def measure_cpu(shapes: list[Shape], sounds: Sounds, rounds: int) -> dict[str, A
     """Every shape on the CPU, with one data worker."""
     with training_on("cpu") as device:
         models = {s.name: compare(s, sounds, Place(device), rounds) for s in shapes}
-    return {"matrix products, GFLOP/s": matrix_products(ModelConfig(), rounds), "models": models}
+    return {"matrix products, GFLOP/s": product_rates(ModelConfig(), rounds), "models": models}
 
 
 def measure_gpu(shapes: list[Shape], sounds: Sounds, rounds: int, workers: int) -> dict[str, Any]:

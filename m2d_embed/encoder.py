@@ -11,7 +11,7 @@ positions) and ``encode`` (class token, blocks, norm) are apart so that pre-trai
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -187,19 +187,20 @@ class Encoder(nn.Module):
                 outputs[index] = self.norm(x)
         return [outputs[index] for index in wanted]
 
-    def _runnable(self, x: Tensor) -> Sequence[PackedBlock] | nn.ModuleList:
+    def _runnable(self, x: Tensor) -> Sequence[PackedBlock]:
         """The blocks, or packed copies of them where these do the same faster."""
+        modules = cast(Sequence[PackedBlock], self.blocks)
         if torch.compiler.is_compiling():
-            return self.blocks
+            return modules
         if self.training or x.device.type != "cpu":
             self._packed = None  # gives the memory back
-            return self.blocks
+            return modules
         if not can_pack(x):
-            return self.blocks
+            return modules
         if self._packed is None or not self._packed.is_current(self.blocks, self.quantize):
             plain = all(type(module) in _BLOCK_PARTS and is_unhooked(module) for module in self.blocks.modules())
             self._packed = PackedBlocks(self.blocks, self.quantize) if plain else None
-        return self._packed.blocks if self._packed is not None else self.blocks
+        return self._packed.blocks if self._packed is not None else modules
 
     def forward(self, log_mel: Tensor, layers: Sequence[int] = (-1,)) -> list[Tensor]:
         """Patch features of one window.

@@ -65,7 +65,7 @@ def can_pack(x: Tensor) -> bool:
         and type(x) is Tensor
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
-        and not torch.jit.is_tracing()  # type: ignore[no-untyped-call]  # torch has no annotation there
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined]  # torch does not list it
         and bool(torch.backends.mkldnn.enabled)
     )
 
@@ -120,7 +120,7 @@ class _PackedBlock:
         self.block = block
         self.dtype = block.attn.qkv.weight.dtype
         attention, mlp = block.attn, block.mlp
-        self.qkv, self.proj, self.fc1, self.fc2 = map(_packed, (attention.qkv, attention.proj, mlp.fc1, mlp.fc2))
+        self.qkv, self.proj, self.fc1, self.fc2 = map(packed_layer, (attention.qkv, attention.proj, mlp.fc1, mlp.fc2))
 
     def __call__(self, x: Tensor, attended: Tensor | None) -> Tensor:
         qkv = self.qkv(_normalize(x, self.block.norm1).to(self.dtype))
@@ -141,7 +141,7 @@ class _QuantizedBlock:
     def __call__(self, x: Tensor, attended: Tensor | None) -> Tensor:
         qkv = self.qkv(_normalize(x, self.block.norm1)).bfloat16()
         x.add_(self.proj(_attend(qkv, self.block.attn.num_heads, attended).float()))
-        for part in x.view(-1, x.shape[-1]).split(self.rows_at_a_time):  # views: they change x
+        for part in torch.split(x.view(-1, x.shape[-1]), self.rows_at_a_time):  # views: they change x
             part.add_(self.fc2(_gelu(self.fc1(_normalize(part, self.block.norm2)))))
         return x
 
@@ -149,7 +149,7 @@ class _QuantizedBlock:
 # --- parts ------------------------------------------------------------------------------------------------------------
 
 
-def _packed(linear: nn.Linear) -> Product:
+def packed_layer(linear: nn.Linear) -> Product:
     """The layer, with its matrix laid out for oneDNN."""
     packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
 
@@ -201,7 +201,8 @@ def _attend(qkv: Tensor, num_heads: int, attended: Tensor | None) -> Tensor:
     head_dim = width // 3 // num_heads
     heads = qkv.view(batch, tokens, 3, num_heads, head_dim).permute(2, 0, 3, 1, 4)  # (3, B, heads, tokens, head_dim)
     if qkv.dtype == torch.float32 or attended is not None:
-        mixed = F.scaled_dot_product_attention(*heads.unbind(0), attn_mask=attended)
+        q, k, v = heads.unbind(0)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attended)
     else:
         q, k, v = heads.contiguous().flatten(1, 2).unbind(0)  # (B * heads, tokens, head_dim)
         scores = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=float(head_dim) ** -0.5)
@@ -237,7 +238,8 @@ def _spread(weight: Tensor) -> Tensor:
 def _has_kernels() -> bool:
     names = ("_reorder_linear_weight", "_linear_pointwise")
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return is_x86 and torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
+    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch has no annotation there
+    return is_x86 and available and all(hasattr(torch.ops.mkldnn, name) for name in names)
 
 
 _HAS_KERNELS = _has_kernels()

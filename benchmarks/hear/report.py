@@ -21,7 +21,7 @@ import numpy.typing as npt
 from benchmarks.hear.compat import EVENTS_SUFFIX, PREDICTIONS_SUFFIX, load_heareval
 from benchmarks.hear.convert import METADATA_FILE, VOCABULARY_FILE
 from benchmarks.hear.run import DONE_FILE, SETTINGS_FILE
-from benchmarks.throughput import machine
+from benchmarks.timing import machine
 from m2d_embed.errors import ConfigError
 from m2d_embed.evaluate.labelled import LabelledClips
 from m2d_embed.evaluate.scores import RESAMPLES, score_predictions

@@ -1,0 +1,129 @@
+"""What ``benchmarks/speed.py`` compares: one model in several runtimes, waveform in, scene embeddings out.
+
+All have the same shape, and where weights can be shared the same weights; each may use all threads.
+
+* reference style: a timm-style ViT in float32 behind nnAudio's spectrogram, window after window.
+* m2d-embed: this package in each of its modes.
+* ONNX Runtime, OpenVINO: what ``m2d-embed export --onnx`` writes.
+* AST: transformers' Audio Spectrogram Transformer (arXiv 2104.01778) of the size of a ViT-Base, with its own feature
+  extractor; it hears 10.24 s at a time, so longer clips are cut, and shorter ones padded by the extractor.
+"""
+
+import copy
+import importlib.util
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import m2d_embed
+from benchmarks.reference_style import ReferenceStyle
+from m2d_embed.config import ModelConfig
+from m2d_embed.export import export_onnx
+from m2d_embed.model import M2D
+from m2d_embed.packed import supports_int8
+
+Run = Callable[[Tensor], Any]
+#: Which rate of matrix products limits a runtime.
+PRODUCTS = {"fp32": "float32, packed", "bf16": "bfloat16", "int8": "int8"}
+REFERENCE = "reference style, fp32"
+_AST_SECONDS = 10.24
+_SEED = 0
+
+
+def load(name: str) -> M2D:
+    """A ViT-Base of random weights ("base"), or the bundled model ("bundled")."""
+    if name == "bundled":
+        return m2d_embed.load_model(device="cpu")
+    torch.manual_seed(_SEED)
+    return M2D(ModelConfig()).eval()
+
+
+def runtimes(name: str, device: str) -> list[str]:
+    """The names of all runtimes that a model can be run in here."""
+    ours = ["m2d-embed, fp32", "m2d-embed, bf16"]
+    ast = ["transformers AST, fp32"] if name == "base" and importlib.util.find_spec("transformers") else []
+    if device != "cpu":
+        return [REFERENCE, *ours, "m2d-embed, bf16, compiled", *ast]
+    if supports_int8():
+        ours.append("m2d-embed, int8")
+    others = []
+    if importlib.util.find_spec("onnxruntime"):
+        others.append("ONNX Runtime, fp32")
+    if importlib.util.find_spec("openvino"):
+        others += ["OpenVINO, fp32", "OpenVINO, bf16"]
+    return [REFERENCE, *ours, *others, *ast]
+
+
+def build(runtime: str, name: str, device: str, folder: Path) -> Run:
+    """A runtime with a model in it: (B, samples) float32 on the device -> embeddings.
+
+    Args:
+        runtime: one of ``runtimes``.
+        name: as for ``load``.
+        device: of PyTorch's runtimes.
+        folder: for exported files; they are made once.
+    """
+    family, *settings = runtime.split(", ")
+    if family == "transformers AST":
+        return _build_ast(device)
+    model = load(name)
+    if family == "reference style":
+        return ReferenceStyle(model.config).eval().to(device)
+    if family == "m2d-embed":
+        model = model.to(device).set_dtype(
+            {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}[settings[0]]
+        )
+        return model.compile_encoder().scene if "compiled" in settings else model.scene
+    file = folder / f"{name}.onnx"
+    if not file.exists():
+        export_onnx(copy.deepcopy(model), file)
+    return _build_onnxruntime(file) if family == "ONNX Runtime" else _build_openvino(file, settings[0])
+
+
+def _build_onnxruntime(file: Path) -> Run:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    return lambda audio: session.run(["embeddings"], {"audio": audio.numpy()})
+
+
+def _build_openvino(file: Path, precision: str) -> Run:
+    import openvino
+
+    settings = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision],
+    }
+    compiled = openvino.compile_model(file, "CPU", settings)
+    return lambda audio: compiled(audio.numpy())
+
+
+def _build_ast(device: str) -> Run:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformers import ASTConfig, ASTFeatureExtractor, ASTModel
+
+    model: Any = ASTModel(ASTConfig())
+    extractor: Any = ASTFeatureExtractor  # transformers' classes are not annotated
+    return partial(_run_ast, model.eval().to(device), extractor())
+
+
+def _run_ast(model: Any, extractor: Any, audio: Tensor) -> Tensor:
+    rate = extractor.sampling_rate
+    pieces = [piece for clip in audio.cpu().numpy() for piece in _pieces(clip, round(_AST_SECONDS * rate))]
+    features = extractor(pieces, sampling_rate=rate, return_tensors="pt")["input_values"]
+    output: Tensor = model(features.to(model.device)).last_hidden_state
+    return output
+
+
+def _pieces(clip: np.typing.NDArray[np.float32], length: int) -> list[np.typing.NDArray[np.float32]]:
+    return [clip[start : start + length] for start in range(0, len(clip), length)]

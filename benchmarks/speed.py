@@ -1,0 +1,227 @@
+"""Speed, memory and agreement of this package's modes and of other runtimes of the same model, in one run.
+
+    python -m benchmarks.speed                 # writes benchmarks/speed.json and speed.png
+    python -m benchmarks.speed --device cuda   # speed-cuda.json and speed-cuda.png
+    python -m benchmarks.render                # puts them into the README
+
+Runtimes are in ``benchmarks/runtimes.py``; they take turns, and each is credited with its median round. Beside the
+speed stands the share of the machine's own rate of matrix products of the model's shapes that the model's operations
+reach. Start and memory are measured in a process for each runtime.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import soundfile
+import torch
+import typer
+
+import m2d_embed
+from benchmarks.runtimes import PRODUCTS, REFERENCE, build, load, runtimes
+from benchmarks.timing import machine, measure, median, product_rates
+from m2d_embed.audio import find_audio
+from m2d_embed.config import ModelConfig
+from m2d_embed.packed import supports_int8
+from m2d_embed.windows import cut
+
+HERE = Path(__file__).parent
+MODELS = {"base": "ViT-Base, 80x608, 16x16 patches", "bundled": "bundled ViT-Tiny, 80x304, 16x16 patches"}
+LENGTHS = (1, 10, 60)  # seconds
+BATCHES = (1, 8, 64, 256)
+MAX_SECONDS = {"base": 80, "bundled": 640}  # of audio in a call on a CPU, for the sake of a run's length
+_CLIPS = HERE.parent / "tests" / "data"
+_MIB = 1 << 20
+
+
+def cells(name: str, device: str) -> list[tuple[int, int]]:
+    """Lengths and batch sizes to measure."""
+    return [(s, b) for s in LENGTHS for b in BATCHES if device != "cpu" or s * b <= MAX_SECONDS[name]]
+
+
+def operations(config: ModelConfig, seconds: float) -> float:
+    """Floating-point operations of one clip, multiplications and additions: patches, blocks and attention."""
+    dim, hidden = config.embed_dim, int(config.embed_dim * config.mlp_ratio)
+    patch = config.patch_size[0] * config.patch_size[1]
+    total = 0.0
+    for window in cut(1 + int(seconds * config.sample_rate) // config.hop_length, config):
+        columns = min(-(-(window.stop - window.start) // config.patch_size[1]), config.grid_size[1])
+        patches = config.grid_size[0] * columns
+        tokens = 1 + patches
+        matrices = 4 * dim * dim + 2 * dim * hidden
+        total += 2 * patches * patch * dim + config.depth * (2 * tokens * matrices + 4 * tokens * tokens * dim)
+    return total
+
+
+def compare(name: str, rounds: int, device: str, folder: Path) -> dict[str, Any]:
+    """All runtimes of one model on clips of all lengths and batch sizes."""
+    config = load(name).config
+    rates = product_rates(config, 3 * rounds, device)
+    runs = {runtime: build(runtime, name, device, folder) for runtime in runtimes(name, device)}
+    measured = []
+    for seconds, batch in cells(name, device):
+        torch.manual_seed(0)
+        audio = (0.1 * torch.randn(batch, seconds * config.sample_rate)).to(device)
+        with torch.no_grad():
+            times = measure({runtime: partial(run, audio) for runtime, run in runs.items()}, rounds)
+        medians = {runtime: median(found) for runtime, found in times.items()}
+        rows = [
+            {
+                "runtime": runtime,
+                "seconds": round(taken, 5),
+                "seconds of audio per second": round(batch * seconds / taken, 1),
+                "ratio": round(medians[REFERENCE] / taken, 2),
+                "share of products": _share(runtime, batch * operations(config, seconds) / taken / 1e9, rates),
+            }
+            for runtime, taken in medians.items()
+        ]
+        measured.append({"clip": seconds, "batch": batch, "runtimes": rows})
+        print(f"{MODELS[name]}: {batch} clips of {seconds} s")
+        for row in rows:
+            print(
+                f"  {row['runtime']:<28}{row['seconds of audio per second']:>9.1f} s/s  x{row['ratio']:.2f}", flush=True
+            )
+    return {"matrix products, GFLOP/s": rates, "cells": measured}
+
+
+def _share(runtime: str, rate: float, rates: dict[str, float]) -> float | None:
+    """Of what the matrix products of a runtime's precision reach alone; None for a model of other operations."""
+    products = PRODUCTS[runtime.split(", ")[1]]
+    limit = rates.get(products, rates.get(products.partition(",")[0]))
+    return None if runtime.startswith("transformers") or limit is None else round(rate / limit, 3)
+
+
+def starts(name: str, device: str, folder: Path) -> dict[str, dict[str, float]]:
+    """Of each runtime, in a process of its own: the seconds to a first result, and memory beyond the loaded model."""
+    return {runtime: _child("start", runtime, name, device, str(folder)) for runtime in runtimes(name, device)}
+
+
+def agreement(device: str) -> dict[str, float]:
+    """Least cosine similarity of scene embeddings with those of float32 on the CPU, bundled model, real clips."""
+    files = find_audio([_CLIPS])
+    exact = torch.from_numpy(m2d_embed.load_model(device="cpu").encode(files))
+    modes = ["fp32", "bf16", *(["int8"] if device == "cpu" and supports_int8() else [])]
+    found: dict[str, float] = {"clips": len(files)}
+    for mode in modes:
+        other = m2d_embed.load_model(device=device, dtype=mode).encode(files)
+        found[mode] = round(float(torch.cosine_similarity(exact.double(), torch.from_numpy(other).double()).min()), 7)
+    return found
+
+
+def hour(name: str, dtype: str, device: str) -> dict[str, float]:
+    """Seconds, and MiB beyond the loaded model, to embed a file of an hour."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "hour.flac"
+        noise = np.random.default_rng(0)
+        with soundfile.SoundFile(file, "w", 16_000, 1) as sound:
+            for _ in range(3600):
+                sound.write(0.1 * noise.standard_normal(16_000).astype(np.float32))
+        return _child("hour", str(file), name, device, dtype)
+
+
+def _child(task: str, *arguments: str) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.speed", "--task", task, *(f"--argument={word}" for word in arguments)]
+    environment_threads = f"--threads={torch.get_num_threads()}"
+    output = subprocess.check_output([*command, environment_threads], text=True)
+    found: dict[str, float] = json.loads(output.splitlines()[-1])
+    return found
+
+
+def _start_task(runtime: str, name: str, device: str, folder: str) -> dict[str, float]:
+    began = time.perf_counter()
+    run = build(runtime, name, device, Path(folder))
+    rate = load(name).config.sample_rate
+    loaded = _peak_memory(device)
+    with torch.no_grad():
+        run(0.1 * torch.randn(1, rate, device=device))
+        first = time.perf_counter() - began
+        run(0.1 * torch.randn(8, 10 * rate, device=device))
+    return {
+        "load and first result, s": round(first, 3),
+        "8 clips of 10 s, MiB": round((_peak_memory(device) - loaded) / _MIB, 1),
+    }
+
+
+def _hour_task(file: str, name: str, device: str, dtype: str) -> dict[str, float]:
+    model = load(name).to(device).set_dtype({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
+    loaded, began = _peak_memory(device), time.perf_counter()
+    model.encode(file)
+    return {
+        "seconds": round(time.perf_counter() - began, 1),
+        "MiB": round((_peak_memory(device) - loaded) / _MIB, 1),
+    }
+
+
+def _peak_memory(device: str) -> int:
+    """Bytes: of the GPU's allocator, or of the process."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def plot(result: dict[str, Any], output: Path) -> None:
+    """Bars: seconds of audio per second of each runtime, for 8 clips of 10 s."""
+    from matplotlib.figure import Figure
+
+    models = result["models"]
+    figure = Figure(figsize=(9, 2.9 * len(models)), layout="constrained")
+    for axes, (name, measured) in zip(figure.subplots(len(models), squeeze=False)[:, 0], models.items(), strict=True):
+        cell = next(c for c in measured["cells"] if (c["clip"], c["batch"]) == (10, 8))
+        names = [row["runtime"] for row in cell["runtimes"]]
+        speeds = [row["seconds of audio per second"] for row in cell["runtimes"]]
+        colours = ["tab:blue" if runtime.startswith("m2d-embed") else "0.65" for runtime in names]
+        bars = axes.barh(names, speeds, color=colours)
+        axes.bar_label(
+            bars, [f" {speed:,.0f} (x{row['ratio']:.2f})" for speed, row in zip(speeds, cell["runtimes"], strict=True)]
+        )
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1.2 * max(speeds))
+        axes.set_title(name, loc="left", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlabel("seconds of audio per second, 8 clips of 10 s")
+    figure.savefig(output, dpi=120)
+
+
+def main(
+    rounds: int = 5,
+    threads: int = 0,
+    device: str = "cpu",
+    model: Annotated[list[str] | None, typer.Option(help="base or bundled; both by default.")] = None,
+    task: Annotated[str, typer.Option(hidden=True)] = "",
+    argument: Annotated[list[str] | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Measure, print, and write the JSON and the plot."""
+    if threads:
+        torch.set_num_threads(threads)
+    if task:
+        print(json.dumps({"start": _start_task, "hour": _hour_task}[task](*(argument or ()))))
+        return
+    names = model or list(MODELS)
+    with tempfile.TemporaryDirectory() as folder:
+        models = {MODELS[name]: compare(name, rounds, device, Path(folder)) for name in names}
+        for name in names:
+            models[MODELS[name]]["start"] = starts(name, device, Path(folder))
+            models[MODELS[name]]["an hour in one file"] = {
+                dtype: hour(name, dtype, device) for dtype in ("fp32", "bf16")
+            }
+    result = {
+        "command": f"python -m benchmarks.speed --rounds {rounds}" + (f" --device {device}" if device != "cpu" else ""),
+        "machine": machine(),
+        "least cosine similarity with float32": agreement(device),
+        "models": models,
+    }
+    output = HERE / ("speed.json" if device == "cpu" else f"speed-{device}.json")
+    output.write_text(json.dumps(result, indent=1) + "\n")
+    plot(result, output.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    typer.run(main)

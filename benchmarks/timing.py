@@ -1,0 +1,128 @@
+"""What the benchmarks share: the machine they ran on, turns taken, and the machine's own rate of matrix products."""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import m2d_embed
+from m2d_embed.config import ModelConfig
+from m2d_embed.packed import packed_layer, supports_int8
+
+_BATCH = 8  # windows whose tokens make the rows of a product
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    cpu = platform.processor() or platform.machine()
+    flags = ""
+    if Path("/proc/cpuinfo").exists():
+        lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
+        fields = {key.strip(): value.strip() for key, _, value in lines}
+        cpu, flags = fields.get("model name", cpu), fields.get("flags", "")
+    units = [unit for unit in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if unit in flags.split()]
+    facts = {
+        "cpu": cpu,
+        "matrix units": units[:1],
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__.split("+")[0],
+        "m2d_embed": m2d_embed.__version__,
+    }
+    return facts | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
+
+
+def measure(contestants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every round of every contestant, after one round that does not count.
+
+    The contestants take turns, so that a busy spell of the machine hits them alike.
+    """
+    for run in contestants.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, run in contestants.items():
+            synchronize()
+            started = time.perf_counter()
+            run()
+            synchronize()
+            seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def product_rates(config: ModelConfig, rounds: int, device: str = "cpu") -> dict[str, float]:
+    """GFLOP/s of the matrix products of one block, for the tokens of 8 windows: what no runtime of it can exceed.
+
+    float32 is measured as PyTorch does it; on a CPU packed weights are measured, too, and bfloat16 and int8 are packed.
+    """
+    dim, hidden = config.embed_dim, int(config.embed_dim * config.mlp_ratio)
+    grid_rows, grid_columns = config.grid_size
+    tokens = _BATCH * (1 + grid_rows * grid_columns)
+    shapes = [(dim, 3 * dim), (dim, dim), (dim, hidden), (hidden, dim)]
+    operations = sum(2 * tokens * inputs * outputs for inputs, outputs in shapes)
+    contestants: dict[str, Callable[[], Any]] = {}
+    for name, make in _products(device).items():
+        calls = [make(inputs, outputs, tokens) for inputs, outputs in shapes]
+        contestants[name] = partial(_call_all, calls)
+    with torch.no_grad():
+        seconds = measure(contestants, rounds)
+    return {name: round(operations / min(times) / 1e9, 1) for name, times in seconds.items()}
+
+
+def _products(device: str) -> dict[str, Callable[[int, int, int], Callable[[], Tensor]]]:
+    def plain(dtype: torch.dtype) -> Callable[[int, int, int], Callable[[], Tensor]]:
+        def make(inputs: int, outputs: int, rows: int) -> Callable[[], Tensor]:
+            layer = nn.Linear(inputs, outputs).to(device, dtype)
+            return partial(layer, torch.randn(rows, inputs, device=device, dtype=dtype))
+
+        return make
+
+    def packed(dtype: torch.dtype) -> Callable[[int, int, int], Callable[[], Tensor]]:
+        def make(inputs: int, outputs: int, rows: int) -> Callable[[], Tensor]:
+            layer = nn.Linear(inputs, outputs).to(dtype).requires_grad_(False)
+            return partial(packed_layer(layer), torch.randn(rows, inputs, dtype=dtype))
+
+        return make
+
+    if device != "cpu":
+        return {"float32": plain(torch.float32), "bfloat16": plain(torch.bfloat16)}
+    made = {
+        "float32": plain(torch.float32),
+        "float32, packed": packed(torch.float32),
+        "bfloat16": packed(torch.bfloat16),
+    }
+    return made | ({"int8": _int8_product} if supports_int8() else {})
+
+
+def _int8_product(inputs: int, outputs: int, rows: int) -> Callable[[], Tensor]:
+    """The product alone, of what is rounded already."""
+    weight = torch.ops.onednn.qlinear_prepack(torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8), None)
+    levels = torch.randint(0, 256, (rows, inputs), dtype=torch.uint8)
+    scales, zeros = torch.ones(outputs), torch.zeros(outputs, dtype=torch.int64)
+    return partial(
+        torch.ops.onednn.qlinear_pointwise,
+        *(levels, 1.0, 128, weight, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""),
+    )
+
+
+def _call_all(calls: list[Callable[[], Tensor]]) -> None:
+    for call in calls:
+        call()
+
+
+def median(seconds: list[float]) -> float:
+    """The median round."""
+    return statistics.median(seconds)
