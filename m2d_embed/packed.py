@@ -65,7 +65,7 @@ def can_pack(x: Tensor) -> bool:
         and type(x) is Tensor
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined]  # torch does not list it
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]  # torch does not list it
         and bool(torch.backends.mkldnn.enabled)
     )
 
@@ -85,7 +85,9 @@ class PackedBlocks:
 
     def __init__(self, blocks: nn.ModuleList, quantize: bool):
         self.quantize = quantize
-        self._modules = list(blocks.modules())
+        self._blocks = blocks
+        # Dictionaries, as looking up modules by name takes longer than a small matrix product.
+        self._children = [(m._modules, name, child) for m in blocks.modules() for name, child in m._modules.items()]
         self._layers = list(_layers(blocks))
         self._identities = [_identity(layer) for layer in self._layers]
         self._views = [_spread(layer.weight) for layer in self._layers]
@@ -98,19 +100,20 @@ class PackedBlocks:
 
         A change through ``.data`` leaves no trace in the tensor, so some elements of each matrix are compared as well.
         """
-        layers = list(_layers(blocks))
         return (
-            quantize == self.quantize
-            and all(new is old for new, old in zip(layers, self._layers, strict=True))
-            and [_identity(layer) for layer in layers] == self._identities
-            and all(is_unhooked(module) for module in self._modules)
+            blocks is self._blocks
+            and len(blocks) == len(self.blocks)
+            and quantize == self.quantize
+            and all(siblings.get(name) is module for siblings, name, module in self._children)
+            and all(is_unhooked(module) for _, _, module in self._children)
+            and [_identity(layer) for layer in self._layers] == self._identities
             and torch.equal(torch.cat(self._views), self._samples)
         )
 
 
-def is_unhooked(module: nn.Module) -> bool:
+def is_unhooked(module: nn.Module | None) -> bool:
     """Whether calling a module does what its class says, and nothing else."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+    return module is None or not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 class _PackedBlock:
@@ -161,24 +164,26 @@ def packed_layer(linear: nn.Linear) -> Product:
 
 
 def _quantized(linear: nn.Linear) -> Product:
-    """The layer with an int8 matrix: float32 in and out."""
+    """The layer with an int8 matrix: float32 in and out. It writes into its input."""
     weight = linear.weight.detach().float()
     scales = (weight.abs().amax(dim=1) / _LARGEST).clamp_min(_SMALLEST_SCALE)  # (d_out,)
     rounded = (weight / scales[:, None]).round().to(torch.int8)
     packed = torch.ops.onednn.qlinear_prepack(rounded, None)
     zero_points = torch.zeros(len(scales), dtype=torch.int64)
-    no_bias = torch.zeros(len(scales))
-    offset = torch.tensor(_ZERO_POINT + 0.5)  # half more, as the cast to integers rounds down
 
     def product(x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        steps = rows.abs().amax(dim=1, keepdim=True).div_(_LARGEST).clamp_min_(_SMALLEST_SCALE)  # (rows, 1)
-        levels = torch.addcmul(offset, rows, steps.reciprocal()).to(torch.uint8)
-        sums = torch.ops.onednn.qlinear_pointwise(
+        largest = torch.maximum(rows.amax(dim=1, keepdim=True), rows.amin(dim=1, keepdim=True).neg_())
+        steps = largest.div_(_LARGEST).clamp_min_(_SMALLEST_SCALE)  # (rows, 1)
+        # Half more than the zero point, as the cast to integers rounds down.
+        levels = rows.mul_(steps.reciprocal()).add_(_ZERO_POINT + 0.5).to(torch.uint8)
+        y: Tensor = torch.ops.onednn.qlinear_pointwise(
             levels, 1.0, _ZERO_POINT, packed, scales, zero_points, None, 1.0, 0, torch.float32, "none", [], ""
         )
-        bias = no_bias if linear.bias is None else linear.bias.float()
-        return torch.addcmul(bias, sums, steps).view(*x.shape[:-1], -1)
+        y.mul_(steps)
+        if linear.bias is not None:
+            y.add_(linear.bias)
+        return y.view(*x.shape[:-1], -1)
 
     return product
 
@@ -225,7 +230,8 @@ def _layers(blocks: nn.ModuleList) -> Iterator[nn.Linear]:
 
 def _identity(layer: nn.Linear) -> tuple[type, int, int]:
     """What a layer is, where the memory of its matrix is, and how often that has been written to."""
-    weight = layer.weight
+    weight = layer._parameters["weight"] if "weight" in layer._parameters else layer.weight
+    assert weight is not None
     return type(layer), weight.data_ptr(), -1 if weight.is_inference() else weight._version
 
 

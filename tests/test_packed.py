@@ -97,7 +97,7 @@ def test_int8_multiplies_integers(model):
     rounded = (layer.weight / scales[:, None]).round().double()
     with torch.no_grad():
         expected = (x / steps + 0.5).floor().double() @ rounded.T * steps * scales + layer.bias
-        found = packed._quantized(layer)(x)
+        found = packed._quantized(layer)(x.clone())
     torch.testing.assert_close(found, expected.float(), atol=1e-5, rtol=1e-5)
     assert ((found - layer(x)).norm(dim=1) / layer(x).norm(dim=1)).max() < 0.02
 
@@ -219,6 +219,15 @@ def test_replaced_layers_are_called(model):
     block.attn.proj = Doubled(block.attn.proj)
     torch.testing.assert_close(fast(model, audio), plain(model, audio), atol=2e-6, rtol=0)
     assert not is_packed(model)
+
+
+def test_blocks_are_added_and_taken_away(model):
+    audio = clips(1, 16_000)
+    fast(model, audio)
+    model.encoder.blocks.append(copy.deepcopy(model.encoder.blocks[0]))
+    torch.testing.assert_close(fast(model, audio), plain(model, audio), atol=2e-6, rtol=0)
+    del model.encoder.blocks[1]
+    torch.testing.assert_close(fast(model, audio), plain(model, audio), atol=2e-6, rtol=0)
 
 
 def test_gradients_flow_after_inference(model):
