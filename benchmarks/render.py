@@ -11,7 +11,7 @@ PROBES = {"linear": "linear", "mlp": "MLP of the HEAR protocol", "knn": "kNN"}
 HEADLINE = {False: "accuracy", True: "mAP"}  # by whether clips have any number of labels
 README = Path(__file__).parents[1] / "README.md"
 STARTUP = Path(__file__).with_name("startup.json")
-THROUGHPUT = Path(__file__).with_name("throughput.json")
+SPEED = Path(__file__).with_name("speed.json")
 TRAINING = Path(__file__).with_name("training.json")
 SHORT_RUN = Path(__file__).with_name("short_run.json")
 QUALITY = Path(__file__).with_name("quality.json")
@@ -20,27 +20,47 @@ HEAR = Path(__file__).with_name("hear.json")
 GPU_TRAINING = Path(__file__).with_name("training-gpu.json")
 
 
-def throughput_table(result: dict[str, Any]) -> str:
+def speed_table(result: dict[str, Any]) -> str:
     lines = [
-        f"Seconds of audio embedded per second, {result['clips']}, on {on_cores(result['machine'])}. "
-        "The peer is the same architecture written in timm's style in float32, "
-        "fed by nnAudio as in the reference runtime; all take turns in one run.",
-        "",
-        "| model | runtime | s of audio per s | ratio |",
-        "| --- | --- | ---: | ---: |",
+        f"On {on_cores(result['machine'])}. The peer is the same architecture written in timm's style in float32, fed by "
+        "nnAudio as in the reference runtime; all take turns in one run, and ratios are to it. Share: what the model's "
+        "own operations reach of this machine's rate for matrix products of the model's shapes in that precision. "
+        "Memory is that beyond the loaded model, for 8 clips of 10 s.",
     ]
-    for model, rows in result["models"].items():
-        for row in rows:
-            speed = row["seconds of audio per second"]
-            lines.append(f"| {model} | {row['runtime']} | {speed:.1f} | {row['ratio']:.2f} |")
-    rates = result["matrix products, GFLOP/s"]
-    lines += [
-        "",
-        f"Matrix products of ViT-Base's shape run at {rates['float32']:.0f} GFLOP/s in float32 as PyTorch does them, "
-        f"at {rates['float32 through oneDNN']:.0f} as m2d-embed does, and at {rates['bfloat16']:.0f} in bfloat16 here "
-        f"(x{rates['bfloat16'] / rates['float32']:.1f}), which is about the most that bf16 can gain on this processor.",
-    ]
-    return "\n".join([*lines, "", f"Measured by `{result['command']}`."])
+    for model, measured in result["models"].items():
+        lines += ["", f"**{model}**", ""]
+        lines += [
+            "| runtime | one clip of 1 s | 8 clips of 10 s | ratio | share | load and first result | memory |",
+            "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        ]
+        lines += [speed_row(row, measured) for row in cell_of(measured, 10, 8)["runtimes"]]
+        rates = ", ".join(f"{name} {rate:,.0f}" for name, rate in measured["matrix products, GFLOP/s"].items())
+        hours = "; ".join(
+            f"{dtype} {taken['seconds']:.0f} s and {taken['MiB']:.0f} MiB beyond the loaded model"
+            for dtype, taken in measured["an hour in one file"].items()
+        )
+        lines += ["", f"Matrix products: {rates} GFLOP/s. A file of an hour: {hours}."]
+    cosines = dict(result["least cosine similarity with float32"])
+    clips = cosines.pop("clips")
+    shown = ", ".join(f"{mode} {cosine:.5f}" for mode, cosine in cosines.items() if mode != "fp32")
+    lines += ["", f"Least cosine similarity of the bundled model's scene embeddings with float32, {clips} real clips: {shown}."]
+    return "\n".join([*lines, "", f"Measured by `{result['command']}`; all lengths and batch sizes are in its JSON."])
+
+
+def cell_of(measured: dict[str, Any], seconds: int, batch: int) -> dict[str, Any]:
+    found: dict[str, Any] = next(c for c in measured["cells"] if (c["clip"], c["batch"]) == (seconds, batch))
+    return found
+
+
+def speed_row(row: dict[str, Any], measured: dict[str, Any]) -> str:
+    name = row["runtime"]
+    short = next(found for found in cell_of(measured, 1, 1)["runtimes"] if found["runtime"] == name)
+    start = measured["start"][name]
+    share = "" if row["share of products"] is None else f"{row['share of products']:.0%}"
+    return (
+        f"| {name} | {1000 * short['seconds']:.1f} ms (x{short['ratio']:.2f}) | {row['seconds of audio per second']:,.0f} s/s "
+        f"| {row['ratio']:.2f} | {share} | {start['load and first result, s']:.2f} s | {start['8 clips of 10 s, MiB']:.0f} MiB |"
+    )
 
 
 def training_table(result: dict[str, Any]) -> str:
@@ -198,7 +218,7 @@ def replace_section(text: str, name: str, content: str) -> str:
 
 def main() -> None:
     text = README.read_text(encoding="utf-8")
-    text = replace_section(text, "throughput", throughput_table(json.loads(THROUGHPUT.read_text())))
+    text = replace_section(text, "speed", speed_table(json.loads(SPEED.read_text())))
     text = replace_section(text, "startup", startup_sentence(json.loads(STARTUP.read_text())))
     training = training_table(json.loads(TRAINING.read_text()))
     if GPU_TRAINING.exists():
