@@ -22,8 +22,8 @@ GPU_TRAINING = Path(__file__).with_name("training-gpu.json")
 
 def speed_table(result: dict[str, Any]) -> str:
     lines = [
-        f"On {on_cores(result['machine'])}. The peer is the same architecture written in timm's style in float32, fed by "
-        "nnAudio as in the reference runtime; all take turns in one run, and ratios are to it. Share: what the model's "
+        f"On {on_cores(result['machine'])}. The peer is the same architecture written in timm's style in float32, fed "
+        "by nnAudio as in the reference runtime; all take turns in one run, and ratios are to it. Share: what the model's "
         "own operations reach of this machine's rate for matrix products of the model's shapes in that precision. "
         "Memory is that beyond the loaded model, for 8 clips of 10 s.",
     ]
@@ -43,7 +43,10 @@ def speed_table(result: dict[str, Any]) -> str:
     cosines = dict(result["least cosine similarity with float32"])
     clips = cosines.pop("clips")
     shown = ", ".join(f"{mode} {cosine:.5f}" for mode, cosine in cosines.items() if mode != "fp32")
-    lines += ["", f"Least cosine similarity of the bundled model's scene embeddings with float32, {clips} real clips: {shown}."]
+    lines += [
+        "",
+        f"Least cosine similarity of the bundled model's scene embeddings with float32, {clips} real clips: {shown}.",
+    ]
     return "\n".join([*lines, "", f"Measured by `{result['command']}`; all lengths and batch sizes are in its JSON."])
 
 
@@ -56,11 +59,16 @@ def speed_row(row: dict[str, Any], measured: dict[str, Any]) -> str:
     name = row["runtime"]
     short = next(found for found in cell_of(measured, 1, 1)["runtimes"] if found["runtime"] == name)
     start = measured["start"][name]
-    share = "" if row["share of products"] is None else f"{row['share of products']:.0%}"
-    return (
-        f"| {name} | {1000 * short['seconds']:.1f} ms (x{short['ratio']:.2f}) | {row['seconds of audio per second']:,.0f} s/s "
-        f"| {row['ratio']:.2f} | {share} | {start['load and first result, s']:.2f} s | {start['8 clips of 10 s, MiB']:.0f} MiB |"
-    )
+    cells = [
+        name,
+        f"{1000 * short['seconds']:.1f} ms (x{short['ratio']:.2f})",
+        f"{row['seconds of audio per second']:,.0f} s/s",
+        f"{row['ratio']:.2f}",
+        "" if row["share of products"] is None else f"{row['share of products']:.0%}",
+        f"{start['load and first result, s']:.2f} s",
+        f"{start['8 clips of 10 s, MiB']:.0f} MiB",
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 def training_table(result: dict[str, Any]) -> str:

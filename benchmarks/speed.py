@@ -21,13 +21,14 @@ from typing import Annotated, Any
 
 import numpy as np
 import soundfile
+import soxr
 import torch
 import typer
 
 import m2d_embed
 from benchmarks.runtimes import PRODUCTS, REFERENCE, build, load, runtimes
 from benchmarks.timing import machine, measure, median, product_rates
-from m2d_embed.audio import find_audio
+from m2d_embed.audio import find_audio, open_clip
 from m2d_embed.config import ModelConfig
 from m2d_embed.packed import supports_int8
 from m2d_embed.windows import cut
@@ -126,6 +127,28 @@ def hour(name: str, dtype: str, device: str) -> dict[str, float]:
         return _child("hour", str(file), name, device, dtype)
 
 
+def decoding(rounds: int) -> dict[str, float]:
+    """Milliseconds of one core to decode, downmix and resample a clip of 10 s, by format."""
+    formats = {"WAV 16 kHz mono": ("wav", 16_000, 1), "FLAC 44.1 kHz stereo": ("flac", 44_100, 2)}
+    formats |= {"Opus 48 kHz stereo": ("opus", 48_000, 2), "MP3 44.1 kHz stereo": ("mp3", 44_100, 2)}
+    source, rate = soundfile.read(find_audio([_CLIPS / "sounds"])[0], dtype="float32", always_2d=True)
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (suffix, new_rate, channels) in formats.items():
+            mono = soxr.resample(source.mean(axis=1), rate, new_rate)
+            clip = np.resize(mono, 10 * new_rate)[:, None].repeat(channels, axis=1)
+            file = Path(folder) / f"clip.{suffix}"
+            container = {"opus": {"format": "OGG", "subtype": "OPUS"}}.get(suffix, {})
+            soundfile.write(file, clip, new_rate, **container)
+            times = measure({name: partial(_decode, file)}, 4 * rounds)[name]
+            found[name] = round(1000 * median(times), 2)
+    return found
+
+
+def _decode(file: Path) -> int:
+    return sum(len(block) for block in open_clip(file, None, 16_000, str(file)).blocks(16_000))
+
+
 def _child(task: str, *arguments: str) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.speed", "--task", task, *(f"--argument={word}" for word in arguments)]
     environment_threads = f"--threads={torch.get_num_threads()}"
@@ -216,6 +239,7 @@ def main(
         "command": f"python -m benchmarks.speed --rounds {rounds}" + (f" --device {device}" if device != "cpu" else ""),
         "machine": machine(),
         "least cosine similarity with float32": agreement(device),
+        "decoding a clip of 10 s, ms": decoding(rounds),
         "models": models,
     }
     output = HERE / ("speed.json" if device == "cpu" else f"speed-{device}.json")
