@@ -47,6 +47,7 @@ _HALF = (torch.bfloat16, torch.float16)
 
 #: Windows encoded at a time when a batch of long clips has more of them: bounds the memory of activations.
 _MAX_WINDOWS = 32
+_MAX_WINDOWS_GPU = 256
 
 
 class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "embeddings"]):
@@ -482,7 +483,8 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
         for width in sorted(widths, reverse=True):  # all full windows of all clips together, then the last, shorter one
             group = [w for w in windows if w.stop - w.start == width]
             stacked = torch.stack([pad_to_patch(log_mel[..., w.start : w.stop], self.config) for w in group], dim=1)
-            parts = [self._encode_windows(part, layers) for part in torch.split(stacked.flatten(0, 1), _MAX_WINDOWS)]
+            at_a_time = _MAX_WINDOWS if log_mel.device.type == "cpu" else _MAX_WINDOWS_GPU
+            parts = [self._encode_windows(part, layers) for part in torch.split(stacked.flatten(0, 1), at_a_time)]
             for layer, outputs in enumerate(zip(*parts, strict=True)):
                 patches = torch.cat(outputs)[..., : group[0].columns, :]  # (B * n, F, T, d)
                 patches = patches.reshape(batch, len(group), *patches.shape[1:]).transpose(1, 2)
