@@ -1,37 +1,73 @@
-"""Many clips of any length through one encoder: exact, in batches, in bounded memory.
+"""Many clips of any length through one encoder: exact, in batches, in bounded memory, read ahead by threads.
 
 Clips are never padded to one another. Each is streamed and cut into windows, and windows of equal width are encoded
 together, whichever clips they come from; so the result for a clip does not depend on what else is in the batch.
+
+Threads decode, downmix and resample (``prefetch``). The caller's thread takes what they have read, in a fixed order,
+and does all that needs torch: log-mel, windows, encoder. On a GPU it never waits for the batch it has just begun.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from collections import defaultdict, deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from m2d_embed.audio import Clip
+from m2d_embed.audio import Clip, Samples
+from m2d_embed.collectors import SCENES, Collector, Kind, Place, Timestamps, timestamps_kind
 from m2d_embed.config import FeatureConfig, ModelConfig
 from m2d_embed.errors import AudioError, ConfigError
 from m2d_embed.frontend import LogMel
-from m2d_embed.windows import WindowCutter, column_times, interleave, pad_to_patch
+from m2d_embed.prefetch import read_ahead, usable_cores
+from m2d_embed.profiling import DEVICE, ENCODER, LOG_MEL, Stopwatch
+from m2d_embed.transfer import Link, link_to
+from m2d_embed.windows import WindowCutter, pad_to_patch
 
 #: Windows that may wait for others of their width, in batches; beyond it the fullest group goes ahead.
 _MAX_WAITING_BATCHES = 8
+_FRAMES_A_CALL = 1 << 15  # of log-mel computed together on a GPU: about 100 MB there
+_SECONDS_AHEAD = 120.0  # of audio, for each thread that reads ahead: 8 MB at 16 kHz
+_MOST_THREADS = 8
+_SHORT = 10.0  # seconds
 
 R = TypeVar("R")
-Result = TypeVar("Result", covariant=True)
+
+__all__ = ["DEFAULT_PIPELINE", "FrameEncoder", "Pipeline", "Timestamps", "encode_scenes", "encode_timestamps"]
 
 
-class Timestamps(NamedTuple):
-    """Embeddings over time, (T, D), and the centre of each in milliseconds, (T,)."""
+@dataclass(frozen=True)
+class Pipeline:
+    """How a run is fed, and who watches it. Results do not depend on it.
 
-    embeddings: Tensor
-    timestamps: Tensor
+    ``decode_threads`` read clips ahead of the model; 0 reads each when it is its turn, None chooses by the machine.
+    ``stopwatch`` is told where the time goes.
+
+    Raises:
+        ConfigError: if ``decode_threads`` is negative.
+    """
+
+    decode_threads: int | None = None
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
+
+    def __post_init__(self) -> None:
+        threads = self.decode_threads
+        if threads is not None and (not isinstance(threads, int) or threads < 0):
+            raise ConfigError(f"decode_threads must be a whole number from 0 on, or None, not {threads!r}.")
+
+    def threads_for(self, device: torch.device) -> int:
+        """How many threads decode for a model on ``device``: on the CPU few, as the model needs its cores itself."""
+        if self.decode_threads is not None:
+            return self.decode_threads
+        cores = usable_cores()
+        return max(1, min(_MOST_THREADS, cores // 4 if device.type == "cpu" else cores - 1))
+
+
+DEFAULT_PIPELINE = Pipeline()
 
 
 class FrameEncoder(Protocol):
@@ -49,136 +85,227 @@ class FrameEncoder(Protocol):
 
 
 def encode_scenes(
-    model: FrameEncoder, clips: Sequence[Clip | AudioError], features: FeatureConfig, batch_size: int
-) -> Iterator[tuple[int, Tensor | AudioError]]:
+    model: FrameEncoder,
+    clips: Sequence[Clip | AudioError],
+    features: FeatureConfig,
+    batch_size: int,
+    pipeline: Pipeline = DEFAULT_PIPELINE,
+) -> Generator[tuple[int, Tensor | AudioError], None, None]:
     """Yield ``(index, scene embedding)`` for each clip as it is done, in no fixed order.
 
     Scene embeddings are (D,) float32 on the CPU. A clip that cannot be read yields its error instead.
     """
-    return _encode(model, clips, replace(features, hop_ms=None), batch_size, _SceneMean)
+    return _encode(model, clips, replace(features, hop_ms=None), batch_size, SCENES, pipeline)
 
 
 def encode_timestamps(
-    model: FrameEncoder, clips: Sequence[Clip | AudioError], features: FeatureConfig, batch_size: int
-) -> Iterator[tuple[int, Timestamps | AudioError]]:
+    model: FrameEncoder,
+    clips: Sequence[Clip | AudioError],
+    features: FeatureConfig,
+    batch_size: int,
+    pipeline: Pipeline = DEFAULT_PIPELINE,
+) -> Generator[tuple[int, Timestamps | AudioError], None, None]:
     """Yield ``(index, Timestamps)`` for each clip as it is done, in no fixed order, on the CPU.
 
     A clip that cannot be read yields its error instead.
     """
-    hop_frames = features.hop_frames(model.config)
-    return _encode(model, clips, features, batch_size, lambda: _Columns(model.config, hop_frames))
+    kind = timestamps_kind(model.config, features.hop_frames(model.config))
+    return _encode(model, clips, features, batch_size, kind, pipeline)
 
 
-class _Collector(Protocol[Result]):
-    """Gathers the columns of one clip, window by window."""
-
-    def add(self, shift: int, order: int, frames: Tensor) -> None: ...
-
-    def result(self, duration_ms: float) -> Result: ...
-
-
-class _SceneMean:
-    """The mean over all columns, kept as a running sum: a long clip takes no more memory than a short one."""
-
-    def __init__(self) -> None:
-        self.total: Tensor | float = 0.0
-        self.count = 0
-
-    def add(self, shift: int, order: int, frames: Tensor) -> None:
-        self.total = self.total + frames.sum(0, dtype=torch.float64)
-        self.count += len(frames)
-
-    def result(self, duration_ms: float) -> Tensor:
-        return torch.as_tensor(self.total / self.count).float()
-
-
-class _Columns:
-    """Every column, put back in order: by window, and interleaved if there are shifted copies."""
-
-    def __init__(self, config: ModelConfig, hop_frames: int):
-        self.config = config
-        self.hop_frames = hop_frames
-        self.parts: dict[int, dict[int, Tensor]] = defaultdict(dict)
-
-    def add(self, shift: int, order: int, frames: Tensor) -> None:
-        self.parts[shift][order] = frames.clone()
-
-    def result(self, duration_ms: float) -> Timestamps:
-        shifted: list[Tensor] = []
-        for shift in range(0, self.config.patch_size[1], self.hop_frames):
-            parts = self.parts.pop(shift, {})
-            shifted.append(torch.cat([parts[i] for i in sorted(parts)]) if parts else shifted[0][:0])
-        woven = interleave(shifted) if len(shifted) > 1 else shifted[0]
-        times = column_times(len(woven), self.hop_frames, self.config, duration_ms)
-        return Timestamps(woven[: len(times)], times)
-
-
-@dataclass
 class _ClipState(Generic[R]):
-    """Where one clip is: how many of its windows wait, and what has been collected of the others."""
+    """Where one clip is: its frames not yet in a window, how many windows wait, and what came of the others."""
 
-    index: int
-    collector: _Collector[R]
-    waiting: int = 0
-    read: bool = False
-    num_samples: int = 0
+    def __init__(self, index: int, collector: Collector[R], config: ModelConfig, hop_frames: int):
+        self.index = index
+        self.collector = collector
+        self.config = config
+        self.cutters = [WindowCutter(config, shift) for shift in range(0, config.patch_size[1], hop_frames)]
+        self.orders = [0] * len(self.cutters)
+        self.duration_ms = 0.0
+        self.waiting = 0
+        self.read = False
 
     @property
     def done(self) -> bool:
         return self.read and self.waiting == 0
 
-    def result(self, sample_rate: int) -> tuple[int, R]:
-        return self.index, self.collector.result(1000.0 * self.num_samples / sample_rate)
+    def cut(self, log_mel: Tensor | None) -> Iterator[_Window[R]]:
+        """The windows that are certain with the next (mels, n) frames; None is the end of the clip."""
+        for which, cutter in enumerate(self.cutters):
+            for frames, columns in cutter.finish() if log_mel is None else cutter.push(log_mel):
+                place = Place(cutter.shift, self.orders[which], columns)
+                self.orders[which] += 1
+                self.waiting += 1
+                yield _Window(self, place, pad_to_patch(frames, self.config))
+        self.read = log_mel is None
+
+    def result(self) -> tuple[int, R]:
+        return self.index, self.collector.result(self.duration_ms)
 
 
 @dataclass
 class _Window(Generic[R]):
     state: _ClipState[R]
-    shift: int
-    order: int
+    place: Place
     log_mel: Tensor  # (mels, frames), whole patches
-    columns: int
+
+
+class _FrontEnd(Generic[R]):
+    """Samples -> log-mel, of many clips in one call where calls are what costs, on a GPU."""
+
+    def __init__(self, front_end: LogMel, link: Link, frames_a_call: int, stopwatch: Stopwatch):
+        self.front_end = front_end
+        self.link = link
+        self.frames_a_call = frames_a_call
+        self.stopwatch = stopwatch
+        self.pieces: list[tuple[_ClipState[R], Samples | None]] = []
+        self.frames = 0
+
+    def push(self, state: _ClipState[R], piece: Samples | None) -> Iterator[tuple[_ClipState[R], Tensor | None]]:
+        """Take the next piece of a clip, None at its end; yield log-mels once there is enough for a call."""
+        self.pieces.append((state, piece))
+        if piece is not None:
+            self.frames += self._slot(piece)
+        if self.frames >= self.frames_a_call or not self.frames:
+            yield from self.flush()
+
+    def flush(self) -> Iterator[tuple[_ClipState[R], Tensor | None]]:
+        """Yield the log-mel, (mels, n), of each piece that waits, and None for the ends, in their order."""
+        pieces, self.pieces, self.frames = self.pieces, [], 0
+        with self.stopwatch.stage(LOG_MEL):
+            log_mels = iter(list(self._log_mels([piece for _, piece in pieces if piece is not None])))
+        for state, piece in pieces:
+            yield state, None if piece is None else next(log_mels)
+
+    def _log_mels(self, pieces: Sequence[Samples]) -> Iterator[Tensor]:
+        """Lay the pieces end to end, each from a whole frame on; what straddles two of them is computed in vain."""
+        if not pieces:
+            return
+        hop, n_fft = self.front_end.hop_length, self.front_end.n_fft
+        slots = [self._slot(piece) for piece in pieces]
+        host = self.link.host_buffer(((sum(slots[:-1])) * hop + len(pieces[-1]),), torch.float32)
+        samples = host.numpy()
+        start = 0
+        for slot, piece in zip(slots, pieces, strict=True):
+            samples[start : start + slot * hop] = 0  # pads the piece
+            samples[start : start + len(piece)] = piece
+            start += slot * hop
+        log_mel = self.front_end.of_frames(self.link.upload(host))
+        start = 0
+        for slot, piece in zip(slots, pieces, strict=True):
+            yield log_mel[:, start : start + (len(piece) - n_fft) // hop + 1]
+            start += slot
+
+    def _slot(self, piece: Samples) -> int:
+        """Hops that a piece takes up."""
+        return -(-len(piece) // self.front_end.hop_length)
+
+
+@dataclass
+class _Batch(Generic[R]):
+    """Windows that are being encoded, and how to wait for what comes of them."""
+
+    windows: list[_Window[R]]
+    fetch: Callable[[], Tensor]
 
 
 class _WaitingRoom(Generic[R]):
     """Windows wait here for others of their width, to be encoded together."""
 
-    def __init__(self, model: FrameEncoder, features: FeatureConfig, batch_size: int):
-        self.model = model
-        self.features = features
+    def __init__(self, encode: Callable[[list[_Window[R]]], _Batch[R]], batch_size: int):
+        self.encode = encode
         self.batch_size = batch_size
         self.groups: dict[int, list[_Window[R]]] = defaultdict(list)  # width in frames -> windows
 
-    def push(self, window: _Window[R]) -> Iterator[_ClipState[R]]:
+    def push(self, window: _Window[R]) -> Iterator[_Batch[R]]:
         """Take a window; encode its group when that is complete, or the fullest one when there is no more room."""
         width = window.log_mel.shape[1]
         self.groups[width].append(window)
-        window.state.waiting += 1
         if len(self.groups[width]) == self.batch_size:
-            yield from self._encode(width)
+            yield self.encode(self.groups.pop(width))
         elif sum(map(len, self.groups.values())) >= _MAX_WAITING_BATCHES * self.batch_size:
-            yield from self._encode(max(self.groups, key=lambda w: len(self.groups[w])))
+            yield self.encode(self.groups.pop(max(self.groups, key=lambda w: len(self.groups[w]))))
 
-    def flush(self) -> Iterator[_ClipState[R]]:
+    def flush(self) -> Iterator[_Batch[R]]:
         """Encode whatever waits."""
         for width in list(self.groups):
-            yield from self._encode(width)
+            yield self.encode(self.groups.pop(width))
 
-    def drop(self, state: _ClipState[R]) -> None:
-        """Forget the windows of a clip that turned out to be bad."""
-        kept = {width: [w for w in group if w.state is not state] for width, group in self.groups.items()}
-        self.groups = defaultdict(list, {width: group for width, group in kept.items() if group})
 
-    def _encode(self, width: int) -> Iterator[_ClipState[R]]:
-        """Encode one group; yield the clips that are done with it."""
-        group = self.groups.pop(width)
-        log_mel = torch.stack([window.log_mel for window in group]).unsqueeze(1)
-        frames = self.model.window_frames(log_mel, self.features).cpu()  # (N, T, D)
-        for window, columns in zip(group, frames, strict=True):
-            window.state.collector.add(window.shift, window.order, columns[: window.columns])
-            window.state.waiting -= 1
-            if window.state.done:
-                yield window.state
+class _Run(Generic[R]):
+    """Takes the pieces of all clips, and gives back a clip's result when its last window has come back."""
+
+    def __init__(
+        self, model: FrameEncoder, features: FeatureConfig, batch_size: int, kind: Kind[R], stopwatch: Stopwatch
+    ):
+        self.model = model
+        self.features = features
+        self.kind = kind
+        self.stopwatch = stopwatch
+        self.link = link_to(model.device)
+        self.front_end: _FrontEnd[R] = _FrontEnd(model.frontend, self.link, _frames_a_call(model.device), stopwatch)
+        self.room: _WaitingRoom[R] = _WaitingRoom(self._encode, batch_size)
+        self.under_way: deque[_Batch[R]] = deque()
+        self.states: dict[int, _ClipState[R]] = {}
+
+    def take(self, index: int, clip: Clip, piece: Samples) -> Iterator[tuple[int, R]]:
+        """Take the next piece of a clip."""
+        if index not in self.states:
+            config, collector = self.model.config, self.kind.new_collector(clip.seconds)
+            self.states[index] = _ClipState(index, collector, config, self.features.hop_frames(config))
+        yield from self._advance(self.front_end.push(self.states[index], piece))
+
+    def end(self, index: int, seconds: float) -> Iterator[tuple[int, R]]:
+        """A clip has been read to its end."""
+        state = self.states.pop(index)
+        state.duration_ms = 1000.0 * seconds
+        self.stopwatch.count_audio(seconds)
+        yield from self._advance(self.front_end.push(state, None))
+
+    def fail(self, index: int) -> None:
+        """Forget a clip that turned out to be bad. What waits of it is still encoded, and comes to nothing."""
+        self.states.pop(index, None)
+
+    def finish(self) -> Iterator[tuple[int, R]]:
+        """Encode whatever waits."""
+        yield from self._advance(self.front_end.flush())
+        for batch in self.room.flush():
+            yield from self._start(batch)
+        yield from self._land(0)
+
+    def _advance(self, log_mels: Iterator[tuple[_ClipState[R], Tensor | None]]) -> Iterator[tuple[int, R]]:
+        for state, log_mel in log_mels:
+            for window in state.cut(log_mel):
+                for batch in self.room.push(window):
+                    yield from self._start(batch)
+            if state.done:
+                yield state.result()
+
+    def _encode(self, windows: list[_Window[R]]) -> _Batch[R]:
+        self.stopwatch.count_batch(len(windows))
+        windows.sort(key=lambda window: window.place.columns)  # so that they are reduced in one or two calls
+        with self.stopwatch.stage(ENCODER):
+            log_mel = torch.stack([window.log_mel for window in windows]).unsqueeze(1)
+            frames = self.model.window_frames(log_mel, self.features)  # (N, T, D)
+            kept = self.kind.reduce(frames, [window.place.columns for window in windows])
+            return _Batch(windows, self.link.download(kept))
+
+    def _start(self, batch: _Batch[R]) -> Iterator[tuple[int, R]]:
+        self.under_way.append(batch)
+        yield from self._land(self.link.batches_behind)
+
+    def _land(self, behind: int) -> Iterator[tuple[int, R]]:
+        """Wait for the oldest batches until ``behind`` are left; yield the clips that are done with them."""
+        while len(self.under_way) > behind:
+            batch = self.under_way.popleft()
+            with self.stopwatch.stage(DEVICE):
+                results = batch.fetch()
+            for window, values in zip(batch.windows, results, strict=True):
+                window.state.collector.add(window.place, values)
+                window.state.waiting -= 1
+                if window.state.done:
+                    yield window.state.result()
 
 
 def _encode(
@@ -186,58 +313,57 @@ def _encode(
     clips: Sequence[Clip | AudioError],
     features: FeatureConfig,
     batch_size: int,
-    new_collector: Callable[[], _Collector[R]],
-) -> Iterator[tuple[int, R | AudioError]]:
+    kind: Kind[R],
+    pipeline: Pipeline,
+) -> Generator[tuple[int, R | AudioError], None, None]:
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ConfigError(f"batch_size must be a whole number from 1 on, not {batch_size!r}.")
+    yield from ((index, clip) for index, clip in enumerate(clips) if isinstance(clip, AudioError))
+    order = _longest_first(clips)
+    run = _Run(model, features, batch_size, kind, pipeline.stopwatch)
+    with closing(_read(model, [clip for _, clip in order], pipeline)) as items:
+        for position, item in items:
+            index, clip = order[position]
+            if isinstance(item, AudioError):
+                run.fail(index)
+                yield index, item
+            elif isinstance(item, float):
+                yield from run.end(index, item)
+            else:
+                yield from run.take(index, clip, item)
+    yield from run.finish()
+
+
+def _read(
+    model: FrameEncoder, clips: Sequence[Clip], pipeline: Pipeline
+) -> Generator[tuple[int, Samples | float | AudioError], None, None]:
+    """Yield of each clip its pieces, of whole frames, and then its length in seconds, or its error."""
     rate = model.config.sample_rate
-    room: _WaitingRoom[R] = _WaitingRoom(model, features, batch_size)
-    for index in _longest_first(clips):
-        clip = clips[index]
-        if isinstance(clip, AudioError):
-            yield index, clip
-            continue
-        state = _ClipState(index, new_collector())
-        try:
-            for window in _windows_of(clip, state, model, features):
-                for other in room.push(window):
-                    yield other.result(rate)
-        except AudioError as error:
-            room.drop(state)
-            yield index, error
-            continue
-        state.read = True
-        if state.done:
-            yield state.result(rate)
-    for state in room.flush():
-        yield state.result(rate)
+    num_samples = [0] * len(clips)
+
+    def blocks(position: int) -> Iterator[Samples]:
+        for block in clips[position].blocks(rate):
+            num_samples[position] += len(block)
+            yield block
+
+    def read(position: int) -> Iterator[Samples]:
+        return model.frontend.framed(blocks(position))
+
+    # Before a single short clip there is nothing to do ahead.
+    alone = len(clips) == 1 and clips[0].seconds < _SHORT
+    threads = 0 if alone else pipeline.threads_for(model.device)
+    samples_ahead = round(max(1, threads) * _SECONDS_AHEAD * rate)
+    with closing(read_ahead(len(clips), read, threads, samples_ahead, pipeline.stopwatch)) as items:
+        for position, item in items:
+            yield position, num_samples[position] / rate if item is None else item
 
 
-def _longest_first(clips: Sequence[Clip | AudioError]) -> list[int]:
-    """Indices by length: clips of one length, and so windows of one width, come together."""
-    seconds = [clip.seconds if isinstance(clip, Clip) else 0.0 for clip in clips]
-    return sorted(range(len(clips)), key=seconds.__getitem__, reverse=True)
+def _frames_a_call(device: torch.device) -> int:
+    """Frames of log-mel to compute together, at least: on the CPU each piece as it comes, while it is in the cache."""
+    return 1 if device.type == "cpu" else _FRAMES_A_CALL
 
 
-def _windows_of(clip: Clip, state: _ClipState[R], model: FrameEncoder, features: FeatureConfig) -> Iterator[_Window[R]]:
-    """Stream a clip: samples -> log-mel -> windows, for each of the shifted copies that the hop asks for."""
-    config, rate = model.config, model.config.sample_rate
-    shifts = range(0, config.patch_size[1], features.hop_frames(config))
-    cutters = [WindowCutter(config, shift) for shift in shifts]
-    orders = [0] * len(cutters)
-
-    def samples() -> Iterator[Tensor]:
-        for block in clip.blocks(rate):
-            state.num_samples += len(block)
-            yield torch.tensor(block, device=model.device)
-
-    def emit(which: int, windows: Iterator[tuple[Tensor, int]]) -> Iterator[_Window[R]]:
-        for log_mel, columns in windows:
-            yield _Window(state, cutters[which].shift, orders[which], pad_to_patch(log_mel, config), columns)
-            orders[which] += 1
-
-    for piece in model.frontend.stream(samples()):
-        for which, cutter in enumerate(cutters):
-            yield from emit(which, cutter.push(piece))
-    for which, cutter in enumerate(cutters):
-        yield from emit(which, cutter.finish())
+def _longest_first(clips: Sequence[Clip | AudioError]) -> list[tuple[int, Clip]]:
+    """The good clips by length: clips of one length, and so windows of one width, come together."""
+    good = [(index, clip) for index, clip in enumerate(clips) if isinstance(clip, Clip)]
+    return sorted(good, key=lambda one: one[1].seconds, reverse=True)

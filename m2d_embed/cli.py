@@ -1,4 +1,4 @@
-"""The command line: ``m2d-embed embed | tag | zero-shot | similar | plot | probe | convert | info | models``.
+"""The command line: ``m2d-embed embed | tag | zero-shot | similar | plot | probe | convert | export | info | models``.
 
 And for training ``finetune | pretrain | masks | corpus``.
 """
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from m2d_embed.heads.tagging import Tag
     from m2d_embed.model import M2D
     from m2d_embed.pretrain.corpus import CorpusSummary
+    from m2d_embed.sharding import Shard, ShardSummary
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _A_TAGGER = "m2d_as_vit_base-80x1001p16x16-240213_AS-FT_enconly"
@@ -63,6 +64,7 @@ class Precision(StrEnum):
     fp32 = "fp32"
     bf16 = "bf16"
     fp16 = "fp16"
+    int8 = "int8"
 
 
 class Probe(StrEnum):
@@ -71,6 +73,14 @@ class Probe(StrEnum):
     linear = "linear"
     knn = "knn"
     mlp = "mlp"
+
+
+class ExportKind(StrEnum):
+    """What an exported graph returns."""
+
+    scene = "scene"
+    timestamps = "timestamps"
+    tags = "tags"
 
 
 class HalfPrecision(StrEnum):
@@ -108,33 +118,88 @@ def embed(
     dtype: Dtype = None,
     batch_size: BatchSize = 32,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output; start anew.")] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=0, help="Threads that read files ahead of the model.", show_default="by the number of cores"),
+    ] = None,
+    compile_model: Annotated[
+        bool, typer.Option("--compile", help="Run the model through torch.compile; for GPUs and many clips.")
+    ] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Show where the time went, and what limits it.")] = False,
+    shard: Annotated[
+        str, typer.Option(help="Take one share of the files, e.g. 3/8; give the other shares to other processes.")
+    ] = "",
 ) -> None:
     """Turn sound files into embeddings.
 
     A bad file is reported and skipped; the exit status is then 1. Give the same command again after a run was killed:
-    it goes on where that stopped.
+    it goes on where that stopped. On several devices: torchrun --nproc-per-node N -m m2d_embed embed ..., or --shard;
+    the last process to finish puts the shards together.
     """
-    from m2d_embed.embed_files import embed_files
+    from m2d_embed.batching import Pipeline
+    from m2d_embed.embed_files import Summary, embed_files, job_settings
+    from m2d_embed.profiling import Profile, Stopwatch
+    from m2d_embed.sharding import Shard, embed_shard, local_device
 
     files = find_audio(inputs)
+    part = Shard.parse(shard) if shard else Shard.from_environment()
+    if part is not None and overwrite:
+        raise ConfigError(f"--overwrite does not go with shards, others may be at work; remove {output} first.")
     features = FeatureConfig(_parse_layers(layers), "concat" if concat else "mean", flat, hop_ms)
-    loaded = _load(model, device, dtype, features)
+    loaded = _load(model, local_device(device), dtype, features)
+    if compile_model:
+        loaded.compile_encoder()
+    stopwatch = Profile() if profile else Stopwatch()
+    pipeline = Pipeline(workers, stopwatch)
     started = time.perf_counter()
-    with tqdm(total=len(files), unit="clip", disable=None) as bar:
 
-        def on_progress(file: Path, error: AudioError | None) -> None:
-            bar.update()
-            if error is not None:
-                tqdm.write(f"skipped: {error}", file=sys.stderr)
+    def embed_to(files: Sequence[Path], output: Path, root: Path | None = None) -> Summary:
+        hidden = None if part is None or part.number == 1 else True  # one bar on a terminal
+        with tqdm(total=len(files), unit="clip", disable=hidden) as bar:
 
-        summary = embed_files(loaded, files, output, kind.value, batch_size, overwrite, on_progress)
+            def on_progress(file: Path, error: AudioError | None) -> None:
+                bar.update()
+                if error is not None:
+                    tqdm.write(f"skipped: {error}", file=sys.stderr)
+
+            return embed_files(loaded, files, output, kind.value, batch_size, overwrite, on_progress, pipeline, root)
+
+    if part is not None:
+        shared = embed_shard(files, output, part, job_settings(loaded, kind.value), embed_to)
+        if isinstance(stopwatch, Profile):
+            print(stopwatch.table(batch_size, pipeline.threads_for(loaded.device)))
+        _report_shard(shared, part, output, exits=bool(shard))
+        return
+    summary = embed_to(files, output)
     seconds = time.perf_counter() - started
     done = summary.embedded + summary.resumed
     earlier = f" ({summary.resumed} by an earlier run)" if summary.resumed else ""
     where = f" -> {output}" if done else "; nothing was written"
     print(f"{done} clips{earlier}, {loaded.scene_embedding_size} values each, {seconds:.1f} s{where}")
+    if isinstance(stopwatch, Profile):
+        print(stopwatch.table(batch_size, pipeline.threads_for(loaded.device)))
     if summary.failed:
         print(f"{len(summary.failed)} of {len(files)} files could not be embedded, see above.", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def _report_shard(done: ShardSummary, part: Shard, output: Path, exits: bool) -> None:
+    """Tell what became of a share and of the whole; ``exits``: with status 1 even if only this share has bad files."""
+    earlier = f" ({done.share.resumed} by an earlier run)" if done.share.resumed else ""
+    print(f"shard {part.number}/{part.count}: {done.share.embedded + done.share.resumed} clips{earlier}")
+    if done.missing:
+        print(f"shards not done yet: {', '.join(map(str, done.missing))}; the last one puts {output} together")
+    if done.whole is not None:
+        clips = done.whole.embedded + done.whole.resumed
+        print(f"{clips} clips -> {output}" if clips else "nothing was written")
+        for file, error in done.whole.failed.items():
+            if file not in done.share.failed:  # those are reported already
+                print(f"skipped: {error}", file=sys.stderr)
+    failed = (done.whole or done.share).failed
+    if failed:
+        print(f"{len(failed)} files could not be embedded, see above.", file=sys.stderr)
+    # torchrun stops all other processes when one ends with another status than 0.
+    if failed and (exits or done.whole is not None):
         raise typer.Exit(1)
 
 
@@ -276,6 +341,48 @@ def convert(
     print(f"{destination}: {', '.join(sorted(file.name for file in destination.iterdir()))}")
     if checkpoint.unused:
         print(f"left out, not part of the model: {checkpoints.summarise_unused(checkpoint.unused)}")
+
+
+@app.command()
+def export(
+    onnx: Annotated[Path | None, typer.Option("--onnx", help="The ONNX file to write, *.onnx.")] = None,
+    pt2: Annotated[Path | None, typer.Option("--pt2", help="The torch.export program to write, *.pt2.")] = None,
+    kind: Annotated[
+        ExportKind, typer.Option(help="One embedding a clip, one every hop with its time, or a classifier's labels.")
+    ] = ExportKind.scene,
+    model: Model = "",
+    hop_ms: Annotated[float | None, typer.Option(help="Step of timestamps; the model's own by default.")] = None,
+    layers: Layers = "-1",
+    concat: Concat = False,
+    flat: Flat = False,
+    opset: Annotated[int | None, typer.Option(help="Of ONNX; the newest by default, 18 for older runtimes.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+) -> None:
+    """Write a model for other runtimes: waveform in, embeddings out, any length and batch size.
+
+    What is written is run and compared with the model. --onnx needs the extra 'onnx'.
+    """
+    from m2d_embed.export import check_target, describe, export_onnx, export_program
+
+    if onnx is None and pt2 is None:
+        raise ConfigError("what is to be written? Give --onnx FILE.onnx, --pt2 FILE.pt2, or both.")
+    features = FeatureConfig(_parse_layers(layers), "concat" if concat else "mean", flat, hop_ms)
+    if kind is ExportKind.tags and features != FeatureConfig():
+        raise ConfigError("--kind tags takes the features the classifier was trained on; leave out options for them.")
+    if hop_ms is not None and kind is not ExportKind.timestamps:
+        raise ConfigError("--hop-ms is for --kind timestamps.")
+    if opset is not None and onnx is None:
+        raise ConfigError("--opset is for --onnx.")
+    if onnx is not None:
+        _require_extra("onnx", "onnx", "onnxruntime", "onnxscript")
+        check_target(onnx, ".onnx", overwrite)
+    if pt2 is not None:
+        check_target(pt2, ".pt2", overwrite)
+    loaded = _load(model, "cpu", Precision.fp32, features)
+    if onnx is not None:
+        print(describe(export_onnx(loaded, onnx, kind.value, opset, overwrite)))
+    if pt2 is not None:
+        print(describe(export_program(loaded, pt2, kind.value, overwrite)))
 
 
 @app.command()

@@ -12,7 +12,10 @@ import json
 import os
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
@@ -21,11 +24,13 @@ from typing import IO, Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from m2d_embed.audio import Clip
-from m2d_embed.batching import Timestamps, encode_scenes, encode_timestamps
+from m2d_embed.batching import DEFAULT_PIPELINE, Pipeline, Timestamps, encode_scenes, encode_timestamps
 from m2d_embed.errors import AudioError, ConfigError
 from m2d_embed.model import M2D
+from m2d_embed.profiling import OPENING, WRITING
 
 Kind = Literal["scene", "timestamps"]
 Array = npt.NDArray[np.float32]
@@ -53,6 +58,19 @@ class Summary:
     failed: dict[Path, AudioError]
 
 
+class RowSource(Protocol):
+    """Embeddings of many clips, to be written as one file."""
+
+    settings: dict[str, Any]
+    timed: bool
+
+    def rows_of(self, files: Sequence[Path]) -> list[int]:
+        """Rows of each file."""
+
+    def chunks(self, files: Sequence[Path]) -> Iterator[tuple[list[str], Array, Array]]:
+        """Yield file name, embedding and time of every row, in the files' order, some rows at a time."""
+
+
 class Sink(Protocol):
     """Where results go."""
 
@@ -71,6 +89,8 @@ def embed_files(
     batch_size: int = 32,
     overwrite: bool = False,
     on_progress: Callable[[Path, AudioError | None], None] = lambda file, error: None,
+    pipeline: Pipeline = DEFAULT_PIPELINE,
+    root: Path | None = None,
 ) -> Summary:
     """Embed files into ``output``.
 
@@ -82,23 +102,28 @@ def embed_files(
         batch_size: windows encoded at a time.
         overwrite: replace an existing output, and drop what an unfinished run left.
         on_progress: called for each file as it is done, with its error if it is a bad one.
+        pipeline: how many threads read files ahead, and who is told where the time goes.
+        root: the folder that the places of ``.npy`` files are relative to; by default the deepest that holds all files.
 
     Raises:
         ConfigError: if the output exists, its ending is unknown, or an unfinished run had other settings.
         OSError: if the disk is full or not writable; what is done by then is kept.
     """
-    sink = open_sink(output, job_settings(model, kind), kind, files, overwrite)
+    sink = open_sink(output, job_settings(model, kind), kind, files, overwrite, root)
     remaining = [file for file in files if not sink.has(file)]
     failed: dict[Path, AudioError] = {}
-    for start in range(0, len(remaining), _CLIPS_AT_A_TIME):
-        chunk = remaining[start : start + _CLIPS_AT_A_TIME]
-        for index, result in _encode(model, list(model.open_clips(chunk)), kind, batch_size):
+    with closing(_results(model, remaining, kind, batch_size, pipeline)) as results:
+        for file, result in results:
             if isinstance(result, AudioError):
-                failed[chunk[index]] = result
-            else:
-                sink.add(chunk[index], result)
-            on_progress(chunk[index], result if isinstance(result, AudioError) else None)
-    sink.finish([file for file in files if file not in failed])
+                failed[file] = result
+                on_progress(file, result)
+                continue
+            with pipeline.stopwatch.stage(WRITING):
+                sink.add(file, result)
+            on_progress(file, None)
+            del result  # an hour of timestamps is not held until the next clip is done
+    with pipeline.stopwatch.stage(WRITING):
+        sink.finish([file for file in files if file not in failed])
     return Summary(len(remaining) - len(failed), len(files) - len(remaining), failed)
 
 
@@ -118,16 +143,33 @@ def job_settings(model: M2D, kind: Kind) -> dict[str, Any]:
     }
 
 
-def open_sink(output: Path, settings: dict[str, Any], kind: Kind, files: Sequence[Path], overwrite: bool) -> Sink:
-    """Choose by the output's name how results are kept, and take up what an unfinished run left."""
+def check_output(output: Path) -> None:
+    """Raise ConfigError if the output's name means nothing, or something of another kind has it."""
     if output.suffix not in (".npz", ".parquet", ""):
         raise ConfigError(f"{output}: unknown kind of output; use .npz, .parquet, or a folder for one .npy a clip.")
     if not output.parent.is_dir():
         raise ConfigError(f"{output}: the folder {output.parent} does not exist.")
     if output.exists() and output.is_dir() != (not output.suffix):
         raise ConfigError(f"{output} is {'a folder' if output.is_dir() else 'a file'}; choose another name.")
+
+
+def common_folder(files: Sequence[Path]) -> Path:
+    """The deepest folder that holds all files, without ``..``."""
+    return Path(os.path.commonpath([_parent(file) for file in files]))
+
+
+def open_sink(
+    output: Path,
+    settings: dict[str, Any],
+    kind: Kind,
+    files: Sequence[Path],
+    overwrite: bool,
+    root: Path | None = None,
+) -> Sink:
+    """Choose by the output's name how results are kept, and take up what an unfinished run left."""
+    check_output(output)
     if not output.suffix:
-        return NpyFolder(output, settings, files, overwrite)
+        return NpyFolder(output, settings, files, overwrite, root)
     if output.exists() and not overwrite:
         raise ConfigError(f"{output} exists; choose another name, or replace it with --overwrite.")
     return PartsFile(output, settings, kind, overwrite)
@@ -166,9 +208,11 @@ def read_scenes(file: Path) -> tuple[list[str], Array, dict[str, Any]]:
 class NpyFolder:
     """One ``.npy`` a clip, ``<clip>.npy``, and with timestamps ``<clip>.times.npy`` beside it."""
 
-    def __init__(self, folder: Path, settings: dict[str, Any], files: Sequence[Path], overwrite: bool):
+    def __init__(
+        self, folder: Path, settings: dict[str, Any], files: Sequence[Path], overwrite: bool, root: Path | None = None
+    ):
         self.folder = folder
-        self.root = Path(os.path.commonpath([_parent(file) for file in files]))
+        self.root = root or common_folder(files)
         if overwrite and folder.exists():
             for file in files:
                 self._target(file).unlink(missing_ok=True)
@@ -186,8 +230,8 @@ class NpyFolder:
         target = self._target(file)
         target.parent.mkdir(parents=True, exist_ok=True)
         if rows.times is not None:
-            _save_array(target.with_name(f"{file.name}.times.npy"), rows.times)
-        _save_array(target, rows.embeddings[0] if rows.times is None else rows.embeddings)
+            _save_arrays(target.with_name(f"{file.name}.times.npy"), [rows.times])
+        _save_arrays(target, [rows.embeddings[0] if rows.times is None else rows.embeddings])
 
     def finish(self, files: Sequence[Path]) -> None:
         """Nothing is left to do."""
@@ -219,6 +263,7 @@ class PartsFile:
         for listing in sorted(self.folder.glob("part-*.json")):
             self._register(json.loads(listing.read_text(encoding="utf-8")))
         self.pending: list[tuple[Path, Rows]] = []
+        self.pending_bytes = 0
         self.last_written = time.monotonic()
 
     def has(self, file: Path) -> bool:
@@ -228,17 +273,16 @@ class PartsFile:
     def add(self, file: Path, rows: Rows) -> None:
         """Keep one clip; every few seconds, or when there is much, write what has come as a part."""
         self.pending.append((file, rows))
-        size = sum(rows.embeddings.nbytes for _, rows in self.pending)
-        if size > _BYTES_A_PART or time.monotonic() - self.last_written > _SECONDS_A_PART:
+        self.pending_bytes += rows.embeddings.nbytes
+        if self.pending_bytes > _BYTES_A_PART or time.monotonic() - self.last_written > _SECONDS_A_PART:
             self._write_part()
 
     def finish(self, files: Sequence[Path]) -> None:
         """Put the parts together in the files' order, and remove them."""
         self._write_part()
         if files:
-            write = _write_npz if self.output.suffix == ".npz" else _write_parquet
             partial = self.folder / f"whole{self.output.suffix}"
-            write(partial, self, files)
+            write_rows(partial, self, files)
             partial.replace(self.output)
         rmtree(self.folder)
 
@@ -270,15 +314,16 @@ class PartsFile:
     def _write_part(self) -> None:
         if not self.pending:
             return
-        _save_array(self._path(self.parts, "npy"), np.concatenate([rows.embeddings for _, rows in self.pending]))
+        _save_arrays(self._path(self.parts, "npy"), [rows.embeddings for _, rows in self.pending])
         if self.timed:
             times = [rows.times for _, rows in self.pending if rows.times is not None]
-            _save_array(self._path(self.parts, "times.npy"), np.concatenate(times))
+            _save_arrays(self._path(self.parts, "times.npy"), times)
         listing = [[str(file), len(rows.embeddings), *_stamp(file)] for file, rows in self.pending]
         text = json.dumps(listing)
         _write_whole(self._path(self.parts, "json"), lambda stream: stream.write(text.encode()))  # last: it counts
         self._register(listing)
         self.pending = []
+        self.pending_bytes = 0
         self.last_written = time.monotonic()
 
     def _register(self, listing: list[list[Any]]) -> None:
@@ -308,19 +353,49 @@ def _check_settings(file: Path, settings: dict[str, Any]) -> None:
         raise ConfigError(f"{file.parent} is of a run with other settings ({shown}); drop it with --overwrite.")
 
 
-def _encode(
-    model: M2D, clips: list[Clip | AudioError], kind: Kind, batch_size: int
-) -> Iterator[tuple[int, Rows | AudioError]]:
-    with torch.no_grad():
-        if kind == "scene":
-            for index, scene in encode_scenes(model, clips, model.features, batch_size):
-                yield index, scene if isinstance(scene, AudioError) else Rows(scene.numpy()[None], None)
-            return
-        for index, result in encode_timestamps(model, clips, model.features, batch_size):
-            yield index, Rows(*map(torch.Tensor.numpy, result)) if isinstance(result, Timestamps) else result
+def _opened(
+    model: M2D, files: Sequence[Path], pipeline: Pipeline
+) -> Generator[tuple[Sequence[Path], list[Clip | AudioError]], None, None]:
+    """Look at the files, some thousands at a time; the next ones in threads, while these are embedded."""
+
+    def look(file: Path) -> Clip | AudioError:
+        return next(model.open_clips([file]))
+
+    chunks = [files[start : start + _CLIPS_AT_A_TIME] for start in range(0, len(files), _CLIPS_AT_A_TIME)]
+    pool = ThreadPoolExecutor(max(1, pipeline.threads_for(model.device)))
+    looking: deque[Iterator[Clip | AudioError]] = deque()
+    try:
+        for number, chunk in enumerate(chunks):
+            looking += [pool.map(look, ahead) for ahead in chunks[number + len(looking) : number + 2]]
+            with pipeline.stopwatch.stage(OPENING):
+                clips = list(looking.popleft())
+            yield chunk, clips
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _write_npz(path: Path, parts: PartsFile, files: Sequence[Path]) -> None:
+@torch.no_grad()
+def _results(
+    model: M2D, files: Sequence[Path], kind: Kind, batch_size: int, pipeline: Pipeline
+) -> Generator[tuple[Path, Rows | AudioError], None, None]:
+    with closing(_opened(model, files, pipeline)) as chunks:
+        for chunk, clips in chunks:
+            if kind == "scene":
+                for index, scene in encode_scenes(model, clips, model.features, batch_size, pipeline):
+                    yield chunk[index], scene if isinstance(scene, AudioError) else Rows(scene.numpy()[None], None)
+                continue
+            for index, result in encode_timestamps(model, clips, model.features, batch_size, pipeline):
+                yield chunk[index], Rows(*map(Tensor.numpy, result)) if isinstance(result, Timestamps) else result
+                del result
+
+
+def write_rows(path: Path, rows: RowSource, files: Sequence[Path]) -> None:
+    """Write one ``.npz`` or ``.parquet`` of all rows of some files, in their order, never whole in memory."""
+    write = _write_npz if path.suffix == ".npz" else _write_parquet
+    write(path, rows, files)
+
+
+def _write_npz(path: Path, parts: RowSource, files: Sequence[Path]) -> None:
     """An ``.npz`` written array by array, never whole in memory."""
     counts = parts.rows_of(files)
     total = sum(counts)
@@ -348,7 +423,7 @@ def _stream_member(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], 
         _write_array(member, shape, blocks)
 
 
-def _write_parquet(path: Path, parts: PartsFile, files: Sequence[Path]) -> None:
+def _write_parquet(path: Path, parts: RowSource, files: Sequence[Path]) -> None:
     """One row an embedding: ``file``, ``timestamp_ms`` (if timed), ``embedding``; settings in the metadata."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -366,15 +441,17 @@ def _write_parquet(path: Path, parts: PartsFile, files: Sequence[Path]) -> None:
             writer.write_table(pa.table(columns, schema=schema))
 
 
-def _save_array(path: Path, array: Array) -> None:
-    _write_whole(path, lambda stream: _write_array(stream, array.shape, [array]))
+def _save_arrays(path: Path, arrays: Sequence[Array]) -> None:
+    """Write arrays one after the other as one."""
+    shape = (sum(map(len, arrays)), *arrays[0].shape[1:])
+    _write_whole(path, lambda stream: _write_array(stream, shape, arrays))
 
 
 def _write_array(stream: IO[bytes], shape: tuple[int, ...], blocks: Iterable[Array]) -> None:
     """An ``.npy`` of consecutive blocks. Unlike ``np.save``, says so in the usual way when the disk is full."""
     np.lib.format.write_array_header_2_0(stream, {"descr": "<f4", "fortran_order": False, "shape": shape})
     for block in blocks:
-        stream.write(np.ascontiguousarray(block, dtype="<f4").tobytes())
+        stream.write(np.ascontiguousarray(block, dtype="<f4").data)
 
 
 def _write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:

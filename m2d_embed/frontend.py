@@ -12,11 +12,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from nnAudio.librosa_functions import get_mel
 from torch import Tensor, nn
 
+from m2d_embed.audio import Samples
 from m2d_embed.config import ModelConfig
 
 #: Frames transformed at a time: keeps the spectrogram of a long clip out of memory, and in the processor's cache.
@@ -81,34 +83,59 @@ class LogMel(nn.Module):
         """Yield the log-mel of one clip piece by piece, equal to ``forward`` on the whole.
 
         Args:
-            blocks: consecutive 1-D pieces of the clip, of any lengths.
+            blocks: consecutive 1-D pieces of the clip, of any lengths, on the CPU and without gradients.
 
         Yields:
             (mels, n) float32 normalised frames, in order. Nothing if there are no samples.
         """
+        for piece in self.framed(block.float().numpy() for block in blocks):
+            yield self.of_frames(torch.from_numpy(piece).to(self.window.device))
+
+    def framed(self, blocks: Iterable[Samples]) -> Iterator[Samples]:
+        """Turn consecutive blocks of a clip, of any lengths, into pieces of whole frames, which ``of_frames`` takes.
+
+        Each piece begins with the last samples of the one before; the clip's ends are mirrored. A clip of less than
+        40 s is one piece. Torch is not used, so this may run in threads beside the model: each would start torch's own
+        threads once more.
+
+        Yields:
+            (n_fft + (n - 1) * hop,) float32 for n frames, at least one. Nothing if there are no samples.
+        """
         half = self.n_fft // 2
-        pending = torch.empty(0, device=self.window.device)
-        start = 0  # samples of `pending` before its first unread frame
+        enough = max(_BLOCK_FRAMES * self.hop_length, self.n_fft)
+        held: list[Samples] = []
+        new = start = 0  # samples held that are in no piece yet; samples before the next piece
         begun = False
         for block in blocks:
-            pending = torch.cat([pending, block.float()])
-            if not begun and len(pending) > half:
-                pending = torch.cat([pending[1 : half + 1].flip(0), pending])
+            held.append(block)
+            new += len(block)
+            if new < enough:
+                continue
+            joined = np.concatenate(held)
+            if not begun:
+                joined = np.concatenate([joined[half:0:-1], joined])
                 begun = True
-            count = (len(pending) - start - self.n_fft) // self.hop_length + 1
-            if begun and count > 0:
-                yield self._stream_frames(pending[start:], count)
-                start += count * self.hop_length
-                keep = min(start, len(pending) - half - 1)  # the end of the clip is mirrored from these
-                pending, start = pending[keep:], start - keep
-        if not begun:
-            if len(pending):
-                yield self(pending.unsqueeze(0))[0, 0]
+            stop = start + self._whole_frames(len(joined) - start)
+            yield joined[start:stop]
+            start = stop - self.n_fft + self.hop_length
+            keep = min(start, len(joined) - half - 1)  # the end of the clip is mirrored from these
+            held, new, start = [joined[keep:]], 0, start - keep
+        joined = np.concatenate([*held, np.empty(0, np.float32)])
+        if begun:
+            joined = np.concatenate([joined, joined[-2 : -half - 2 : -1]])
+            stop = start + self._whole_frames(len(joined) - start)
+        elif len(joined):
+            stop = self.n_fft + (self.num_frames(len(joined)) - 1) * self.hop_length
+            joined = np.pad(np.pad(joined, (0, max(0, half + 1 - len(joined)))), half, mode="reflect")
+        else:
             return
-        pending = torch.cat([pending, pending[-half - 1 : -1].flip(0)])
-        count = (len(pending) - start - self.n_fft) // self.hop_length + 1
-        if count > 0:
-            yield self._stream_frames(pending[start:], count)
+        if stop > start:
+            yield joined[start:stop]
+
+    def of_frames(self, samples: Tensor) -> Tensor:
+        """A piece that ``framed`` yields, (n_fft + (n - 1) * hop,), -> its normalised log-mel, (mels, n) float32."""
+        frames = samples.unfold(0, self.n_fft, self.hop_length)
+        return self.normalize(self._log_mel(frames.unsqueeze(0)))[0]
 
     def normalize(self, log_mel: Tensor) -> Tensor:
         """``(log_mel - mean) / std`` with the statistics of the training data."""
@@ -128,6 +155,8 @@ class LogMel(nn.Module):
             power = spectrum.real.square() + spectrum.imag.square()
             return torch.log(power @ self.filterbank + self.eps).transpose(-1, -2)
 
-    def _stream_frames(self, samples: Tensor, count: int) -> Tensor:
-        frames = samples.unfold(0, self.n_fft, self.hop_length)[:count]
-        return self.normalize(self._log_mel(frames.unsqueeze(0)))[0]
+    def _whole_frames(self, num_samples: int) -> int:
+        """Samples of the whole frames among so many."""
+        if num_samples < self.n_fft:
+            return 0
+        return self.n_fft + (num_samples - self.n_fft) // self.hop_length * self.hop_length

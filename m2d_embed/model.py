@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -280,8 +281,7 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
             raise ConfigError(f'output is "numpy" or "torch", not {output!r}.')
         many, single = _as_list(clips)
         opened = list(self.open_clips(many, sample_rate, raise_errors=True))
-        with torch.no_grad():
-            encoded = batching.encode_scenes(self, opened, self.features, batch_size)
+        with torch.no_grad(), closing(batching.encode_scenes(self, opened, self.features, batch_size)) as encoded:
             scenes = _in_order(encoded, len(many), show_progress_bar)
         stacked = torch.stack(scenes) if scenes else torch.empty(0, self.scene_embedding_size)
         result = stacked[0] if single else stacked
@@ -320,8 +320,7 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
         """
         many, single = _as_list(clips)
         opened = list(self.open_clips(many, sample_rate, raise_errors=True))
-        with torch.no_grad():
-            encoded = batching.encode_timestamps(self, opened, self.features, batch_size)
+        with torch.no_grad(), closing(batching.encode_timestamps(self, opened, self.features, batch_size)) as encoded:
             results = _in_order(encoded, len(many), show_progress_bar)
         return results[0] if single else results
 

@@ -58,7 +58,7 @@ PackedBlock = Callable[[Tensor, Tensor | None], Tensor]
 
 
 def can_pack(x: Tensor) -> bool:
-    """Whether ``x`` on a CPU may go through packed blocks: an x86 one, and nothing differentiates or traces the call."""
+    """Whether ``x`` on a CPU may go through packed blocks: it is an x86 one, without gradients, autocast or tracing."""
     return (
         _HAS_KERNELS
         and x.dtype == torch.float32
@@ -230,8 +230,9 @@ def _layers(blocks: nn.ModuleList) -> Iterator[nn.Linear]:
 
 def _identity(layer: nn.Linear) -> tuple[type, int, int]:
     """What a layer is, where the memory of its matrix is, and how often that has been written to."""
-    weight = layer._parameters["weight"] if "weight" in layer._parameters else layer.weight
-    assert weight is not None
+    weight = layer._parameters.get("weight")  # faster than layer.weight
+    if weight is None:  # it is computed from something else, as with a parametrization
+        return type(layer), 0, 0
     return type(layer), weight.data_ptr(), -1 if weight.is_inference() else weight._version
 
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,9 +10,13 @@ import soundfile
 import torch
 from conftest import DATA, TINY, random_model
 
+from m2d_embed import batching
 from m2d_embed.audio import load_audio
+from m2d_embed.batching import Pipeline, encode_scenes, encode_timestamps
 from m2d_embed.config import FeatureConfig
 from m2d_embed.errors import AudioError, ConfigError
+from m2d_embed.profiling import DECODING, ENCODER, LOG_MEL, Profile
+from m2d_embed.transfer import PlainLink
 
 RATE = 16_000
 FILES = sorted(DATA.glob("*/*.o*"))
@@ -140,16 +145,139 @@ def test_a_bad_clip_is_named(tiny, tmp_path):
         tiny.encode([late, np.zeros(100, np.float32)], batch_size=2)
 
 
+def scenes_of(model, clips, batch_size=4, **options):
+    """Scene embeddings in the clips' order, errors as text."""
+    opened = list(model.open_clips(clips))
+    with torch.no_grad():
+        return dict(encode_scenes(model, opened, model.features, batch_size, Pipeline(**options)))
+
+
+def bad_late(seconds: float = 60.0) -> np.ndarray:
+    """A clip whose last sample is bad: seen after windows of it have been encoded."""
+    clip = np.zeros(round(seconds * RATE), np.float32)
+    clip[-1] = np.nan
+    return clip
+
+
+@pytest.mark.parametrize("threads", [1, 2, 8])
+def test_threads_change_nothing(tiny, tmp_path, threads):
+    (tmp_path / "bad.wav").write_text("text")
+    clips = [*FILES, *mixed_clips(), tmp_path / "bad.wav", bad_late()]
+    expected, got = scenes_of(tiny, clips, decode_threads=0), scenes_of(tiny, clips, decode_threads=threads)
+    assert sorted(got) == sorted(expected) == list(range(len(clips)))
+    for index, scene in expected.items():
+        if isinstance(scene, AudioError):
+            assert str(got[index]) == str(scene)
+        else:
+            assert (got[index] - scene).abs().max() <= 1e-6
+    assert {index for index, scene in got.items() if isinstance(scene, AudioError)} == {len(clips) - 2, len(clips) - 1}
+
+
+def test_a_run_can_be_repeated_to_the_bit(tiny):
+    clips = [*FILES, *mixed_clips()]
+    first, second = (scenes_of(tiny, clips, decode_threads=3) for _ in range(2))
+    assert list(first) == list(second)
+    assert all(torch.equal(first[i], second[i]) for i in first)
+
+
+@pytest.mark.parametrize("threads", [-1, 1.5, "2"])
+def test_impossible_numbers_of_threads(threads):
+    with pytest.raises(ConfigError, match="decode_threads"):
+        Pipeline(decode_threads=threads)
+
+
+def test_threads_by_the_machine(monkeypatch):
+    for cores, cpu, gpu in [(1, 1, 1), (2, 1, 1), (16, 4, 8)]:
+        monkeypatch.setattr(batching, "usable_cores", lambda cores=cores: cores)
+        assert Pipeline().threads_for(torch.device("cpu")) == cpu
+        assert Pipeline().threads_for(torch.device("cuda")) == gpu
+    assert Pipeline(decode_threads=5).threads_for(torch.device("cpu")) == 5
+
+
+class LateLink(PlainLink):
+    """Stands in for a GPU: what is brought back arrives, over NaN, only when it is waited for."""
+
+    batches_behind = 2
+
+    def __init__(self, device):
+        super().__init__(device)
+        self.under_way = self.most_under_way = 0
+
+    def download(self, tensor):
+        host = torch.full_like(tensor, torch.nan)
+        self.under_way += 1
+        self.most_under_way = max(self.most_under_way, self.under_way)
+
+        def wait():
+            self.under_way -= 1
+            return host.copy_(tensor)
+
+        return wait
+
+
+@pytest.mark.parametrize("frames_a_call", [300, 2000, 10**9])
+@pytest.mark.parametrize("hop_ms", [None, 40.0])
+def test_as_on_a_gpu(tiny, monkeypatch, hop_ms, frames_a_call):
+    """The log-mel of many clips in one call, results two batches late; and clips that turn out bad meanwhile."""
+    tiny.features = FeatureConfig(hop_ms=hop_ms)
+    clips = [*(clip[: 10 * RATE] for clip in mixed_clips()), bad_late(8.0), *FILES, bad_late(0.001)]
+    opened = list(tiny.open_clips(clips))
+    links = []
+    with torch.no_grad():
+        expected = dict(encode_timestamps(tiny, opened, tiny.features, 4))
+        monkeypatch.setattr(batching, "link_to", lambda device: links.append(LateLink(device)) or links[-1])
+        monkeypatch.setattr(batching, "_frames_a_call", lambda device: frames_a_call)
+        late = dict(encode_timestamps(tiny, opened, tiny.features, 4, Pipeline(decode_threads=2)))
+        scenes = dict(encode_scenes(tiny, opened, tiny.features, 4, Pipeline(decode_threads=2)))
+    assert [link.most_under_way for link in links] == [3, 3]
+    assert len(late) == len(scenes) == len(clips)
+    for index, result in expected.items():
+        if isinstance(result, AudioError):
+            assert str(late[index]) == str(scenes[index]) == str(result)
+            continue
+        assert torch.equal(late[index].timestamps, result.timestamps)
+        assert (late[index].embeddings - result.embeddings).abs().max() <= 2e-6
+        if hop_ms is None:
+            assert (scenes[index] - tiny.scene(torch.from_numpy(as_array(clips[index]))[None])[0]).abs().max() <= 1e-5
+
+
+def test_a_clip_longer_than_it_seemed(tiny, noise):
+    """Its header is wrong, or it is very long: the tensor of its columns grows."""
+    clip = noise(30.0)[0]
+    with torch.no_grad():
+        expected = tiny.timestamps(clip[None])
+        (opened,) = tiny.open_clips([clip])
+        wrong = replace(opened, seconds=1.0)
+        ((_, got),) = encode_timestamps(tiny, [wrong], tiny.features, 4)
+    assert torch.equal(got.timestamps, expected.timestamps[0])
+    assert (got.embeddings - expected.embeddings[0]).abs().max() <= 1e-5
+
+
+def as_array(clip) -> np.ndarray:
+    return clip if isinstance(clip, np.ndarray) else load_audio(clip, RATE)
+
+
+def test_a_profile_of_a_run(tiny):
+    profile = Profile()
+    clips = [*FILES, bad_late()]
+    scenes_of(tiny, clips, batch_size=4, decode_threads=1, stopwatch=profile)
+    lengths = [len(load_audio(file, RATE)) / RATE for file in FILES]
+    assert profile.audio_seconds == pytest.approx(sum(lengths))
+    assert profile.batches >= profile.windows / 4 >= len(FILES) / 4
+    assert min(profile.seconds[name] for name in (DECODING, LOG_MEL, ENCODER)) > 0
+
+
 def test_gradients_are_not_kept(tiny):
     assert not tiny.encode(FILES[:1], output="torch").requires_grad
 
 
 _PEAK_MEMORY = """
-import resource, sys
+import sys
 from m2d_embed.model import M2D
+from m2d_embed.profiling import peak_memory
 model = M2D.from_pretrained(sys.argv[1])
 encoded = model.encode(sys.argv[2])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+print(peak_memory() / 2**20)
 """
 
 

@@ -3,17 +3,26 @@
 import errno
 import json
 import shutil
+import subprocess
+import sys
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import soundfile
 from conftest import DATA, TINY, random_model
+from typer.testing import CliRunner
 
 from m2d_embed import embed_files as module
+from m2d_embed.batching import Pipeline
+from m2d_embed.cli import app
 from m2d_embed.config import FeatureConfig
 from m2d_embed.embed_files import embed_files, read_scenes
 from m2d_embed.errors import ConfigError
+from m2d_embed.profiling import DECODING, ENCODER, OPENING, WRITING, Profile
 
 FILES = sorted(DATA.glob("*/*.o*"))
 
@@ -219,6 +228,85 @@ def test_reading_back_something_else(tmp_path):
     for name, message in [("other.npz", "not embeddings"), ("text.parquet", "not embeddings"), ("no.npz", "no such")]:
         with pytest.raises(ConfigError, match=message):
             read_scenes(tmp_path / name)
+
+
+@pytest.mark.parametrize("clips_at_a_time", [1, 5, 2048])
+def test_any_number_of_files_at_a_time(tmp_path, model, monkeypatch, clips_at_a_time):
+    monkeypatch.setattr(module, "_CLIPS_AT_A_TIME", clips_at_a_time)
+    summary = embed_files(model, [*FILES, tmp_path / "no.wav"], tmp_path / "out.npz")
+    assert summary.embedded == len(FILES)
+    assert list(summary.failed) == [tmp_path / "no.wav"]
+    assert np.abs(read_scenes(tmp_path / "out.npz")[1] - model.encode(FILES)).max() <= 1e-5
+
+
+def test_an_interruption_ends_the_threads(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(module, "_CLIPS_AT_A_TIME", 2)
+    before = set(threading.enumerate())
+    with pytest.raises(Killed):
+        embed_files(model, FILES, tmp_path / "out.npz", on_progress=kill_after(1), pipeline=Pipeline(4))
+    for thread in set(threading.enumerate()) - before:
+        thread.join(5)
+    assert set(threading.enumerate()) <= before
+
+
+def test_a_profile_of_files(tmp_path, model):
+    profile = Profile()
+    embed_files(model, FILES, tmp_path / "out.npz", pipeline=Pipeline(2, profile))
+    assert min(profile.seconds[name] for name in (OPENING, DECODING, ENCODER, WRITING)) > 0
+    assert sum(profile.seconds.values()) - profile.seconds[DECODING] <= profile.wall_seconds()
+    assert profile.windows >= len(FILES)
+
+
+@pytest.mark.parametrize(("workers", "where"), [("0", "while waited for"), ("2", "in 2 threads besides")])
+def test_the_profile_of_a_command(tmp_path, model, workers, where):
+    model.save_pretrained(tmp_path / "model")
+    command = [
+        "embed",
+        str(DATA),
+        "-o",
+        str(tmp_path / "out.npz"),
+        "--model",
+        str(tmp_path / "model"),
+        "--device",
+        "cpu",
+    ]
+    result = CliRunner().invoke(app, [*command, "--workers", workers, "--profile"])
+    assert result.exit_code == 0
+    for expected in (f"{len(FILES)} clips", "x real time", "encoder", where, "batches", "limited by"):
+        assert expected in result.stdout
+    quiet = CliRunner().invoke(app, [*command, "--overwrite"])
+    assert "limited by" not in quiet.stdout
+    assert CliRunner().invoke(app, [*command, "--workers", "-1"]).exit_code == 2
+
+
+_PEAK_OF_TIMESTAMPS = """
+import sys
+from pathlib import Path
+from m2d_embed.embed_files import embed_files
+from m2d_embed.model import M2D
+from m2d_embed.profiling import peak_memory
+model = M2D.from_pretrained(sys.argv[1])
+embed_files(model, [Path(sys.argv[2])], Path(sys.argv[3]), "timestamps")
+print(peak_memory() / 2**20)
+"""
+
+
+def test_long_timestamps_are_not_held_many_times(tmp_path):
+    """Half an hour of wide timestamps: their own size twice at most, the second time in the file that is read back."""
+    config = replace(TINY, embed_dim=256, depth=1)
+    random_model(config).save_pretrained(tmp_path / "model")
+    minute = (0.2 * np.random.default_rng(0).standard_normal(60 * 16_000)).astype(np.float32)
+    peaks = {}
+    for minutes in (2, 30):
+        wav, out = tmp_path / f"{minutes}.wav", tmp_path / f"{minutes}.npz"
+        with soundfile.SoundFile(wav, "w", 16_000, 1) as file:
+            for _ in range(minutes):
+                file.write(minute)
+        command = [sys.executable, "-c", _PEAK_OF_TIMESTAMPS, *map(str, (tmp_path / "model", wav, out))]
+        peaks[minutes] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    rows, width = np.load(tmp_path / "30.npz")["embeddings"].shape
+    assert (rows, width) == (30 * 60 * 1000 // 160, 5 * 256)
+    assert peaks[30] - peaks[2] < 2 * rows * width * 4 / 2**20  # MB
 
 
 def test_settings_are_stored(tmp_path, model):

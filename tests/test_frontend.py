@@ -1,5 +1,7 @@
 """The log-mel: agreement with nnAudio, streaming, precision, and very short clips."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -50,11 +52,31 @@ def test_silence_is_the_log_of_eps():
 @pytest.mark.parametrize("rate", [16_000, 32_000])
 @pytest.mark.parametrize("num_samples", [1, 150, 401, 33_333])
 @pytest.mark.parametrize("block", [31, 160, 4_096, 100_000])
-def test_streaming_equals_one_piece(rate, num_samples, block, noise):
+@pytest.mark.parametrize("frames_a_piece", [1, 7, 4_096])
+def test_streaming_equals_one_piece(rate, num_samples, block, frames_a_piece, noise, monkeypatch):
+    monkeypatch.setattr("m2d_embed.frontend._BLOCK_FRAMES", frames_a_piece)
     front_end = LogMel(config_at(rate))
     audio = noise(num_samples / 16_000)[0]
     pieces = list(front_end.stream(torch.split(audio, block)))
     torch.testing.assert_close(torch.cat(pieces, dim=1), front_end(audio[None])[0, 0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("hop_length", [300, 500])
+def test_streaming_with_a_long_hop(hop_length, noise, monkeypatch):
+    """So long that what is left of a block can be shorter than what is mirrored at the end."""
+    front_end = LogMel(replace(ModelConfig(), hop_length=hop_length))
+    audio = noise(2.0)[0]
+    monkeypatch.setattr("m2d_embed.frontend._BLOCK_FRAMES", 1)
+    for num_samples in range(1_200, 2_500, 50):
+        pieces = list(front_end.stream(torch.split(audio[:num_samples], 100)))
+        expected = front_end(audio[None, :num_samples])[0, 0]
+        torch.testing.assert_close(torch.cat(pieces, dim=1), expected, atol=1e-5, rtol=0)
+
+
+def test_a_short_clip_is_streamed_in_one_piece(noise):
+    blocks = [block.numpy() for block in torch.split(noise(30.0)[0], 20_000)]
+    (piece,) = LogMel(ModelConfig()).framed(blocks)
+    assert len(piece) == 400 + 160 * (30 * 16_000 // 160)
 
 
 def test_streaming_nothing_gives_nothing():

@@ -217,7 +217,7 @@ def test_the_default_dtype_does_not_matter(noise):
 def test_unknown_dtype_is_refused(tmp_path, tiny):
     tiny.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="bf16"):
-        M2D.from_pretrained(tmp_path, dtype="int8")
+        M2D.from_pretrained(tmp_path, dtype="int4")
 
 
 def test_save_and_load_are_exact(tmp_path, tiny, noise):

@@ -1,0 +1,119 @@
+"""What is kept of the encoder's output for a clip whose windows come back one by one, and what it makes in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from m2d_embed.config import ModelConfig
+from m2d_embed.windows import column_times
+
+R = TypeVar("R")
+Result = TypeVar("Result", covariant=True)
+
+#: What a header says about the length of a clip is not worth more memory than this before its columns come.
+_MOST_ROWS_AT_FIRST = 1 << 15
+
+
+class Timestamps(NamedTuple):
+    """Embeddings over time, (T, D), and the centre of each in milliseconds, (T,)."""
+
+    embeddings: Tensor
+    timestamps: Tensor
+
+
+class Place(NamedTuple):
+    """Where a window is in its clip: in which shifted copy, its number there, and how many of its columns count."""
+
+    shift: int
+    order: int
+    columns: int
+
+
+class Collector(Protocol[Result]):
+    """Gathers what the encoder made of one clip, window by window."""
+
+    def add(self, place: Place, values: Tensor) -> None: ...
+
+    def result(self, duration_ms: float) -> Result: ...
+
+
+@dataclass(frozen=True)
+class Kind(Generic[R]):
+    """What is kept of the frame features: ``reduce`` is done on the device, with a batch, (N, T, D) and its columns."""
+
+    reduce: Callable[[Tensor, Sequence[int]], Tensor]
+    new_collector: Callable[[float], Collector[R]]  # of a clip's expected length in seconds
+
+
+def _sum_columns(frames: Tensor, columns: Sequence[int]) -> Tensor:
+    """(N, T, D) -> (N, D), the sum of the first ``columns`` of each window."""
+    precise = torch.float32 if frames.device.type == "mps" else torch.float64
+    sums, start = [], 0
+    for kept, run in groupby(columns):  # rather than a mask, which would have to be sent to the device
+        stop = start + len(list(run))
+        sums.append(frames[start:stop, :kept].sum(1, dtype=precise))
+        start = stop
+    return torch.cat(sums)
+
+
+class _SceneMean:
+    """The mean over all columns, kept as a running sum: a long clip takes no more memory than a short one."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | float = 0.0
+        self.count = 0
+
+    def add(self, place: Place, values: Tensor) -> None:
+        self.total = self.total + values.double()
+        self.count += place.columns
+
+    def result(self, duration_ms: float) -> Tensor:
+        return torch.as_tensor(self.total / self.count).float()
+
+
+class _Columns:
+    """Every column, in one tensor from the start: an hour of them is long, and not to be held twice."""
+
+    def __init__(self, config: ModelConfig, hop_frames: int, seconds: float):
+        self.config = config
+        self.hop_frames = hop_frames
+        self.lengths = [0] * (config.patch_size[1] // hop_frames)  # columns of each shifted copy
+        expected = 1000 * seconds / (hop_frames * config.frame_ms) + 1
+        self.capacity = int(min(expected, _MOST_ROWS_AT_FIRST))
+        self.woven = torch.empty(0, 0)
+
+    def add(self, place: Place, values: Tensor) -> None:
+        columns, copies, copy = values[: place.columns], len(self.lengths), place.shift // self.hop_frames
+        first = copy + copies * place.order * self.config.grid_size[1]  # all windows before this one are full
+        stop = first + copies * (len(columns) - 1) + 1
+        if stop > len(self.woven):
+            self._grow(stop, columns)
+        self.woven[first:stop:copies] = columns
+        self.lengths[copy] += len(columns)
+
+    def result(self, duration_ms: float) -> Timestamps:
+        copies = len(self.lengths)
+        count = min(copies * length + copy for copy, length in enumerate(self.lengths))  # as far as there is no gap
+        times = column_times(count, self.hop_frames, self.config, duration_ms)
+        return Timestamps(self.woven[: len(times)], times)
+
+    def _grow(self, rows: int, like: Tensor) -> None:
+        length = max(rows, self.capacity, 2 * len(self.woven))
+        longer = torch.empty(length, like.shape[1], dtype=like.dtype, device="cpu")
+        if len(self.woven):
+            longer[: len(self.woven)] = self.woven
+        self.woven = longer
+
+
+SCENES: Kind[Tensor] = Kind(_sum_columns, lambda seconds: _SceneMean())
+
+
+def timestamps_kind(config: ModelConfig, hop_frames: int) -> Kind[Timestamps]:
+    """Timestamp embeddings every ``hop_frames`` frames."""
+    return Kind(lambda frames, columns: frames, lambda seconds: _Columns(config, hop_frames, seconds))
