@@ -24,8 +24,8 @@ def speed_table(result: dict[str, Any]) -> str:
     lines = [
         f"On {on_cores(result['machine'])}. The peer is the same architecture written in timm's style in float32, fed "
         "by nnAudio as in the reference runtime; all take turns in one run, and ratios are to it. Share: what the "
-        "model's own operations reach of this machine's rate for matrix products of the model's shapes in that precision. "
-        "Memory is that beyond the loaded model, for 8 clips of 10 s.",
+        "model's own operations reach of this machine's rate for matrix products of the model's shapes in that "
+        "precision. Memory is that beyond the loaded model, for 8 clips of 10 s.",
     ]
     for model, measured in result["models"].items():
         lines += ["", f"**{model}**", ""]

@@ -189,7 +189,7 @@ class Encoder(nn.Module):
 
     def _runnable(self, x: Tensor) -> Sequence[PackedBlock]:
         """The blocks, or packed copies of them where these do the same faster."""
-        modules = cast(Sequence[PackedBlock], self.blocks)
+        modules = cast("Sequence[PackedBlock]", self.blocks)
         if torch.compiler.is_compiling():
             return modules
         if self.training or x.device.type != "cpu":

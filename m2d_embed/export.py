@@ -83,8 +83,8 @@ def export_onnx(
     The graph takes ``audio``, (batch, samples) float32 in [-1, 1] at the model's rate, of any length from one sample
     and any batch size. It returns ``embeddings``: (batch, D) for scenes, (batch, columns, D) for timestamps, then with
     ``timestamps_ms`` (batch, columns); for tags ``probabilities`` (batch, labels). All windows of a batch are encoded
-    at a time, so its memory grows with the length of the clips. Audio is not checked: of an empty clip, or one with NaN,
-    the numbers mean nothing.
+    at a time, so its memory grows with the length of the clips. Audio is not checked: what comes out for an empty clip,
+    or one with NaN, means nothing.
 
     Model, rate, kind, size, settings and labels are in the file's metadata, as strings.
 

@@ -351,7 +351,7 @@ def test_a_runtime_that_cannot_load_is_reported(tmp_path, monkeypatch, tiny):
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr(export, "_as_onnx", lambda graph, opset: onnx.ModelProto())
-    with pytest.raises(ExportError, match="ONNX Runtime .* does not load the model .*lower opset"):
+    with pytest.raises(ExportError, match=r"ONNX Runtime .* does not load the model .*lower opset"):
         export_onnx(tiny, tmp_path / "x.onnx")
     assert list(tmp_path.iterdir()) == []
 
