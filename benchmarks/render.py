@@ -57,11 +57,11 @@ def cell_of(measured: dict[str, Any], seconds: int, batch: int) -> dict[str, Any
 
 def speed_row(row: dict[str, Any], measured: dict[str, Any]) -> str:
     name = row["runtime"]
-    short = next(found for found in cell_of(measured, 1, 1)["runtimes"] if found["runtime"] == name)
+    short = [found for found in cell_of(measured, 1, 1)["runtimes"] if found["runtime"] == name]
     start = measured["start"][name]
     cells = [
         name,
-        f"{1000 * short['seconds']:.1f} ms (x{short['ratio']:.2f})",
+        f"{1000 * short[0]['seconds']:.1f} ms (x{short[0]['ratio']:.2f})" if short else "",
         f"{row['seconds of audio per second']:,.0f} s/s",
         f"{row['ratio']:.2f}",
         "" if row["share of products"] is None else f"{row['share of products']:.0%}",

@@ -43,8 +43,8 @@ def test_numbers_and_shapes(monkeypatch):
     model._compiled = CompiledEncoder(model.encoder, backend="eager")
     frames = TINY.hop_length
     with torch.no_grad():
-        for batch in (1, 2, 3, 4):
-            for length in (900, 20 * frames, 40 * frames, 70 * frames, 150 * frames, 151 * frames):
+        for batch in (1, 3):
+            for length in (900, 40 * frames, 151 * frames):
                 audio = clips(batch, length)
                 torch.testing.assert_close(model.scene(audio), plain.scene(audio), atol=5e-6, rtol=0)
         log_mel = model.log_mel(clips(3, 30 * frames))
