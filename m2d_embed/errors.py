@@ -27,3 +27,7 @@ class UnsupportedError(M2DEmbedError, TypeError):
 
 class TrainingError(M2DEmbedError, RuntimeError):
     """A training run that cannot go on: a loss that is not finite, data that is mostly unreadable."""
+
+
+class ExportError(M2DEmbedError, RuntimeError):
+    """A model that could not be exported, or whose export does not give the model's numbers."""

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 from m2d_embed import __version__
 from m2d_embed.config import FeatureConfig, ModelConfig, resolve_layers
-from m2d_embed.errors import ConfigError, M2DEmbedError, UnsupportedError
-from m2d_embed.model import M2D, _combine
+from m2d_embed.errors import ConfigError, ExportError, UnsupportedError
+from m2d_embed.model import M2D, frame_features
 
 Kind = Literal["scene", "timestamps", "tags"]
 
@@ -48,10 +48,6 @@ _ATTENTION_OPSET = 23  # since when ONNX has an operator for attention
 _MAX_ONNX_BYTES = 2_000_000_000  # of weights: a protobuf message ends at 2 GiB
 
 Run = Callable[[Tensor], Sequence[Tensor]]
-
-
-class ExportError(M2DEmbedError, RuntimeError):
-    """A model that could not be exported, or whose export does not give the model's numbers."""
 
 
 @dataclass(frozen=True)
@@ -262,7 +258,7 @@ class _Graph(nn.Module):
         tokens = self._tokens(windows.flatten(0, 1).unsqueeze(1), sizes.width)
         encoded = self.encoder.encode(tokens, self.layers, is_audio.flatten(0, 2).flatten(1, 2))
         patches = [x[:, 1:].reshape(-1, rows, sizes.width, x.shape[-1]) for x in encoded]
-        frames = _combine(patches, self.features)  # (B * shifts * windows, width, D)
+        frames = frame_features(patches, self.features)  # (B * shifts * windows, width, D)
         frames = frames.reshape(batch, shifts, sizes.windows * sizes.width, -1).transpose(1, 2).flatten(1, 2)
         return frames[:, : sizes.embeddings]
 

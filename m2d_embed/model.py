@@ -188,7 +188,7 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
         Returns:
             (N, T, D) float32.
         """
-        return _combine(self._encode_windows(log_mel, features.layers), features).float()
+        return frame_features(self._encode_windows(log_mel, features.layers), features).float()
 
     # --- heads --------------------------------------------------------------------------------------------------
 
@@ -468,7 +468,7 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
 
     def _frames(self, log_mel: Tensor, features: FeatureConfig, shift: int = 0) -> Tensor:
         """(B, 1, mels, frames) -> (B, T, D), leaving out the first ``shift`` frames."""
-        return _combine(self._patches(log_mel, features.layers, shift), features)
+        return frame_features(self._patches(log_mel, features.layers, shift), features)
 
     def _patches(self, log_mel: Tensor, layers: Sequence[int], shift: int = 0) -> list[Tensor]:
         """Encode window by window and join the kept columns: one (B, F, T, d) float32 tensor a layer."""
@@ -527,7 +527,7 @@ def _stack(patches: Tensor) -> Tensor:
     return patches.transpose(1, 2).flatten(2)
 
 
-def _combine(per_layer: Sequence[Tensor], features: FeatureConfig) -> Tensor:
+def frame_features(per_layer: Sequence[Tensor], features: FeatureConfig) -> Tensor:
     """Patches of each layer, (B, F, T, d), -> frame features (B, T, D)."""
     frames = [patches.mean(dim=1) if features.flat else _stack(patches) for patches in per_layer]
     if len(frames) == 1:

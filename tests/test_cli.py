@@ -54,7 +54,19 @@ def picture_size(png: Path) -> tuple[int, int]:
 
 def test_help_names_every_command():
     shown = run("--help").stdout
-    for command in ("embed", "tag", "zero-shot", "similar", "plot", "convert", "info", "models", "probe", "finetune"):
+    for command in (
+        "embed",
+        "tag",
+        "zero-shot",
+        "similar",
+        "plot",
+        "convert",
+        "export",
+        "info",
+        "models",
+        "probe",
+        "finetune",
+    ):
         assert command in shown
         assert run(command, "--help").returncode == 0
 
