@@ -226,7 +226,8 @@ def replace_section(text: str, name: str, content: str) -> str:
 
 def main() -> None:
     text = README.read_text(encoding="utf-8")
-    text = replace_section(text, "speed", speed_table(json.loads(SPEED.read_text())))
+    if SPEED.exists():
+        text = replace_section(text, "speed", speed_table(json.loads(SPEED.read_text())))
     text = replace_section(text, "startup", startup_sentence(json.loads(STARTUP.read_text())))
     training = training_table(json.loads(TRAINING.read_text()))
     if GPU_TRAINING.exists():
