@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2d_embed.config import ModelConfig, resolve_layers
-from m2d_embed.packed import PackedBlock, PackedBlocks, can_pack, is_unhooked
+from m2d_embed.packed import PackedBlock, PackedBlocks, can_pack, have_packable_dtypes, is_unhooked
 
 
 class Attention(nn.Module):
@@ -199,7 +199,8 @@ class Encoder(nn.Module):
             return modules
         if self._packed is None or not self._packed.is_current(self.blocks, self.quantize):
             plain = all(type(module) in _BLOCK_PARTS and is_unhooked(module) for module in self.blocks.modules())
-            self._packed = PackedBlocks(self.blocks, self.quantize) if plain else None
+            packable = plain and have_packable_dtypes(self.blocks)
+            self._packed = PackedBlocks(self.blocks, self.quantize) if packable else None
         return self._packed.blocks if self._packed is not None else modules
 
     def forward(self, log_mel: Tensor, layers: Sequence[int] = (-1,)) -> list[Tensor]:

@@ -111,6 +111,13 @@ class PackedBlocks:
         )
 
 
+def have_packable_dtypes(blocks: nn.ModuleList) -> bool:
+    """Whether all matrices are float32, or all bfloat16, and everything else is float32."""
+    matrices = {layer.weight.dtype for layer in _layers(blocks)}
+    norms = {p.dtype for module in blocks.modules() if isinstance(module, nn.LayerNorm) for p in module.parameters()}
+    return matrices in ({torch.float32}, {torch.bfloat16}) and norms <= {torch.float32}
+
+
 def is_unhooked(module: nn.Module | None) -> bool:
     """Whether calling a module does what its class says, and nothing else."""
     return module is None or not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)

@@ -230,6 +230,13 @@ def test_blocks_are_added_and_taken_away(model):
     torch.testing.assert_close(fast(model, audio), plain(model, audio), atol=2e-6, rtol=0)
 
 
+def test_other_dtypes_go_through_the_modules(model):
+    audio = clips(1, 16_000)
+    exact = fast(model, audio)
+    half = fast(model.set_dtype(torch.float16), audio)
+    assert not is_packed(model) and 0 < (half - exact).abs().max() < 0.02
+
+
 def test_gradients_flow_after_inference(model):
     audio = clips(1, 16_000)
     fast(model, audio)
