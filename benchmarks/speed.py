@@ -10,16 +10,17 @@ reach. Start and memory are measured in a process for each runtime.
 """
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
 import numpy as np
+import psutil
 import soundfile
 import soxr
 import torch
@@ -27,10 +28,11 @@ import typer
 
 import m2d_embed
 from benchmarks.runtimes import PRODUCTS, REFERENCE, build, load, runtimes
-from benchmarks.timing import machine, measure, median, product_rates
+from benchmarks.timing import machine, measure, product_rates
 from m2d_embed.audio import find_audio, open_clip
 from m2d_embed.config import ModelConfig
 from m2d_embed.packed import supports_int8
+from m2d_embed.profiling import peak_memory
 from m2d_embed.windows import cut
 
 HERE = Path(__file__).parent
@@ -41,6 +43,7 @@ MAX_SECONDS = {"base": 80, "bundled": 640}  # of audio in a call on a CPU, for t
 _CLIPS = HERE.parent / "tests" / "data"
 _MIB = 1 << 20
 _AST_CLIP = 10
+_RATE = 16_000  # of both models
 
 
 def cells(name: str, device: str) -> list[tuple[int, int]]:
@@ -127,9 +130,9 @@ def hour(name: str, dtype: str, device: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "hour.flac"
         noise = np.random.default_rng(0)
-        with soundfile.SoundFile(file, "w", 16_000, 1) as sound:
+        with soundfile.SoundFile(file, "w", _RATE, 1) as sound:
             for _ in range(3600):
-                sound.write(0.1 * noise.standard_normal(16_000).astype(np.float32))
+                sound.write(0.1 * noise.standard_normal(_RATE).astype(np.float32))
         return _child("hour", str(file), name, device, dtype)
 
 
@@ -152,13 +155,12 @@ def decoding(rounds: int) -> dict[str, float]:
 
 
 def _decode(file: Path) -> int:
-    return sum(len(block) for block in open_clip(file, None, 16_000, str(file)).blocks(16_000))
+    return sum(len(block) for block in open_clip(file, None, _RATE, str(file)).blocks(_RATE))
 
 
 def _child(task: str, *arguments: str) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.speed", "--task", task, *(f"--argument={word}" for word in arguments)]
-    environment_threads = f"--threads={torch.get_num_threads()}"
-    output = subprocess.check_output([*command, environment_threads], text=True)
+    output = subprocess.check_output([*command, f"--threads={torch.get_num_threads()}"], text=True)
     found: dict[str, float] = json.loads(output.splitlines()[-1])
     return found
 
@@ -166,12 +168,11 @@ def _child(task: str, *arguments: str) -> dict[str, float]:
 def _start_task(runtime: str, name: str, device: str, folder: str) -> dict[str, float]:
     began = time.perf_counter()
     run = build(runtime, name, device, Path(folder))
-    rate = load(name).config.sample_rate
-    loaded = _peak_memory(device)
+    loaded = _memory(device)
     with torch.no_grad():
-        run(0.1 * torch.randn(1, 10 * rate, device=device))
+        run(0.1 * torch.randn(1, 10 * _RATE, device=device))
         first = time.perf_counter() - began
-        run(0.1 * torch.randn(8, 10 * rate, device=device))
+        run(0.1 * torch.randn(8, 10 * _RATE, device=device))
     return {
         "load and first result, s": round(first, 3),
         "8 clips of 10 s, MiB": round((_peak_memory(device) - loaded) / _MIB, 1),
@@ -180,7 +181,7 @@ def _start_task(runtime: str, name: str, device: str, folder: str) -> dict[str, 
 
 def _hour_task(file: str, name: str, device: str, dtype: str) -> dict[str, float]:
     model = load(name).to(device).set_dtype({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
-    loaded, began = _peak_memory(device), time.perf_counter()
+    loaded, began = _memory(device), time.perf_counter()
     model.encode(file)
     return {
         "seconds": round(time.perf_counter() - began, 1),
@@ -189,11 +190,21 @@ def _hour_task(file: str, name: str, device: str, dtype: str) -> dict[str, float
 
 
 def _peak_memory(device: str) -> int:
-    """Bytes: of the GPU's allocator, or of the process."""
+    """The most bytes so far, of the GPU's allocator or of the process."""
     if device != "cpu":
         return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = peak_memory()
+    if peak is None:
+        raise SystemExit("this system does not tell how much memory a process has used")
+    return peak
+
+
+def _memory(device: str) -> int:
+    """Bytes now: what loading needed for a while must not hide what comes after."""
+    if device != "cpu":
+        return torch.cuda.memory_allocated()
+    resident: int = psutil.Process().memory_info().rss
+    return resident
 
 
 def plot(result: dict[str, Any], output: Path) -> None:

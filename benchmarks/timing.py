@@ -2,7 +2,6 @@
 
 import os
 import platform
-import statistics
 import time
 from collections.abc import Callable
 from functools import partial
@@ -121,8 +120,3 @@ def _int8_product(inputs: int, outputs: int, rows: int) -> Callable[[], Tensor]:
 def _call_all(calls: list[Callable[[], Tensor]]) -> None:
     for call in calls:
         call()
-
-
-def median(seconds: list[float]) -> float:
-    """The median round."""
-    return statistics.median(seconds)

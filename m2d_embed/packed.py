@@ -1,8 +1,7 @@
 """Transformer blocks as a CPU runs them fastest: weights laid out once for oneDNN, few passes over memory, int8.
 
-A matrix product spends a good part of its time on rearranging the weights, in every call anew: on an AMD EPYC with
-AVX-512, products of the shapes of a ViT-Base run 1.3 times as fast in float32, and up to 1.8 times in bfloat16, with
-weights that were rearranged before (``benchmarks/speed.py`` measures whole models). The rearranged copies belong to
+A matrix product spends a good part of its time on rearranging the weights, in every call anew (``benchmarks/speed.py``
+measures products with weights as they are and rearranged before, and whole models). The rearranged copies belong to
 inference without gradients, and are made anew when weights have changed in any way, so the blocks they were made from
 stay the only truth.
 

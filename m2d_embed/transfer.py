@@ -63,7 +63,7 @@ class CudaLink:
         self._device = device
         # One each way: a download waits for the model, and no upload should wait with it.
         self._up = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no types here
-        self._down = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._down = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # the same
 
     def host_buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)
@@ -82,7 +82,7 @@ class CudaLink:
         with torch.cuda.stream(self._down):
             host.copy_(tensor, non_blocking=True)
             # Sleeps while it waits: decoding needs the core.
-            arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # the same
             arrived.record(self._down)
         tensor.record_stream(self._down)
 

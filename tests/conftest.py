@@ -41,6 +41,15 @@ def random_model(config: ModelConfig, seed: int = 0, **fields: Any) -> M2D:
     return model
 
 
+def assert_same_npz(first: Path, second: Path) -> None:
+    """Two files of ``embed`` hold the same: embeddings up to rounding, everything else exactly."""
+    one, other = np.load(first), np.load(second)
+    assert set(one) == set(other)
+    for key in set(other) - {"embeddings"}:
+        assert np.array_equal(one[key], other[key])
+    assert np.abs(one["embeddings"] - other["embeddings"]).max() <= 1e-5
+
+
 @pytest.fixture
 def tiny() -> M2D:
     return random_model(TINY)

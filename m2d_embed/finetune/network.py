@@ -227,6 +227,6 @@ def _gather(features: Tensor) -> list[Tensor]:
     """The features of every process, through which gradients flow back to where they came from."""
     from torch.distributed.nn.functional import all_gather
 
-    # torch has no types for it.
-    gathered: tuple[Tensor, ...] = all_gather(features.contiguous())  # type: ignore[no-untyped-call]
+    whole = features.contiguous()
+    gathered: tuple[Tensor, ...] = all_gather(whole)  # type: ignore[no-untyped-call]  # torch has no annotation there
     return list(gathered)
