@@ -26,6 +26,8 @@ def speed_table(result: dict[str, Any]) -> str:
         "by nnAudio as in the reference runtime; all take turns in one run, and ratios are to it. Share: what the "
         "model's own operations reach of this machine's rate for matrix products of the model's shapes in that "
         "precision. Memory is that beyond the loaded model, for 8 clips of 10 s.",
+        "",
+        "![Seconds of audio per second of each runtime](benchmarks/speed.png)",
     ]
     for model, measured in result["models"].items():
         lines += ["", f"**{model}**", ""]

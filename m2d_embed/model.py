@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -46,9 +46,9 @@ log = logging.getLogger("m2d_embed")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 _HALF = (torch.bfloat16, torch.float16)
 
-#: Windows encoded at a time when a batch of long clips has more of them: bounds the memory of activations.
-_MAX_WINDOWS = 32
-_MAX_WINDOWS_GPU = 256
+# What is encoded at a time bounds the memory of activations.
+_CPU_ACTIVATIONS = 5_000_000  # between the layers of an MLP: with more, a CPU is slower, if anything
+_GPU_WINDOWS = 256
 
 
 class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "embeddings"]):
@@ -449,10 +449,18 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
 
     def _encode_windows(self, log_mel: Tensor, layers: Sequence[int]) -> list[Tensor]:
         """(N, 1, mels, frames) of one window at most -> one (N, F, T, d) tensor a layer."""
-        if self._compiled is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            features: list[Tensor] = self.encoder(log_mel, layers)
-            return features
-        return self._compiled(log_mel, layers)
+        encode: Callable[[Tensor, Sequence[int]], list[Tensor]] = self.encoder
+        if self._compiled is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            encode = self._compiled
+        parts = [encode(part, layers) for part in torch.split(log_mel, self._windows_at_a_time(log_mel))]
+        return parts[0] if len(parts) == 1 else [torch.cat(outputs) for outputs in zip(*parts, strict=True)]
+
+    def _windows_at_a_time(self, log_mel: Tensor) -> int:
+        if log_mel.device.type != "cpu":
+            return _GPU_WINDOWS
+        patch_rows, patch_columns = self.config.patch_size
+        patches = (log_mel.shape[-2] // patch_rows) * (log_mel.shape[-1] // patch_columns)
+        return max(1, int(_CPU_ACTIVATIONS / (patches * self.config.embed_dim * self.config.mlp_ratio)))
 
     def _as_log_mel(self, x: Tensor) -> Tensor:
         if not x.is_floating_point():
@@ -482,10 +490,8 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
         for width in sorted(widths, reverse=True):  # all full windows of all clips together, then the last, shorter one
             group = [w for w in windows if w.stop - w.start == width]
             stacked = torch.stack([pad_to_patch(log_mel[..., w.start : w.stop], self.config) for w in group], dim=1)
-            at_a_time = _MAX_WINDOWS if log_mel.device.type == "cpu" else _MAX_WINDOWS_GPU
-            parts = [self._encode_windows(part, layers) for part in torch.split(stacked.flatten(0, 1), at_a_time)]
-            for layer, outputs in enumerate(zip(*parts, strict=True)):
-                patches = torch.cat(outputs)[..., : group[0].columns, :]  # (B * n, F, T, d)
+            for layer, output in enumerate(self._encode_windows(stacked.flatten(0, 1), layers)):
+                patches = output[..., : group[0].columns, :]  # (B * n, F, T, d)
                 patches = patches.reshape(batch, len(group), *patches.shape[1:]).transpose(1, 2)
                 joined[layer].append(patches.flatten(2, 3).float())  # (B, F, n * T, d)
         return [torch.cat(parts, dim=2) for parts in joined]

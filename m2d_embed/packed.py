@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterator
-from typing import Protocol, cast
+from typing import Literal, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ _ZERO_POINT = 128  # of uint8 inputs; oneDNN has no fast product of two signed m
 _LARGEST = 127
 _HIDDEN_BYTES = 8 << 20  # of float32 between the layers of an int8 MLP: what the processor's cache can hold
 _SMALLEST_SCALE = 1e-12
+_FEW_SCORES = 30_000  # of attention: as many as a single clip of 1 to 3 s has
 
 
 class AttentionLike(Protocol):
@@ -129,13 +130,13 @@ class _PackedBlock:
         self.block = block
         self.dtype = block.attn.qkv.weight.dtype
         attention, mlp = block.attn, block.mlp
-        self.qkv, self.proj, self.fc1, self.fc2 = map(packed_layer, (attention.qkv, attention.proj, mlp.fc1, mlp.fc2))
+        self.qkv, self.proj, self.fc2 = map(packed_layer, (attention.qkv, attention.proj, mlp.fc2))
+        self.fc1 = packed_layer(mlp.fc1, followed_by="gelu")
 
     def __call__(self, x: Tensor, attended: Tensor | None) -> Tensor:
         qkv = self.qkv(_normalize(x, self.block.norm1).to(self.dtype))
         x.add_(self.proj(_attend(qkv, self.block.attn.num_heads, attended)))
-        hidden = self.fc1(_normalize(x, self.block.norm2).to(self.dtype))
-        return x.add_(self.fc2(_gelu(hidden)))
+        return x.add_(self.fc2(self.fc1(_normalize(x, self.block.norm2).to(self.dtype))))
 
 
 class _QuantizedBlock:
@@ -151,19 +152,19 @@ class _QuantizedBlock:
         qkv = self.qkv(_normalize(x, self.block.norm1)).bfloat16()
         x.add_(self.proj(_attend(qkv, self.block.attn.num_heads, attended).float()))
         for part in torch.split(x.view(-1, x.shape[-1]), self.rows_at_a_time):  # views: they change x
-            part.add_(self.fc2(_gelu(self.fc1(_normalize(part, self.block.norm2)))))
+            part.add_(self.fc2(torch.ops.aten.gelu_(self.fc1(_normalize(part, self.block.norm2)))))
         return x
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
 
 
-def packed_layer(linear: nn.Linear) -> Product:
-    """The layer, with its matrix laid out for oneDNN."""
+def packed_layer(linear: nn.Linear, followed_by: Literal["none", "gelu"] = "none") -> Product:
+    """The layer, with its matrix laid out for oneDNN, and perhaps an exact GELU after it."""
     packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
 
     def product(x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, linear.bias, "none", [], "")
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, linear.bias, followed_by, [], "none")
         return y
 
     return product
@@ -198,20 +199,17 @@ def _normalize(x: Tensor, norm: nn.LayerNorm) -> Tensor:
     return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
-def _gelu(x: Tensor) -> Tensor:
-    y: Tensor = torch.ops.aten.gelu_(x)
-    return y
-
-
 def _attend(qkv: Tensor, num_heads: int, attended: Tensor | None) -> Tensor:
     """(B, tokens, 3 * dim) -> (B, tokens, dim): self-attention.
 
-    In bfloat16 as matrix products, which take about half the time of PyTorch's fused kernel here; in float32 fused.
+    In bfloat16 as matrix products, which take about half the time of PyTorch's fused kernel here, unless there is so
+    little to do that calls are what costs; in float32 fused.
     """
     batch, tokens, width = qkv.shape
+    fused = qkv.dtype == torch.float32 or attended is not None or batch * num_heads * tokens**2 <= _FEW_SCORES
     head_dim = width // 3 // num_heads
     heads = qkv.view(batch, tokens, 3, num_heads, head_dim).permute(2, 0, 3, 1, 4)  # (3, B, heads, tokens, head_dim)
-    if qkv.dtype == torch.float32 or attended is not None:
+    if fused:
         q, k, v = heads.unbind(0)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attended)
     else:

@@ -1,13 +1,17 @@
 """Augmentation: mixtures as formulas say, masks of the sizes asked for, patch dropout by rows and columns."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from conftest import TINY, random_model
+from nnAudio.librosa_functions import mel_frequencies
 
 from m2d_embed.errors import ConfigError
-from m2d_embed.finetune.augment import kept_patches, mixup, random_gain, spec_augment
+from m2d_embed.finetune.augment import frequency_warp, kept_patches, mixup, random_gain, spec_augment
 from m2d_embed.finetune.crops import Batch
+from m2d_embed.frontend import LogMel
 
 MEAN, STD = -7.1, 4.2
 FRAMES = 64
@@ -90,6 +94,7 @@ def test_everything_is_the_same_for_the_same_generator_and_changes_no_input():
     for change in (
         lambda g: mixup(batch, 0.5, STD, g).log_mel,
         lambda g: random_gain(batch, 6.0, STD, g).log_mel,
+        lambda g: frequency_warp(batch, 0.2, TINY, g).log_mel,
         lambda g: spec_augment(batch.log_mel, 2, 20, 2, 20, g),
     ):
         first = change(rng(5))
@@ -110,6 +115,37 @@ def test_gain_is_in_decibels_of_power_one_a_clip_and_leaves_padding():
     assert -6 < per_clip.min() < -5
     with pytest.raises(ConfigError, match="max_db"):
         random_gain(batch, -1.0, STD, rng())
+
+
+@pytest.mark.parametrize("hertz", [500.0, 3000.0])
+def test_frequency_warp_scales_frequencies_as_another_pitch_would(hertz):
+    """The log-mel of a tone, warped by a, is about that of a tone of another frequency."""
+    front_end = LogMel(TINY)
+    seconds = torch.arange(8000) / TINY.sample_rate
+
+    def peak(log_mel: torch.Tensor) -> torch.Tensor:
+        return centres[log_mel.mean(dim=-1)[:, 0].argmax(dim=1)]
+
+    centres = torch.from_numpy(mel_frequencies(82, TINY.f_min, TINY.f_max)[1:-1]).float()
+    log_mel = front_end(torch.sin(2 * torch.pi * hertz * seconds)[None].expand(200, -1))
+    batch = dataclasses.replace(batch_of([64] * 200), log_mel=log_mel)
+    factors = peak(frequency_warp(batch, 0.25, TINY, rng()).log_mel) / hertz
+    assert 0.78 < factors.min() < 0.84
+    assert 1.19 < factors.max() < 1.29
+    assert 0.96 < factors.log().mean().exp() < 1.04
+    width = (centres[1:] / centres[:-1]).log()[centres[1:] > hertz].max()  # one band
+    assert (peak(log_mel) / hertz).log().abs().max() < width
+
+
+def test_frequency_warp_leaves_padding_and_level_spectra():
+    batch = batch_of([64, 20])
+    warped = frequency_warp(batch, 0.3, TINY, rng())
+    assert (warped.log_mel[1, ..., 20:] == 0).all()
+    level = dataclasses.replace(batch, log_mel=torch.full_like(batch.log_mel, 0.7))
+    torch.testing.assert_close(frequency_warp(level, 0.3, TINY, rng()).log_mel, level.log_mel)
+    assert frequency_warp(batch, 0.0, TINY, rng()) is batch
+    with pytest.raises(ConfigError, match="frequency warp"):
+        frequency_warp(batch, -0.1, TINY, rng())
 
 
 # --- SpecAugment ------------------------------------------------------------------------------------------------------

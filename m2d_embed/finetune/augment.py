@@ -1,4 +1,4 @@
-"""Augmentation of training batches, on any device: mixup, SpecAugment, gain, and structured patch dropout.
+"""Augmentation of training batches, on any device: mixup, SpecAugment, gain, frequency warp, structured patch dropout.
 
 Every function draws from the numpy generator that it is given and from nothing else: a generator keyed by the seed and
 the position (``training.sampling.rng_at``) gives the same batch again, on every device.
@@ -12,8 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from nnAudio.librosa_functions import mel_frequencies
 from torch import Tensor
 
+from m2d_embed.config import ModelConfig
 from m2d_embed.errors import ConfigError
 from m2d_embed.finetune.crops import Batch
 
@@ -96,6 +98,36 @@ def random_gain(batch: Batch, max_db: float, std: float, generator: np.random.Ge
     )
 
 
+def frequency_warp(batch: Batch, most: float, config: ModelConfig, generator: np.random.Generator) -> Batch:
+    """Scale the frequencies of each clip, as those of speakers or animals of another size are.
+
+    Vocal tract length perturbation (Jaitly and Hinton, 2013), of all frequencies alike: what was at ``f`` Hz comes to
+    ``f / a``, and each clip's ``a`` is drawn from ``1 / (1 + most)`` to ``1 + most``, evenly on a logarithmic scale.
+    Between the centres of mel bands the log-mel is interpolated; beyond the first and the last band it goes on level.
+
+    Args:
+        batch: crops.
+        most: the largest change, as a share: 0.1 is about one and a half semitones.
+        config: says where the mel bands are.
+        generator: draws one factor a clip.
+
+    Raises:
+        ConfigError: if ``most`` is negative or not finite.
+    """
+    if not 0 <= most < math.inf:
+        raise ConfigError(f"The frequency warp's largest change must be 0 or more, not {most}.")
+    if most == 0:
+        return batch
+    mels = config.input_size[0]
+    centres = mel_frequencies(mels + 2, config.f_min, config.f_max)[1:-1]
+    factors = np.exp(generator.uniform(-1, 1, size=(len(batch), 1)) * np.log1p(most))
+    places = np.interp(factors * centres, centres, np.arange(mels))  # (B, mels)
+    below = np.minimum(places.astype(np.int64), mels - 2)
+    lower, upper = (_bands(batch.log_mel, torch.from_numpy(which)) for which in (below, below + 1))
+    share = torch.from_numpy(places - below).float().to(batch.log_mel.device)[:, None, :, None]
+    return dataclasses.replace(batch, log_mel=lower.lerp(upper, share))
+
+
 def spec_augment(
     log_mel: Tensor,
     num_freq_masks: int,
@@ -167,6 +199,11 @@ def _random_masks(batch: int, size: int, count: int, widest: int, generator: np.
     places = np.arange(size)
     covered = (places >= starts[..., None]) & (places < (starts + widths)[..., None])  # (batch, count, size)
     return torch.from_numpy(covered.any(axis=1))
+
+
+def _bands(log_mel: Tensor, which: Tensor) -> Tensor:
+    """The bands of each clip in another order: (B, 1, mels, frames), (B, mels) -> (B, 1, mels, frames)."""
+    return log_mel.gather(2, which.to(log_mel.device)[:, None, :, None].expand_as(log_mel))
 
 
 def _levels(log_mel: Tensor, valid_frames: Tensor, std: float) -> Tensor:

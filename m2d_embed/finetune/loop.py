@@ -27,7 +27,7 @@ from m2d_embed.config import ModelConfig
 from m2d_embed.errors import CheckpointError, ConfigError, TrainingError
 from m2d_embed.evaluate.labelled import named
 from m2d_embed.finetune import evaluate, network
-from m2d_embed.finetune.augment import KeptPatches, kept_patches, mixup, random_gain, spec_augment
+from m2d_embed.finetune.augment import KeptPatches, frequency_warp, kept_patches, mixup, random_gain, spec_augment
 from m2d_embed.finetune.crops import Batch, EvaluationClips, TrainingClips, longest_frames
 from m2d_embed.finetune.export import ADAPTER_FOLDER, EXPORT_FOLDER, RESULTS_FILE, export, write_json
 from m2d_embed.finetune.network import Classifier, build_classifier, merged_tensors, with_head
@@ -252,6 +252,7 @@ class _Run:
         recipe, std = self.recipe, self.config.norm_stats[1]
         generator = rng_at(recipe.seed, step, Purpose.NOISE)
         batch = self.train_clips.batch(step * recipe.batch_size, recipe.batch_size)
+        batch = frequency_warp(batch, recipe.freq_warp, self.config, generator)
         batch = mixup(random_gain(batch, recipe.gain_db, std, generator), recipe.mixup, std, generator)
         masks, (mels, frames) = recipe.spec_augment, batch.log_mel.shape[2:]
         widest = round(masks.max_freq * mels), round(masks.max_time * frames)

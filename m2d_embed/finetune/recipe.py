@@ -30,10 +30,10 @@ class SpecAugmentSection:
     ``max_freq`` is a share of the mel bands, ``max_time`` of the crop.
     """
 
-    freq_masks: int = 1
-    max_freq: float = 0.2
-    time_masks: int = 1
-    max_time: float = 0.1
+    freq_masks: int = 2
+    max_freq: float = 0.25
+    time_masks: int = 2
+    max_time: float = 0.2
 
     def __post_init__(self) -> None:
         for name in ("freq_masks", "time_masks"):
@@ -89,6 +89,7 @@ class FinetuneRecipe:
         balanced: draw clips so that labels come equally often.
         mixup: parameter of the Beta distribution of mixup (arXiv 1710.09412); 0 is none.
         gain_db: clips get louder or softer by at most so many dB.
+        freq_warp: frequencies are scaled by at most such a share, up or down (Jaitly and Hinton, 2013).
         spec_augment: blanked stripes.
         patch_dropout: how many rows (flat features only) and columns of patches are left out at each step (Koutini et
             al., arXiv 2110.05069, section 2.2).
@@ -120,13 +121,14 @@ class FinetuneRecipe:
     features: Literal["stacked", "flat"] = "stacked"
     freeze_encoder: bool = False
     freeze_patch_embed: bool = False
-    layer_decay: float = 0.9
+    layer_decay: float = 0.75
     window_seconds: float | None = None
     lora: LoraSection = field(default_factory=LoraSection)
     crop_seconds: float | None = None
     balanced: bool = False
     mixup: float = 0.0
     gain_db: float = 0.0
+    freq_warp: float = 0.0
     spec_augment: SpecAugmentSection = field(default_factory=SpecAugmentSection)
     patch_dropout: tuple[int, int] = (0, 0)
     label_smoothing: float = 0.1
@@ -152,7 +154,7 @@ class FinetuneRecipe:
         for name in ("window_seconds", "crop_seconds", "lr"):
             value = getattr(self, name)
             require(value is None or 0 < value < math.inf, f"{name} must be positive, not {value}")
-        for name in ("mixup", "gain_db", "weight_decay"):
+        for name in ("mixup", "gain_db", "freq_warp", "weight_decay"):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"{name} must not be negative, not {value}")
         require(self.batch_size > 1, "batch_size must be 2 or more: the head normalises over the batch")

@@ -1,0 +1,105 @@
+"""Offline targets for M2D-S: embeddings of a corpus by YAMNet (Google, Apache-2.0), a tagger trained on AudioSet.
+
+    pip install ai-edge-litert
+    python -m benchmarks.pretraining.yamnet_features corpus/manifest.csv yamnet.tflite features
+    m2d-embed pretrain ... objective=m2d_s data.source=features/manifest.csv data.feature_hop_ms=960
+
+Writes a ``.npy`` (frames, 1024) float16 a clip, a frame every ``--hop`` milliseconds, and a manifest with the column
+``features``. Files that are there already are kept, so a run that was stopped goes on.
+"""
+
+import csv
+import os
+import warnings
+from collections.abc import Iterator
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import numpy.typing as npt
+import typer
+from tqdm.auto import tqdm
+
+from m2d_embed.audio import load_audio
+
+_RATE = 16_000
+_WINDOW = 15_600  # samples that YAMNet hears at a time
+_EMBEDDING = "global_average_pooling2d/Mean"
+
+Floats = npt.NDArray[np.float32]
+
+
+@cache
+def interpreter(model: Path) -> tuple[Any, int, int]:
+    """YAMNet in one thread, and the places of its input and of its embedding."""
+    from ai_edge_litert.interpreter import Interpreter  # type: ignore[import-untyped]  # it has no annotations
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that all tensors are kept takes memory: a few MB here
+        yamnet = Interpreter(model_path=str(model), num_threads=1, experimental_preserve_all_tensors=True)
+    yamnet.allocate_tensors()
+    places = [tensor["index"] for tensor in yamnet.get_tensor_details() if tensor["name"].endswith(_EMBEDDING)]
+    if len(places) != 1:
+        raise SystemExit(f"{model}: has {len(places)} tensors whose name ends in {_EMBEDDING}; is it YAMNet?")
+    return yamnet, yamnet.get_input_details()[0]["index"], places[0]
+
+
+def windows(audio: Floats, hop: float) -> Iterator[Floats]:
+    """Windows around the times ``(j + 0.5) * hop`` (samples), with zeros before and after the clip; at least one."""
+    count = max(1, round(len(audio) / hop))
+    padded = np.pad(audio, (_WINDOW, 2 * _WINDOW))
+    for j in range(count):
+        start = round((j + 0.5) * hop - _WINDOW / 2) + _WINDOW
+        yield padded[start : start + _WINDOW]
+
+
+def embed(audio: Floats, model: Path, hop: float) -> npt.NDArray[np.float16]:
+    """(frames, 1024) of a clip."""
+    yamnet, given, wanted = interpreter(model)
+    rows = []
+    for window in windows(audio, hop):
+        yamnet.set_tensor(given, window[None])
+        yamnet.invoke()
+        rows.append(yamnet.get_tensor(wanted).reshape(-1).astype(np.float16))
+    return np.stack(rows)
+
+
+def _write(job: tuple[Path, Path, Path, float]) -> None:
+    source, target, model, hop = job
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_suffix(f".{os.getpid()}.partial")
+    with partial.open("wb") as stream:
+        np.save(stream, embed(load_audio(source, _RATE), model, hop))
+    partial.replace(target)
+
+
+def main(
+    manifest: Path,
+    model: Path,
+    output: Path,
+    hop: Annotated[float, typer.Option(help="Milliseconds between frames.")] = 960.0,
+    processes: int = os.cpu_count() or 1,
+) -> None:
+    """Embed every file of a manifest."""
+    with manifest.open(newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    names = [f"{row['file']}.npy" for row in rows]
+    jobs = [
+        (manifest.parent / row["file"], output / name, model, hop * _RATE / 1000)
+        for row, name in zip(rows, names, strict=True)
+        if not (output / name).exists()
+    ]
+    with get_context("spawn").Pool(processes) as pool:
+        for _ in tqdm(pool.imap_unordered(_write, jobs, chunksize=8), total=len(jobs), unit="clip"):
+            pass
+    with (output / "manifest.csv").open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, [*rows[0], "features"])
+        writer.writeheader()
+        for row, name in zip(rows, names, strict=True):
+            writer.writerow({**row, "file": os.path.relpath(manifest.parent / row["file"], output), "features": name})
+
+
+if __name__ == "__main__":
+    typer.run(main)
