@@ -452,10 +452,12 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
         encode: Callable[[Tensor, Sequence[int]], list[Tensor]] = self.encoder
         if self._compiled is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             encode = self._compiled
-        parts = [encode(part, layers) for part in torch.split(log_mel, self._windows_at_a_time(log_mel))]
+        calls = max(1, -(-len(log_mel) // self._most_windows(log_mel)))
+        parts = [encode(part, layers) for part in log_mel.tensor_split(calls)]
         return parts[0] if len(parts) == 1 else [torch.cat(outputs) for outputs in zip(*parts, strict=True)]
 
-    def _windows_at_a_time(self, log_mel: Tensor) -> int:
+    def _most_windows(self, log_mel: Tensor) -> int:
+        """How many windows are encoded in one call at most."""
         if log_mel.device.type != "cpu":
             return _GPU_WINDOWS
         patch_rows, patch_columns = self.config.patch_size
