@@ -34,7 +34,7 @@ Floats = npt.NDArray[np.float32]
 @cache
 def interpreter(model: Path) -> tuple[Any, int, int]:
     """YAMNet in one thread, and the places of its input and of its embedding."""
-    from ai_edge_litert.interpreter import Interpreter  # type: ignore[import-untyped]  # it has no annotations
+    from ai_edge_litert.interpreter import Interpreter
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that all tensors are kept takes memory: a few MB here
