@@ -83,6 +83,9 @@ class FrameEncoder(Protocol):
     def window_frames(self, log_mel: Tensor, features: FeatureConfig) -> Tensor:
         """(N, 1, mels, frames) of whole patches -> (N, T, D) float32."""
 
+    def most_windows(self, frames: int) -> int:
+        """How many windows of so many frames it takes in one call at most."""
+
 
 def encode_scenes(
     model: FrameEncoder,
@@ -211,18 +214,27 @@ class _Batch(Generic[R]):
 
 
 class _WaitingRoom(Generic[R]):
-    """Windows wait here for others of their width, to be encoded together."""
+    """Windows wait here for others of their width, to be encoded together.
 
-    def __init__(self, encode: Callable[[list[_Window[R]]], _Batch[R]], batch_size: int):
+    Args:
+        encode: begins to encode a group.
+        batch_size: the largest group of any kind.
+        most_windows: the largest group of windows of so many frames.
+    """
+
+    def __init__(
+        self, encode: Callable[[list[_Window[R]]], _Batch[R]], batch_size: int, most_windows: Callable[[int], int]
+    ):
         self.encode = encode
         self.batch_size = batch_size
+        self.most_windows = most_windows
         self.groups: dict[int, list[_Window[R]]] = defaultdict(list)  # width in frames -> windows
 
     def push(self, window: _Window[R]) -> Iterator[_Batch[R]]:
         """Take a window; encode its group when that is complete, or the fullest one when there is no more room."""
         width = window.log_mel.shape[1]
         self.groups[width].append(window)
-        if len(self.groups[width]) == self.batch_size:
+        if len(self.groups[width]) == min(self.batch_size, self.most_windows(width)):
             yield self.encode(self.groups.pop(width))
         elif sum(map(len, self.groups.values())) >= _MAX_WAITING_BATCHES * self.batch_size:
             yield self.encode(self.groups.pop(max(self.groups, key=lambda w: len(self.groups[w]))))
@@ -245,7 +257,7 @@ class _Run(Generic[R]):
         self.stopwatch = stopwatch
         self.link = link_to(model.device)
         self.front_end: _FrontEnd[R] = _FrontEnd(model.frontend, self.link, _frames_a_call(model.device), stopwatch)
-        self.room: _WaitingRoom[R] = _WaitingRoom(self._encode, batch_size)
+        self.room: _WaitingRoom[R] = _WaitingRoom(self._encode, batch_size, model.most_windows)
         self.under_way: deque[_Batch[R]] = deque()
         self.states: dict[int, _ClipState[R]] = {}
 

@@ -94,7 +94,7 @@ Inputs = Annotated[list[Path], typer.Argument(help="Sound files, folders (search
 Model = Annotated[str, typer.Option("--model", "-m", help="Which model; the bundled one by default.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps ... By default a GPU if there is one.")]
 Dtype = Annotated[Precision | None, typer.Option(help="Precision of the matrices.", show_default="fp32 on the CPU")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Windows encoded at a time.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Windows encoded at a time, at most.")]
 Layers = Annotated[str, typer.Option(help="Transformer blocks to read, e.g. -1 or 6,9,11.")]
 Concat = Annotated[bool, typer.Option("--concat", help="Concatenate several layers; else they are averaged.")]
 Flat = Annotated[bool, typer.Option("--flat", help="Average the patches of a column instead of stacking.")]

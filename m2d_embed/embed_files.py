@@ -99,7 +99,7 @@ def embed_files(
         files: what to embed; the output keeps their order.
         output: ``*.npz``, ``*.parquet``, or a folder that gets one ``.npy`` a clip.
         kind: scene embeddings, or timestamp embeddings with their times.
-        batch_size: windows encoded at a time.
+        batch_size: windows encoded at a time, at most.
         overwrite: replace an existing output, and drop what an unfinished run left.
         on_progress: called for each file as it is done, with its error if it is a bad one.
         pipeline: how many threads read files ahead, and who is told where the time goes.

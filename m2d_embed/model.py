@@ -190,6 +190,13 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
         """
         return frame_features(self._encode_windows(log_mel, features.layers), features).float()
 
+    def most_windows(self, frames: int) -> int:
+        """How many windows of so many frames (whole patches) are encoded in one call at most."""
+        if self.device.type != "cpu":
+            return _GPU_WINDOWS
+        patches = self.config.grid_size[0] * (frames // self.config.patch_size[1])
+        return max(1, int(_CPU_ACTIVATIONS / (patches * self.config.embed_dim * self.config.mlp_ratio)))
+
     # --- heads --------------------------------------------------------------------------------------------------
 
     def logits(self, x: Tensor) -> Tensor:
@@ -265,7 +272,7 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
 
         Args:
             clips: paths, arrays or tensors, (samples,) or (channels, samples); or a single path or (samples,) array.
-            batch_size: windows encoded at a time.
+            batch_size: windows encoded at a time, at most.
             sample_rate: rate of arrays and tensors in Hz; None means the model's. Files state their own.
             show_progress_bar: show one on stderr.
             output: "numpy" or "torch".
@@ -452,17 +459,9 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
         encode: Callable[[Tensor, Sequence[int]], list[Tensor]] = self.encoder
         if self._compiled is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             encode = self._compiled
-        calls = max(1, -(-len(log_mel) // self._most_windows(log_mel)))
+        calls = max(1, -(-len(log_mel) // self.most_windows(log_mel.shape[-1])))
         parts = [encode(part, layers) for part in log_mel.tensor_split(calls)]
         return parts[0] if len(parts) == 1 else [torch.cat(outputs) for outputs in zip(*parts, strict=True)]
-
-    def _most_windows(self, log_mel: Tensor) -> int:
-        """How many windows are encoded in one call at most."""
-        if log_mel.device.type != "cpu":
-            return _GPU_WINDOWS
-        patch_rows, patch_columns = self.config.patch_size
-        patches = (log_mel.shape[-2] // patch_rows) * (log_mel.shape[-1] // patch_columns)
-        return max(1, int(_CPU_ACTIVATIONS / (patches * self.config.embed_dim * self.config.mlp_ratio)))
 
     def _as_log_mel(self, x: Tensor) -> Tensor:
         if not x.is_floating_point():

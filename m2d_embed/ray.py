@@ -95,7 +95,7 @@ def embed_dataset(
         kind: scene embeddings, or timestamp embeddings with their times.
         features: which features; by default those of ``FeatureConfig()``.
         dtype: of the matrices, as in ``M2D.from_pretrained``.
-        batch_size: windows encoded at a time.
+        batch_size: windows encoded at a time, at most.
         clips_per_part: clips in one parquet file, at most; so much work is lost with a worker.
         on_error: "record" bad clips, or "raise" the first one's error; what is done by then is kept.
         actors: how many processes, with how many cores and GPUs each.

@@ -70,6 +70,19 @@ def test_any_batch_size_and_any_patience(monkeypatch, batch_size, waiting):
     assert np.abs(model.encode(clips, batch_size=batch_size) - expected).max() <= 1e-5
 
 
+def test_a_call_has_no_more_windows_than_the_model_takes(monkeypatch):
+    """On a CPU that bounds memory, whatever the batch size."""
+    model = random_model(TINY)
+    sizes, window_frames = [], model.window_frames
+    monkeypatch.setattr(model, "window_frames", lambda x, f: (sizes.append(len(x)), window_frames(x, f))[1])
+    clips = [0.1 * np.random.default_rng(i).standard_normal(6_400).astype(np.float32) for i in range(20)]
+    expected = model.encode(clips)
+    monkeypatch.setattr("m2d_embed.model._CPU_ACTIVATIONS", 3 * 15 * 128)  # three windows of 41 frames, padded to 48
+    found = model.encode(clips)
+    assert sizes == [20, 3, 3, 3, 3, 3, 3, 2]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 def test_paths_arrays_and_tensors_mix(tiny):
     array, _ = soundfile.read(FILES[0], dtype="float32")
     encoded = tiny.encode([FILES[0], str(FILES[0]), array, torch.from_numpy(array), array[None]])

@@ -45,7 +45,7 @@ class M2DFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimat
         model: which one, as for ``load_model``; "" is the bundled one.
         layers: the transformer block to read, or several, which are averaged; -1 is the last.
         flat: average the patches of a time column instead of stacking them.
-        batch_size: windows encoded at a time.
+        batch_size: windows encoded at a time, at most.
         device: where to put the model; None is a GPU if there is one, else the CPU.
         dtype: of the matrices: "fp32", "bf16" or "fp16"; None as for ``load_model``.
     """

@@ -87,7 +87,7 @@ def embed_cached(
         model: in evaluation mode; its ``features`` say what an embedding is.
         files: what to embed.
         hashes: of each file, by ``hash_files``.
-        batch_size: windows encoded at a time.
+        batch_size: windows encoded at a time, at most.
         cache: the folder; by default ``default_cache()``.
         show_progress: show a bar on stderr.
 

@@ -36,7 +36,7 @@ class ProbeOptions:
         label_column: the column of the labels, if it is neither ``label`` nor ``labels``.
         limit: at most so many clips, drawn as ``read_labelled`` does.
         seed: of folds, if the data has none, of the draw, the MLP and the resamples.
-        batch_size: windows encoded at a time.
+        batch_size: windows encoded at a time, at most.
         draw_map: write the page with all clips, too.
         cache: the folder of the embeddings; by default ``embedding_cache.default_cache()``.
         show_progress: show bars on stderr.
