@@ -1,1 +1,1 @@
-"""What the bundled model's pre-training was tried and measured with; see README.md."""
+"""What the bundled model's pre-training is tried and measured with."""
