@@ -218,25 +218,23 @@ class _WaitingRoom(Generic[R]):
 
     Args:
         encode: begins to encode a group.
-        batch_size: the largest group of any kind.
-        most_windows: the largest group of windows of so many frames.
+        room: how many windows of so many frames make a group complete.
+        most_waiting: windows of all groups together.
     """
 
-    def __init__(
-        self, encode: Callable[[list[_Window[R]]], _Batch[R]], batch_size: int, most_windows: Callable[[int], int]
-    ):
+    def __init__(self, encode: Callable[[list[_Window[R]]], _Batch[R]], room: Callable[[int], int], most_waiting: int):
         self.encode = encode
-        self.batch_size = batch_size
-        self.most_windows = most_windows
+        self.room = room
+        self.most_waiting = most_waiting
         self.groups: dict[int, list[_Window[R]]] = defaultdict(list)  # width in frames -> windows
 
     def push(self, window: _Window[R]) -> Iterator[_Batch[R]]:
         """Take a window; encode its group when that is complete, or the fullest one when there is no more room."""
         width = window.log_mel.shape[1]
         self.groups[width].append(window)
-        if len(self.groups[width]) == min(self.batch_size, self.most_windows(width)):
+        if len(self.groups[width]) == self.room(width):
             yield self.encode(self.groups.pop(width))
-        elif sum(map(len, self.groups.values())) >= _MAX_WAITING_BATCHES * self.batch_size:
+        elif sum(map(len, self.groups.values())) >= self.most_waiting:
             yield self.encode(self.groups.pop(max(self.groups, key=lambda w: len(self.groups[w]))))
 
     def flush(self) -> Iterator[_Batch[R]]:
@@ -257,7 +255,8 @@ class _Run(Generic[R]):
         self.stopwatch = stopwatch
         self.link = link_to(model.device)
         self.front_end: _FrontEnd[R] = _FrontEnd(model.frontend, self.link, _frames_a_call(model.device), stopwatch)
-        self.room: _WaitingRoom[R] = _WaitingRoom(self._encode, batch_size, model.most_windows)
+        self.batch_size = batch_size
+        self.waiting: _WaitingRoom[R] = _WaitingRoom(self._encode, self._room, _MAX_WAITING_BATCHES * batch_size)
         self.under_way: deque[_Batch[R]] = deque()
         self.states: dict[int, _ClipState[R]] = {}
 
@@ -282,26 +281,32 @@ class _Run(Generic[R]):
     def finish(self) -> Iterator[tuple[int, R]]:
         """Encode whatever waits."""
         yield from self._advance(self.front_end.flush())
-        for batch in self.room.flush():
+        for batch in self.waiting.flush():
             yield from self._start(batch)
         yield from self._land(0)
 
     def _advance(self, log_mels: Iterator[tuple[_ClipState[R], Tensor | None]]) -> Iterator[tuple[int, R]]:
         for state, log_mel in log_mels:
             for window in state.cut(log_mel):
-                for batch in self.room.push(window):
+                for batch in self.waiting.push(window):
                     yield from self._start(batch)
             if state.done:
                 yield state.result()
 
     def _encode(self, windows: list[_Window[R]]) -> _Batch[R]:
-        self.stopwatch.count_batch(len(windows))
+        self.stopwatch.count_batch(len(windows), self._room(windows[0].log_mel.shape[1]))
         windows.sort(key=lambda window: window.place.columns)  # so that they are reduced in one or two calls
         with self.stopwatch.stage(ENCODER):
             log_mel = torch.stack([window.log_mel for window in windows]).unsqueeze(1)
             frames = self.model.window_frames(log_mel, self.features)  # (N, T, D)
             kept = self.kind.reduce(frames, [window.place.columns for window in windows])
             return _Batch(windows, self.link.download(kept))
+
+    def _room(self, frames: int) -> int:
+        """Windows of so many frames in a batch: on a CPU no more than the model takes in a call, for memory's sake."""
+        if self.model.device.type != "cpu":
+            return self.batch_size
+        return min(self.batch_size, self.model.most_windows(frames))
 
     def _start(self, batch: _Batch[R]) -> Iterator[tuple[int, R]]:
         self.under_way.append(batch)

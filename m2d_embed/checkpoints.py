@@ -311,6 +311,7 @@ def _completed(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Ten
     return tensors
 
 
+_ENCRYPTED = 1  # bit of a zip member's flags (PKWARE's APPNOTE, section 4.4.4)
 _WRAPPERS = re.compile(r"(module\.)?(ar\.)?(runtime\.)?(backbone\.)?")  # modules around the encoder in training
 _ENCODER_KEY = re.compile(r"cls_token|pos_embed|patch_embed\.proj\..*|blocks\.\d+\..*|norm\.(weight|bias)")
 _HEAD_KEYS = {
@@ -502,7 +503,7 @@ def _read_zip(path: Path) -> Checkpoint:
             if isinstance(error, CheckpointError) or getattr(error, "errno", None) not in (None, errno.EINVAL):
                 raise  # ours, or the disk's; a damaged archive can make its reader seek to before the start
             raise CheckpointError(f"{path}: a damaged zip archive ({error}); download it again.") from error
-        except (RuntimeError, NotImplementedError) as error:  # a password, an unusual compression
+        except NotImplementedError as error:  # zipfile's word for a compression it does not know
             raise CheckpointError(f"{path}: cannot be unpacked ({error}).") from error
         name = _published_name(inside.parent.name or path.stem, path.stem, inside.stem)
         return read_published(file, name, source=f"{path.name}: {inside}")
@@ -514,6 +515,8 @@ def _unpack_only_checkpoint(path: Path, destination: Path) -> str:
         names = [n for n in archive.namelist() if n.endswith((".pth", ".pt")) and not n.startswith("__MACOSX/")]
         if len(names) != 1:
             raise CheckpointError(f"{path}: expected one .pth in the archive, found {', '.join(names) or 'none'}.")
+        if archive.getinfo(names[0]).flag_bits & _ENCRYPTED:
+            raise CheckpointError(f"{path}: cannot be unpacked without its password; unpack it, and give the .pth.")
         with archive.open(names[0]) as packed, destination.open("wb") as unpacked:
             shutil.copyfileobj(packed, unpacked)
         return names[0]

@@ -167,7 +167,7 @@ def embed(
     if part is not None:
         shared = embed_shard(files, output, part, job_settings(loaded, kind.value), embed_to)
         if isinstance(stopwatch, Profile):
-            print(stopwatch.table(batch_size, pipeline.threads_for(loaded.device)))
+            print(stopwatch.table(pipeline.threads_for(loaded.device)))
         _report_shard(shared, part, output, exits=bool(shard))
         return
     summary = embed_to(files, output)
@@ -177,7 +177,7 @@ def embed(
     where = f" -> {output}" if done else "; nothing was written"
     print(f"{done} clips{earlier}, {loaded.scene_embedding_size} values each, {seconds:.1f} s{where}")
     if isinstance(stopwatch, Profile):
-        print(stopwatch.table(batch_size, pipeline.threads_for(loaded.device)))
+        print(stopwatch.table(pipeline.threads_for(loaded.device)))
     if summary.failed:
         print(f"{len(summary.failed)} of {len(files)} files could not be embedded, see above.", file=sys.stderr)
         raise typer.Exit(1)

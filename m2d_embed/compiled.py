@@ -55,7 +55,7 @@ class CompiledEncoder:
             is_audio = (torch.arange(width, device=log_mel.device) < columns).expand(batch, rows, width).flatten(1)
         graphed = log_mel.is_cuda and batch * rows * width <= _GRAPHED_TOKENS
         if graphed:
-            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # torch has no annotation there
+            torch.compiler.cudagraph_mark_step_begin()
         features = (self._run_graphed if graphed else self._run)(encoder, padded, tuple(layers), is_audio)
         kept = [x.view(batch, rows, width, -1)[:count, :, :columns] for x in features]
         return [x.clone() for x in kept] if graphed else kept  # the next replay writes to the same memory

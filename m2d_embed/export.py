@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -313,23 +313,23 @@ def _opaque(size: int) -> int:
 
     Knowing that, it would fix the graph to the case of its example: one window or several, whole or not.
     """
-    opaque: int = torch.full((), size).item()  # type: ignore[assignment]  # torch's annotation says a float, too
+    opaque = cast("int", torch.full((), size).item())
     _promise(opaque >= 1)
     return opaque
 
 
 def _promise(condition: bool) -> None:
     """Tell export what holds for every input; a program checks it when it runs."""
-    torch._check(condition)  # type: ignore[no-untyped-call]  # torch has no annotation there
+    torch._check(condition)
 
 
 def _max(first: int, second: int) -> int:
-    larger: int = torch.sym_max(first, second)  # type: ignore[no-untyped-call]  # torch has no annotation there
+    larger: int = torch.sym_max(first, second)
     return larger
 
 
 def _min(first: int, second: int) -> int:
-    smaller: int = torch.sym_min(first, second)  # type: ignore[no-untyped-call]  # torch has no annotation there
+    smaller: int = torch.sym_min(first, second)
     return smaller
 
 

@@ -65,7 +65,7 @@ def can_pack(x: Tensor) -> bool:
         and type(x) is Tensor
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]  # torch does not list it
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]  # torch.jit does not list it
         and bool(torch.backends.mkldnn.enabled)
     )
 
@@ -249,7 +249,7 @@ def _spread(weight: Tensor) -> Tensor:
 def _has_kernels() -> bool:
     names = ("_reorder_linear_weight", "_linear_pointwise")
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch has no annotation there
+    available = torch.backends.mkldnn.is_available()
     return is_x86 and available and all(hasattr(torch.ops.mkldnn, name) for name in names)
 
 

@@ -31,8 +31,8 @@ class Stopwatch:
         """Take the time of a ``with`` block."""
         return _NOTHING
 
-    def count_batch(self, windows: int) -> None:
-        """Count a batch that goes to the encoder."""
+    def count_batch(self, windows: int, room: int) -> None:
+        """Count a batch that goes to the encoder, of so many windows where there was room for so many."""
 
     def count_audio(self, seconds: float) -> None:
         """Count the length of a clip that was read to its end."""
@@ -44,6 +44,7 @@ class Profile(Stopwatch):
     Attributes:
         seconds: in each stage; several threads may be in one stage at a time.
         batches, windows: how many were encoded.
+        room: for how many windows there was room in these batches.
         audio_seconds: length of all clips that were read.
     """
 
@@ -51,6 +52,7 @@ class Profile(Stopwatch):
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.batches = 0
         self.windows = 0
+        self.room = 0
         self.audio_seconds = 0.0
         self._lock = threading.Lock()
         self._started = time.perf_counter()
@@ -65,10 +67,11 @@ class Profile(Stopwatch):
             with self._lock:
                 self.seconds[name] += time.perf_counter() - started
 
-    def count_batch(self, windows: int) -> None:
-        """Count a batch that goes to the encoder."""
+    def count_batch(self, windows: int, room: int) -> None:
+        """Count a batch that goes to the encoder, of so many windows where there was room for so many."""
         self.batches += 1
         self.windows += windows
+        self.room += room
 
     def count_audio(self, seconds: float) -> None:
         """Count the length of a clip that was read to its end."""
@@ -78,13 +81,8 @@ class Profile(Stopwatch):
         """Seconds since this profile was made."""
         return time.perf_counter() - self._started
 
-    def table(self, batch_size: int, threads: int) -> str:
-        """The result in words and numbers.
-
-        Args:
-            batch_size: windows of a full batch.
-            threads: threads that decoded.
-        """
+    def table(self, threads: int) -> str:
+        """The result in words and numbers, of a run with so many threads that decoded."""
         wall = self.wall_seconds()
         stages = [(name, self.seconds[name]) for name in _IN_ORDER if self.seconds[name] >= 0.005]
         stages.append(("the rest", max(0.0, wall - sum(seconds for _, seconds in stages))))
@@ -94,8 +92,8 @@ class Profile(Stopwatch):
             where = f"in {threads} thread{'s' if threads > 1 else ''} besides" if threads else "while waited for"
             lines.append(f"  {DECODING:<24}{self.seconds[DECODING]:>9.2f} s, {where}")
         if self.batches:
-            fill = 100 * self.windows / (self.batches * batch_size)
-            lines.append(f"{self.batches} batches, on average {fill:.0f} % full ({batch_size} windows)")
+            fill, full = 100 * self.windows / self.room, self.room / self.batches
+            lines.append(f"{self.batches} batches, on average {fill:.0f} % full ({full:.0f} windows)")
         peak = peak_memory()
         if peak is not None:
             lines.append(f"peak memory {peak / _MEGABYTE:.0f} MB")

@@ -318,7 +318,7 @@ def _settings_of_a_worker(job: _Job) -> dict[str, Any]:
     needed: dict[str, float] = {"CPU": job.actors.cpus, "GPU": job.actors.gpus}
     if not ray.is_initialized():
         ray.init()
-    nodes = ray.nodes()  # type: ignore[no-untyped-call]  # Ray's own annotations lack it
+    nodes = ray.nodes()
     if not any(all(node["Resources"].get(what, 0) >= n for what, n in needed.items()) for node in nodes):
         raise ConfigError(f"actors: no machine has cpus={needed['CPU']} and gpus={needed['GPU']:g} as each one needs.")
     load = ray.remote(num_cpus=needed["CPU"], num_gpus=needed["GPU"])(_load_and_describe)
@@ -340,7 +340,7 @@ def _clips_a_part(clips: int, most: int, actors: Actors) -> int:
     """Fewer than ``most`` where the actors would not have a few parts each."""
     import ray
 
-    room = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray's own annotations lack it
+    room = ray.cluster_resources()
     by_room = room.get("GPU", 0) / actors.gpus if actors.gpus else room.get("CPU", 1) / actors.cpus
     number = actors.number or max(1, int(by_room))
     return min(most, math.ceil(clips / (_PARTS_AN_ACTOR * number)))

@@ -62,8 +62,8 @@ class CudaLink:
     def __init__(self, device: torch.device):
         self._device = device
         # One each way: a download waits for the model, and no upload should wait with it.
-        self._up = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no types here
-        self._down = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # the same
+        self._up = torch.cuda.Stream(device)
+        self._down = torch.cuda.Stream(device)
 
     def host_buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)
@@ -82,7 +82,7 @@ class CudaLink:
         with torch.cuda.stream(self._down):
             host.copy_(tensor, non_blocking=True)
             # Sleeps while it waits: decoding needs the core.
-            arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # the same
+            arrived = torch.cuda.Event(blocking=True)
             arrived.record(self._down)
         tensor.record_stream(self._down)
 

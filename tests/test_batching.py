@@ -81,6 +81,9 @@ def test_a_call_has_no_more_windows_than_the_model_takes(monkeypatch):
     found = model.encode(clips)
     assert sizes == [20, 3, 3, 3, 3, 3, 3, 2]
     np.testing.assert_allclose(found, expected, atol=1e-5)
+    profile, opened = Profile(), list(model.open_clips(clips, RATE, raise_errors=True))
+    list(encode_scenes(model, opened, model.features, 32, Pipeline(stopwatch=profile)))
+    assert (profile.batches, profile.windows, profile.room) == (7, 20, 21)
 
 
 def test_paths_arrays_and_tensors_mix(tiny):

@@ -21,8 +21,8 @@ def test_a_table(monkeypatch):
     profile = a_profile(monkeypatch, WAITING=1.0, ENCODER=8.0, WRITING=0.5, DECODING=3.0)
     profile.count_audio(100.0)
     for windows in (4, 4, 1):
-        profile.count_batch(windows)
-    lines = profile.table(batch_size=4, threads=2).splitlines()
+        profile.count_batch(windows, room=4)
+    lines = profile.table(threads=2).splitlines()
     assert lines[0] == "10.00 s for 100.0 s of audio, 10 x real time"
     rows = [re.split(r" {2,}", line.strip()) for line in lines[1:6]]
     assert rows[:4] == [
@@ -47,11 +47,11 @@ def test_a_table(monkeypatch):
     ],
 )
 def test_what_limits_it(monkeypatch, seconds, limit):
-    assert f"limited by {limit}" in a_profile(monkeypatch, **seconds).table(32, 1)
+    assert f"limited by {limit}" in a_profile(monkeypatch, **seconds).table(1)
 
 
 def test_nothing_done():
-    assert "limited by" in Profile().table(32, 1)
+    assert "limited by" in Profile().table(1)
 
 
 def test_threads_are_added_up():
@@ -80,7 +80,7 @@ def test_a_stage_that_fails_counts():
 def test_a_stopwatch_that_does_not_listen():
     stopwatch = Stopwatch()
     with stopwatch.stage(ENCODER), stopwatch.stage(WRITING):
-        stopwatch.count_batch(1)
+        stopwatch.count_batch(1, 1)
         stopwatch.count_audio(1.0)
     assert stopwatch.stage(ENCODER) is stopwatch.stage(WAITING)  # nothing is made anew
 

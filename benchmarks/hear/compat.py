@@ -113,9 +113,9 @@ def keep_predictions(tasks: Any) -> None:
 
 
 def _adapt_training(tasks: Any) -> None:
-    lightning = importlib.import_module("pytorch_lightning")
+    import pytorch_lightning as lightning
 
-    class Trainer(lightning.Trainer):  # type: ignore[name-defined, misc]  # imported here, where it is installed
+    class Trainer(lightning.Trainer):
         """Today's trainer with the arguments, and the settable epoch, of pytorch-lightning 1.6."""
 
         _best_epoch: int | None = None

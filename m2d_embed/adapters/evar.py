@@ -56,7 +56,7 @@ except ImportError as error:
     ) from error
 
 
-class AR_M2DEmbed(BaseAudioRepr):  # type: ignore[misc]  # noqa: N801  (untyped base; EVAR's naming)
+class AR_M2DEmbed(BaseAudioRepr):  # noqa: N801  # EVAR finds it by this name
     """Any model of this package as EVAR's ``ar``.
 
     Reads from EVAR's settings ``weight_file``, ``sample_rate`` and ``feature_d``, and where they are given

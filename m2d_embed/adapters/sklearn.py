@@ -30,8 +30,7 @@ except ImportError as error:
     ) from error
 
 
-# scikit-learn has no types, so mypy takes its classes for Any.
-class M2DFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
+class M2DFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     """Scene embeddings of sounds, the same as ``M2D.encode`` returns.
 
     ``X`` is a sequence of clips: paths, or 1-d arrays and tensors at the model's rate, of any length; or a 2-d array of

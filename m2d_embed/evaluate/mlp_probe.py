@@ -179,7 +179,7 @@ def _epoch(network: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: T
     network.train()
     for rows in _batches(len(x)):
         optimizer.zero_grad()
-        loss_of(network(x[rows]), y[rows]).backward()  # type: ignore[no-untyped-call]  # torch leaves it out
+        loss_of(network(x[rows]), y[rows]).backward()
         optimizer.step()
 
 

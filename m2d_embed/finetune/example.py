@@ -45,7 +45,7 @@ def main(data: Path, output: Path) -> float:
             frames = model.encode_frames(torch.stack([crop(audio[i], samples) for i in rows]))
             loss = F.cross_entropy(model.head(frames.mean(dim=1)), labels[rows], label_smoothing=0.1)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it out
+            loss.backward()
             optimizer.step()
             schedule.step()
         print(f"epoch {epoch + 1} of {EPOCHS}: loss {loss.item():.3f}", file=sys.stderr)

@@ -228,5 +228,5 @@ def _gather(features: Tensor) -> list[Tensor]:
     from torch.distributed.nn.functional import all_gather
 
     whole = features.contiguous()
-    gathered: tuple[Tensor, ...] = all_gather(whole)  # type: ignore[no-untyped-call]  # torch has no annotation there
+    gathered: tuple[Tensor, ...] = all_gather(whole)
     return list(gathered)
