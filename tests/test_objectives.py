@@ -118,6 +118,7 @@ EVERY = {
     "m2d": (objectives.M2D, (), None),
     "data2vec": (objectives.Data2Vec, (), None),
     "msm_mae": (objectives.MSMMAE, (), None),
+    "msm_mae_s": (objectives.MSMMAES, (40, (1.0, 0.5)), torch.randn(4, 4, 40)),
     "m2d_x": (objectives.M2DX, (40, (1.0, 1.0)), torch.randn(4, 4, 40)),
     "m2d_s": (objectives.M2DS, (40, (1.0, 1.0)), torch.randn(4, 4, 40)),
     "m2d_as": (objectives.M2DAS, (7, (1.0, 0.5)), torch.eye(7)[:4]),
@@ -145,7 +146,7 @@ def test_a_few_steps_lower_the_loss_and_leave_nothing_out(name):
 def test_outputs_are_of_the_masked_patches(name):
     kind, arguments, offline = EVERY[name]
     outputs = make(kind, *arguments)(make_example(offline=offline))
-    width = 256 if name == "msm_mae" else 32
+    width = 256 if name.startswith("msm_mae") else 32
     assert outputs["prediction"].shape == outputs["target"].shape == (4, PATCHES - 6, width)
     assert outputs["latent"].shape == (4, 1 + 6, 32)
     assert not outputs["target"].requires_grad
@@ -211,16 +212,37 @@ def test_patch_pixels_are_the_patches_the_encoder_sees():
 
 
 def test_columns_are_put_back_in_place():
-    objective = make(objectives.M2DX, 8, (1.0, 1.0))
     patches = torch.arange(PATCHES).float().view(1, PATCHES, 1).expand(2, -1, 32)
     example = make_example(batch=2)
     visible, masked = objectives.split(example)
-    latent = torch.cat([torch.full((2, 1, 32), -1.0), objectives.take(patches, visible)], dim=1)
-    outputs = {"latent": latent, "prediction": objectives.take(patches, masked)}
-    columns = objective.columns(example, outputs)
+    latent, filled_in = objectives.take(patches, visible), objectives.take(patches, masked)
+    columns = objectives.stack_columns(example.order, latent, filled_in, (5, 4))
     assert columns.shape == (2, 4, 5 * 32)
     wanted = torch.tensor([[f * 4 + t for f in range(5)] for t in range(4)]).float()
     assert torch.equal(columns[0].view(4, 5, 32)[..., 0], wanted)
+
+
+def test_msm_mae_s_adds_to_the_loss_of_msm_mae_what_latents_tell_of_the_teacher():
+    offline = torch.randn(4, 4, 40)
+    objective, example = make(objectives.MSMMAES, 40, (2.0, 0.25)), make_example(offline=offline)
+    plain = make(objectives.MSMMAE)
+    tensors = {k: v for k, v in objective.state_dict().items() if not k.startswith(("offline", "predictor.out"))}
+    tensors |= {f"predictor.out.{k}": v[:256] for k, v in objective.predictor.out.state_dict().items()}
+    plain.load_state_dict(tensors)
+    outputs, expected = objective(example), plain(example)
+    torch.testing.assert_close(outputs["loss/online"], expected["loss"])
+    torch.testing.assert_close(outputs["prediction"], expected["prediction"])
+    torch.testing.assert_close(outputs["loss"], 2 * outputs["loss/online"] + 0.25 * outputs["loss/offline"])
+    perfect = objective.offline(
+        objectives.stack_columns(
+            example.order,
+            outputs["latent"][:, 1:],
+            objective.predictor(outputs["latent"], *objectives.split(example))[..., 256:],
+            (5, 4),
+        )
+    ).detach()
+    known = objective(make_example(offline=perfect))
+    assert float(known["loss/offline"].detach()) < 0.1 < float(outputs["loss/offline"].detach())
 
 
 def test_cosine_loss_is_zero_for_any_scale_and_shift_of_the_target():

@@ -68,7 +68,7 @@ def test_files_and_manifest(loudness, tmp_path, monkeypatch):
     (corpus / "audio").mkdir(parents=True)
     for name in ("a", "b"):
         soundfile.write(corpus / "audio" / f"{name}.wav", np.zeros(16_000), 16_000)
-    (corpus / "manifest.csv").write_text("file,kind\naudio/a.wav,music\naudio/b.wav,speech\n")
+    (corpus / "manifest.csv").write_text("file,seconds,kind\naudio/a.wav,1,music\naudio/b.wav,1,speech\n")
     yamnet_features.main(corpus / "manifest.csv", tmp_path / "yamnet.tflite", output, hop=480.0, processes=1)
     rows = list(csv.DictReader((output / "manifest.csv").open()))
     assert [row["kind"] for row in rows] == ["music", "speech"]

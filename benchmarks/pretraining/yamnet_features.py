@@ -2,13 +2,12 @@
 
     pip install ai-edge-litert
     python -m benchmarks.pretraining.yamnet_features corpus/manifest.csv yamnet.tflite features
-    m2d-embed pretrain ... objective=m2d_s data.source=features/manifest.csv data.feature_hop_ms=960
+    m2d-embed pretrain ... objective=m2d_s data.source=features/manifest.csv data.feature_hop_ms=480
 
 Writes a ``.npy`` (frames, 1024) float16 a clip, a frame every ``--hop`` milliseconds, and a manifest with the column
 ``features``. Files that are there already are kept, so a run that was stopped goes on.
 """
 
-import csv
 import os
 import warnings
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ import numpy.typing as npt
 import typer
 from tqdm.auto import tqdm
 
+from benchmarks.pretraining.targets import Job, save, todo, write_manifest
 from m2d_embed.audio import load_audio
 
 _RATE = 16_000
@@ -66,39 +66,24 @@ def embed(audio: Floats, model: Path, hop: float) -> npt.NDArray[np.float16]:
     return np.stack(rows)
 
 
-def _write(job: tuple[Path, Path, Path, float]) -> None:
-    source, target, model, hop = job
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_suffix(f".{os.getpid()}.partial")
-    with partial.open("wb") as stream:
-        np.save(stream, embed(load_audio(source, _RATE), model, hop))
-    partial.replace(target)
+def _write(job: tuple[Job, Path, float]) -> None:
+    clip, model, hop = job
+    save(clip.target, embed(load_audio(clip.source, _RATE), model, hop))
 
 
 def main(
     manifest: Path,
     model: Path,
     output: Path,
-    hop: Annotated[float, typer.Option(help="Milliseconds between frames.")] = 960.0,
+    hop: Annotated[float, typer.Option(help="Milliseconds between frames.")] = 480.0,
     processes: int = os.cpu_count() or 1,
 ) -> None:
     """Embed every file of a manifest."""
-    with manifest.open(newline="", encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
-    names = [f"{row['file']}.npy" for row in rows]
-    jobs = [
-        (manifest.parent / row["file"], output / name, model, hop * _RATE / 1000)
-        for row, name in zip(rows, names, strict=True)
-        if not (output / name).exists()
-    ]
+    jobs = [(job, model, hop * _RATE / 1000) for job in todo(manifest, output)]
     with get_context("spawn").Pool(processes) as pool:
         for _ in tqdm(pool.imap_unordered(_write, jobs, chunksize=8), total=len(jobs), unit="clip"):
             pass
-    with (output / "manifest.csv").open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, [*rows[0], "features"])
-        writer.writeheader()
-        for row, name in zip(rows, names, strict=True):
-            writer.writerow({**row, "file": os.path.relpath(manifest.parent / row["file"], output), "features": name})
+    write_manifest(manifest, output)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from m2d_embed.config import ClapConfig, ModelConfig
 from m2d_embed.pretrain import inputs, objectives
 from m2d_embed.pretrain.inputs import Captions, OfflineTarget, Teacher
 from m2d_embed.pretrain.objectives import Objective
-from m2d_embed.pretrain.recipe import Recipe
+from m2d_embed.pretrain.recipe import WITH_FEATURES, Recipe
 
 
 class Task(NamedTuple):
@@ -44,7 +44,7 @@ def build_task(
     if recipe.objective == "m2d_x":
         teacher = Teacher(inference.M2D.from_pretrained(recipe.offline.teacher, device=device), config)
         offline, offline_dim = teacher, teacher.dim
-    elif recipe.objective == "m2d_s":
+    elif recipe.objective in WITH_FEATURES:
         offline, offline_dim = inputs.precomputed_features, feature_dim
     elif recipe.objective == "m2d_as":
         offline, offline_dim = inputs.labels, len(label_names)
@@ -80,6 +80,8 @@ def _objective(recipe: Recipe, config: ModelConfig, offline_dim: int, clap: Clap
     plain = {"m2d": objectives.M2D, "data2vec": objectives.Data2Vec, "msm_mae": objectives.MSMMAE}
     if recipe.objective in plain:
         return plain[recipe.objective](config, predictor)
+    if recipe.objective == "msm_mae_s":
+        return objectives.MSMMAES(config, predictor, offline_dim, weights)
     kinds = {"m2d_x": objectives.M2DX, "m2d_s": objectives.M2DS, "m2d_as": objectives.M2DAS}
     return kinds[recipe.objective](config, predictor, offline_dim, weights)
 

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from m2d_embed.config import ModelConfig
 from m2d_embed.errors import ConfigError
 from m2d_embed.pretrain.datasets import Batches, BatchSpec, CropDataset, find_labels, loader, open_dataset
-from m2d_embed.pretrain.recipe import Recipe
+from m2d_embed.pretrain.recipe import WITH_FEATURES, Recipe
 from m2d_embed.pretrain.shards import ShardDataset
 
 
@@ -71,7 +71,7 @@ def open_data(recipe: Recipe, config: ModelConfig, names: tuple[str, ...], show_
         recipe.training.seed,
         labels=names,
         captions=recipe.objective == "m2d_clap",
-        features=recipe.objective == "m2d_s",
+        features=recipe.objective in WITH_FEATURES,
     )
     with tqdm(unit="file", desc="log-mels", disable=None if show_progress else True, delay=1) as bar:
 

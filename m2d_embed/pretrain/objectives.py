@@ -87,6 +87,39 @@ class MSMMAE(Objective):
         return {"loss": loss, "target": target, "prediction": predicted, "latent": latent}
 
 
+class MSMMAES(Objective):
+    """MSM-MAE with the additional task of M2D-S: ``loss = weights[0] * MSM-MAE + weights[1] * offline``.
+
+    Ours, for short runs: pixels give a good start, and there is no target encoder to compute. For every masked patch
+    the predictor predicts its pixels, and beside them a latent that stands for it in the additional task.
+    """
+
+    def __init__(self, config: ModelConfig, predictor: PredictorConfig, offline_dim: int, weights: tuple[float, float]):
+        self.pixels = config.patch_size[0] * config.patch_size[1]
+        super().__init__(config, predictor, output_dim=self.pixels + config.embed_dim)
+        self.patch_size = config.patch_size
+        self.weights = weights
+        self.offline = nn.Linear(config.grid_size[0] * config.embed_dim, offline_dim)
+
+    def init_weights(self) -> None:
+        super().init_weights()
+        init_linears(self.offline)
+
+    def forward(self, example: Example) -> Outputs:
+        visible, masked = split(example)
+        tokens = self.encoder.embed(example.log_mel)
+        [latent] = self.encoder.encode(take(tokens, visible))
+        predicted, filled_in = self.predictor(latent, visible, masked).split(
+            [self.pixels, latent.shape[-1]], dim=-1
+        )  # (B, M, pixels), (B, M, dim)
+        target = take(patch_pixels(example.log_mel, self.patch_size), masked)
+        pixel_loss = F.mse_loss(predicted.float(), standardize(target.float()))
+        columns = stack_columns(example.order, latent[:, 1:], filled_in, self.encoder.grid_size)
+        offline = cosine_loss(self.offline(columns), wanted(example))
+        outputs = {"target": target, "prediction": predicted, "latent": latent}
+        return with_offline({**outputs, "loss": pixel_loss}, offline, self.weights)
+
+
 class TargetEncoder(nn.Module):
     """The exponential moving average of an encoder's blocks and final norm. It has no gradient."""
 
@@ -172,9 +205,7 @@ class M2DX(M2D):
 
     def forward(self, example: Example) -> Outputs:
         outputs = super().forward(example)
-        online, offline = outputs["loss"], self.offline_loss(example, outputs)
-        loss = self.weights[0] * online + self.weights[1] * offline
-        return {**outputs, "loss": loss, "loss/online": online, "loss/offline": offline}
+        return with_offline(outputs, self.offline_loss(example, outputs), self.weights)
 
     def offline_loss(self, example: Example, outputs: Outputs) -> Tensor:
         """The loss of the additional task, a scalar."""
@@ -182,12 +213,7 @@ class M2DX(M2D):
 
     def columns(self, example: Example, outputs: Outputs) -> Tensor:
         """Latents and predictions in place, stacked per time column: (B, T, F * dim)."""
-        rows, columns = self.encoder.grid_size
-        latent, predicted = outputs["latent"][:, 1:], outputs["prediction"]
-        shuffled = torch.cat([latent, predicted.to(latent.dtype)], dim=1)  # (B, N, dim)
-        patches = take(shuffled, example.order.argsort(dim=1))
-        grid = patches.view(len(patches), rows, columns, -1).transpose(1, 2)  # (B, T, F, dim)
-        return grid.flatten(2)
+        return stack_columns(example.order, outputs["latent"][:, 1:], outputs["prediction"], self.encoder.grid_size)
 
 
 class M2DS(M2DX):
@@ -224,8 +250,7 @@ class M2DCLAP(M2D):
         logits = self.clap.similarity(audio, text)
         diagonal = torch.arange(len(logits), device=logits.device)
         offline = (F.cross_entropy(logits, diagonal) + F.cross_entropy(logits.T, diagonal)) / 2
-        loss = self.weights[0] * outputs["loss"] + self.weights[1] * offline
-        return {**outputs, "loss": loss, "loss/online": outputs["loss"], "loss/offline": offline}
+        return with_offline(outputs, offline, self.weights)
 
 
 # --- pieces --------------------------------------------------------------------------------------------------------
@@ -239,6 +264,26 @@ def split(example: Example) -> tuple[Tensor, Tensor]:
 def take(tokens: Tensor, indices: Tensor) -> Tensor:
     """Rows ``indices`` (B, M) of ``tokens`` (B, N, dim) -> (B, M, dim)."""
     return tokens.gather(1, indices.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def stack_columns(order: Tensor, latent: Tensor, filled_in: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    """Latents (B, V, dim) of visible and (B, M, dim) of masked patches, in place, stacked per time column.
+
+    Returns:
+        (B, T, F * dim).
+    """
+    rows, columns = grid_size
+    shuffled = torch.cat([latent, filled_in.to(latent.dtype)], dim=1)  # (B, N, dim)
+    patches = take(shuffled, order.argsort(dim=1))
+    grid = patches.view(len(patches), rows, columns, -1).transpose(1, 2)  # (B, T, F, dim)
+    return grid.flatten(2)
+
+
+def with_offline(outputs: Outputs, offline: Tensor, weights: tuple[float, float]) -> Outputs:
+    """Outputs whose loss is the weighted sum of the one they had and of that of the additional task."""
+    online = outputs["loss"]
+    loss = weights[0] * online + weights[1] * offline
+    return {**outputs, "loss": loss, "loss/online": online, "loss/offline": offline}
 
 
 def wanted(example: Example) -> Tensor:

@@ -26,10 +26,12 @@ RECIPES = Path(__file__).parent / "recipes"
 
 Size = Literal["tiny", "small", "base", "large"]
 Precision = Literal["fp32", "bf16", "fp16"]
-ObjectiveName = Literal["m2d", "m2d_x", "m2d_s", "m2d_as", "m2d_clap", "msm_mae", "data2vec"]
+ObjectiveName = Literal["m2d", "m2d_x", "m2d_s", "m2d_as", "m2d_clap", "msm_mae", "msm_mae_s", "data2vec"]
 
 #: Objectives with an additional task, described by the section `offline`.
-WITH_OFFLINE = ("m2d_x", "m2d_s", "m2d_as", "m2d_clap")
+WITH_OFFLINE = ("m2d_x", "m2d_s", "m2d_as", "m2d_clap", "msm_mae_s")
+#: Those that learn precomputed frame features.
+WITH_FEATURES = ("m2d_s", "msm_mae_s")
 
 #: What may differ when a run is resumed: it changes neither the data nor the steps.
 _FREE_ON_RESUME = re.compile(
@@ -81,10 +83,11 @@ class StartSection:
 
 @dataclass(frozen=True)
 class OfflineSection:
-    """The additional task of m2d_x, m2d_s, m2d_as and m2d_clap.
+    """The additional task of m2d_x, m2d_s, m2d_as, m2d_clap and msm_mae_s.
 
-    ``weights`` are those of the M2D loss and of the additional one. ``teacher`` (m2d_x) is anything that ``load_model``
-    takes. ``labels`` (m2d_as) is a file with one label a line; null takes the labels that the manifest has.
+    ``weights`` are those of the loss over masked patches and of the additional one. ``teacher`` (m2d_x) is anything
+    that ``load_model`` takes. ``labels`` (m2d_as) is a file with one label a line; null takes the labels that the
+    manifest has.
     ``text_encoder`` (m2d_clap) is a repository or folder of transformers, ``joint_dim`` the size of the common space.
     """
 

@@ -1,0 +1,83 @@
+r"""One manifest for M2D-S from the targets of several teachers, and how often each kind of sound is drawn.
+
+    python -m benchmarks.pretraining.join_features joined yamnet/manifest.csv voice/manifest.csv \
+        --share speech=0.3 --share music=0.25 --share effects=0.27 --share instrument=0.1 --share ambience=0.08
+
+Every value of a teacher is standardised over the corpus, as what all sounds have in common teaches nothing, and each
+teacher has the same part in the joint target, however many values it gives. Shares become the weights of clips.
+"""
+
+import csv
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import numpy.typing as npt
+import typer
+from tqdm.auto import tqdm
+
+from benchmarks.pretraining.targets import read_rows, save
+
+_LIMIT = 6.0  # standard deviations; what goes beyond is cut
+_STATISTICS_OF = 4000  # clips
+
+Floats = npt.NDArray[np.float32]
+
+
+def statistics(files: list[Path]) -> tuple[Floats, Floats]:
+    """Mean and standard deviation of every value; of values that hardly change, a tenth of the usual one at least."""
+    step = max(1, len(files) // _STATISTICS_OF)
+    frames = np.concatenate([np.load(file).astype(np.float32) for file in files[::step]])
+    std = frames.std(axis=0)
+    return frames.mean(axis=0), np.maximum(std, 0.1 * np.median(std))
+
+
+def standardised(file: Path, mean: Floats, std: Floats) -> Floats:
+    """(frames, values) whose squares add up to about one a frame."""
+    frames: Floats = ((np.load(file).astype(np.float32) - mean) / std).clip(-_LIMIT, _LIMIT)
+    return frames / np.float32(len(mean) ** 0.5)
+
+
+def weights(kinds: list[str], shares: list[str]) -> list[float]:
+    """A weight for every clip, 1 on average, so that kinds are drawn in these shares; equal ones without shares."""
+    if not shares:
+        return [1.0] * len(kinds)
+    wanted = {name: float(share) for name, _, share in (text.partition("=") for text in shares)}
+    counts = Counter(kinds)
+    if wanted.keys() != counts.keys():
+        raise SystemExit(f"--share: the corpus has the kinds {', '.join(sorted(counts))}; give one for each.")
+    total = sum(wanted.values())
+    return [wanted[kind] / total * len(kinds) / counts[kind] for kind in kinds]
+
+
+def main(
+    output: Path,
+    manifests: list[Path],
+    share: Annotated[list[str], typer.Option(help="KIND=SHARE of the clips drawn.")] = [],  # noqa: B006
+) -> None:
+    """Join the features of manifests of one corpus."""
+    tables = [read_rows(manifest) for manifest in manifests]
+    sources = [[(m.parent / row["file"]).resolve() for row in rows] for m, rows in zip(manifests, tables, strict=True)]
+    if any(other != sources[0] for other in sources):
+        raise SystemExit("the manifests are not of the same clips in the same order")
+    files = [[m.parent / row["features"] for row in rows] for m, rows in zip(manifests, tables, strict=True)]
+    scales = [statistics(teacher) for teacher in files]
+    first = tables[0]
+    names = [f"features/{number // 1000:03}/{number % 1000:03}.npy" for number in range(len(first))]
+    for name, *parts in zip(tqdm(names, unit="clip"), *files, strict=True):
+        blocks = [standardised(file, *scale) for file, scale in zip(parts, scales, strict=True)]
+        frames = min(len(block) for block in blocks)  # teachers may round the end of a clip differently
+        save(output / name, np.concatenate([block[:frames] for block in blocks], axis=1).astype(np.float16))
+    drawn = weights([row.get("kind", "") for row in first], share)
+    with (output / "manifest.csv").open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, list(dict.fromkeys([*first[0], "weight"])))
+        writer.writeheader()
+        for row, source, name, weight in zip(first, sources[0], names, drawn, strict=True):
+            file = os.path.relpath(source, output.resolve())
+            writer.writerow({**row, "file": file, "features": name, "weight": f"{weight:.4f}"})
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,139 @@
+"""Is a labelled clip in the corpus? By name, and by acoustic fingerprint: nothing of a test may have been trained on.
+
+    python -m benchmarks.pretraining.overlap corpus/manifest.csv ../shared/data     # prints what is in both
+
+Fingerprints are pairs of spectral peaks (Wang, "An Industrial-Strength Audio Search Algorithm", ISMIR 2003): a stretch
+of a clip is found again at any place, at another loudness, and after a lossy codec; not at another pitch or speed.
+"""
+
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import typer
+from scipy.ndimage import maximum_filter
+from scipy.signal import stft
+from tqdm.auto import tqdm
+
+from m2d_embed.audio import load_audio
+
+_RATE = 16_000
+_FFT, _HOP = 1024, 256
+_NEIGHBOURHOOD = (21, 9)  # bins and frames within which a peak is the highest
+_PEAKS = 30  # a second, the loudest
+_FAN = 8  # pairs a peak begins
+_MAX_FRAMES = 63  # between the peaks of a pair
+_MIN_MATCHES = 12  # pairs at the same distance in time
+_MIN_SHARE = 0.1  # of the pairs of the shorter clip
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Two files that share a stretch: ``matches`` pairs of peaks lie ``seconds`` apart, ``share`` of the shorter's."""
+
+    corpus: str
+    labelled: str
+    matches: int
+    share: float
+    seconds: float
+
+
+def landmarks(audio: npt.NDArray[np.float32]) -> tuple[Ints, Ints]:
+    """Hashes of the pairs of peaks of a clip at 16 kHz, and the frame that each begins at."""
+    padded = np.pad(audio, (0, max(0, _FFT - len(audio))))
+    _, _, spectrum = stft(padded, nperseg=_FFT, noverlap=_FFT - _HOP, boundary=None, padded=False)
+    level = np.log(np.abs(spectrum[: _FFT // 2]) + 1e-6)  # (bins, frames)
+    is_peak = (level == maximum_filter(level, _NEIGHBOURHOOD)) & (level > np.median(level, axis=1, keepdims=True) + 0.5)
+    bins, frames = np.nonzero(is_peak)
+    loudest = np.argsort(-level[bins, frames])[: max(8, int(_PEAKS * len(audio) / _RATE))]
+    order = loudest[np.argsort(frames[loudest], kind="stable")]
+    bins, frames = bins[order], frames[order]
+    hashes, starts = [], []
+    for step in range(1, _FAN + 1):
+        gap = frames[step:] - frames[:-step]
+        near = (gap > 0) & (gap <= _MAX_FRAMES)
+        first, second = bins[:-step][near], bins[step:][near]
+        hashes.append((first.astype(np.int64) << 15) | (second.astype(np.int64) << 6) | gap[near])
+        starts.append(frames[:-step][near])
+    return np.concatenate(hashes), np.concatenate(starts).astype(np.int64)
+
+
+class Index:
+    """Landmarks of the labelled clips, sorted by hash."""
+
+    def __init__(self, files: list[Path]):
+        found = [landmarks(load_audio(file, _RATE)) for file in tqdm(files, unit="clip", desc="labelled")]
+        self.files = files
+        self.counts = np.array([len(hashes) for hashes, _ in found])
+        hashes = np.concatenate([hashes for hashes, _ in found])
+        order = np.argsort(hashes, kind="stable")
+        self.hashes = hashes[order]
+        self.starts = np.concatenate([starts for _, starts in found])[order]
+        self.clips = np.repeat(np.arange(len(files)), self.counts)[order]
+
+    def search(self, file: Path) -> list[Overlap]:
+        """What of the labelled clips is in a file."""
+        hashes, starts = landmarks(load_audio(file, _RATE))
+        left, right = np.searchsorted(self.hashes, hashes, "left"), np.searchsorted(self.hashes, hashes, "right")
+        lengths = right - left
+        if not lengths.sum():
+            return []
+        rows = np.repeat(left - np.concatenate([[0], lengths.cumsum()[:-1]]), lengths) + np.arange(lengths.sum())
+        shift = np.repeat(starts, lengths) - self.starts[rows]
+        # Frames of the two files need not begin at the same sample: neighbouring shifts are one.
+        keys, counts = np.unique(np.stack([self.clips[rows], shift // 2]), axis=1, return_counts=True)
+        overlaps = []
+        for (clip, half), count in zip(keys.T, counts, strict=True):
+            shorter = min(self.counts[clip], len(hashes))
+            if count >= _MIN_MATCHES and count >= _MIN_SHARE * shorter:
+                seconds = float(2 * half * _HOP / _RATE)
+                share = round(float(count / shorter), 3)
+                overlaps.append(Overlap(str(file), str(self.files[clip]), int(count), share, seconds))
+        return overlaps
+
+
+def labelled_files(data: Path) -> list[Path]:
+    """Every clip of the sets in a folder, by their ``metadata.csv``."""
+    files = []
+    for metadata in sorted(data.glob("*/metadata.csv")):
+        with metadata.open(newline="", encoding="utf-8") as stream:
+            rows = list(csv.DictReader(stream))
+        files += [metadata.parent / next(v for k, v in row.items() if k in ("file", "filename")) for row in rows]
+    return files
+
+
+def search_all(index: Index, files: list[Path], processes: int) -> Iterator[list[Overlap]]:
+    """``index.search`` of every file, in order."""
+    with get_context("fork").Pool(processes) as pool:  # the index is shared, not copied
+        yield from pool.imap(partial(Index.search, index), files, chunksize=64)
+
+
+def main(manifest: Path, data: Path, processes: int = 2, limit: int | None = None) -> None:
+    """Compare a corpus with the labelled sets in a folder, and print JSON."""
+    with manifest.open(newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    files = list(islice((manifest.parent / row["file"] for row in rows), limit))
+    clips = labelled_files(data)
+    names = {clip.stem.lower() for clip in clips}
+    same_name = [str(file) for file in files if file.stem.lower() in names]
+    found = [o for overlaps in tqdm(search_all(Index(clips), files, processes), total=len(files)) for o in overlaps]
+    report = {
+        "files": len(files),
+        "labelled clips": len(clips),
+        "same name": same_name,
+        "same sound": [vars(overlap) for overlap in found],
+    }
+    print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    typer.run(main)

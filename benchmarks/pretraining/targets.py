@@ -1,0 +1,58 @@
+"""What the makers of offline targets share: which clips are still to do, and the files they end in."""
+
+import csv
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True)
+class Job:
+    """A clip, how long it is, and the file of its features."""
+
+    source: Path
+    seconds: float
+    target: Path
+
+
+def read_rows(manifest: Path) -> list[dict[str, str]]:
+    """The rows of a manifest."""
+    with manifest.open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def todo(manifest: Path, output: Path) -> list[Job]:
+    """The clips of a manifest whose features are not there yet."""
+    jobs = [
+        Job(manifest.parent / row["file"], float(row["seconds"]), output / _features(row))
+        for row in read_rows(manifest)
+    ]
+    return [job for job in jobs if not job.target.exists()]
+
+
+def save(target: Path, features: npt.NDArray[Any]) -> None:
+    """Write a ``.npy``, wholly or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_suffix(f".{os.getpid()}.partial")
+    with partial.open("wb") as stream:
+        np.save(stream, features)
+    partial.replace(target)
+
+
+def write_manifest(manifest: Path, output: Path) -> None:
+    """The manifest again, in the folder of the features, with where they are."""
+    rows = read_rows(manifest)
+    with (output / "manifest.csv").open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, [*rows[0], "features"])
+        writer.writeheader()
+        for row in rows:
+            file = os.path.relpath(manifest.parent / row["file"], output)
+            writer.writerow({**row, "file": file, "features": _features(row)})
+
+
+def _features(row: dict[str, str]) -> str:
+    return f"{row['file']}.npy"
