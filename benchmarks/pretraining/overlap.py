@@ -27,11 +27,13 @@ from m2d_embed.audio import load_audio
 _RATE = 16_000
 _FFT, _HOP = 1024, 256
 _NEIGHBOURHOOD = (21, 9)  # bins and frames within which a peak is the highest
-_PEAKS = 30  # a second, the loudest
-_FAN = 8  # pairs a peak begins
-_MAX_FRAMES = 63  # between the peaks of a pair
-_MIN_MATCHES = 12  # pairs at the same distance in time
-_MIN_SHARE = 0.1  # of the pairs of the shorter clip
+_SILENCE = float(np.log(2e-6))  # digital silence has no peaks
+_PEAKS = 40  # a second, the loudest
+_ZONE = 60  # of the peaks that follow one, so many may make a pair with it
+_FAN = 6  # of those, the loudest do
+_MAX_FRAMES, _MAX_BINS = 63, 120  # between the peaks of a pair
+_MIN_MATCHES = 8  # pairs at the same distance in time
+_MIN_SHARE = 0.04  # of the pairs of the shorter clip
 
 Ints = npt.NDArray[np.int64]
 
@@ -49,22 +51,33 @@ class Overlap:
 
 def landmarks(audio: npt.NDArray[np.float32]) -> tuple[Ints, Ints]:
     """Hashes of the pairs of peaks of a clip at 16 kHz, and the frame that each begins at."""
+    bins, frames, levels = peaks(audio)
+    following = np.arange(len(bins))[:, None] + np.arange(1, _ZONE + 1)
+    exists = following < len(bins)
+    following = np.minimum(following, len(bins) - 1)
+    gap = frames[following] - frames[:, None]
+    near = exists & (gap > 0) & (gap <= _MAX_FRAMES) & (abs(bins[following] - bins[:, None]) <= _MAX_BINS)
+    # The loudest of them, not the next: a weak peak more or less, from noise or a codec, then changes nothing.
+    best = np.argsort(np.where(near, -levels[following], np.inf), axis=1)[:, :_FAN]
+    chosen = np.take_along_axis(near, best, axis=1)
+    second, gaps = (np.take_along_axis(x, best, axis=1)[chosen] for x in (bins[following], gap))
+    first, starts = (np.broadcast_to(x[:, None], best.shape)[chosen] for x in (bins, frames))
+    return (first << 15) | (second << 6) | gaps, starts
+
+
+def peaks(audio: npt.NDArray[np.float32]) -> tuple[Ints, Ints, npt.NDArray[np.float32]]:
+    """Bins, frames and levels of the loudest local maxima of every second, in order of time."""
     padded = np.pad(audio, (0, max(0, _FFT - len(audio))))
     _, _, spectrum = stft(padded, nperseg=_FFT, noverlap=_FFT - _HOP, boundary=None, padded=False)
     level = np.log(np.abs(spectrum[: _FFT // 2]) + 1e-6)  # (bins, frames)
-    is_peak = (level == maximum_filter(level, _NEIGHBOURHOOD)) & (level > np.median(level, axis=1, keepdims=True) + 0.5)
-    bins, frames = np.nonzero(is_peak)
-    loudest = np.argsort(-level[bins, frames])[: max(8, int(_PEAKS * len(audio) / _RATE))]
-    order = loudest[np.argsort(frames[loudest], kind="stable")]
-    bins, frames = bins[order], frames[order]
-    hashes, starts = [], []
-    for step in range(1, _FAN + 1):
-        gap = frames[step:] - frames[:-step]
-        near = (gap > 0) & (gap <= _MAX_FRAMES)
-        first, second = bins[:-step][near], bins[step:][near]
-        hashes.append((first.astype(np.int64) << 15) | (second.astype(np.int64) << 6) | gap[near])
-        starts.append(frames[:-step][near])
-    return np.concatenate(hashes), np.concatenate(starts).astype(np.int64)
+    bins, frames = np.nonzero((level == maximum_filter(level, _NEIGHBOURHOOD)) & (level > _SILENCE))
+    levels = level[bins, frames]
+    seconds = frames * _HOP // _RATE
+    order = np.lexsort((-levels, seconds))  # second by second, the loudest first
+    rank = np.arange(len(order)) - np.searchsorted(seconds[order], seconds[order])
+    kept = order[rank < _PEAKS]
+    kept = kept[np.lexsort((bins[kept], frames[kept]))]
+    return bins[kept].astype(np.int64), frames[kept].astype(np.int64), levels[kept]
 
 
 class Index:
