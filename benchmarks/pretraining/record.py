@@ -1,0 +1,124 @@
+"""Keep what a run of pre-training was and what came of it: settings, curve, compute, linear probes.
+
+    python -m benchmarks.pretraining.record runs/tiny-cpu ../shared/data
+
+writes ``runs/tiny-cpu.json`` beside this file, and the table of all runs kept anew (``README.md`` there). The second
+argument is a folder of labelled sets, each with a ``metadata.csv``; nothing in it is trained on.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.quality import embed_by_model, measure
+from benchmarks.timing import machine
+from m2d_embed.evaluate.embedding_cache import hash_files
+from m2d_embed.evaluate.labelled import read_labelled
+from m2d_embed.training.monitor import RunLog
+from m2d_embed.training.settings import read_yaml
+
+FOLDER = Path(__file__).with_name("runs")
+TABLE = Path(__file__).with_name("README.md")
+_POINTS = 60  # of a curve
+_PATHS = ("source", "cache", "noise", "model", "teacher")
+_BY_PLACE = ("name", "about", "license", "output", "probe")
+
+
+def settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe without what holds for one machine alone: of paths the last two parts."""
+
+    def portable(section: Any) -> Any:
+        if not isinstance(section, Mapping):
+            return section
+        return {
+            key: "/".join(Path(value).parts[-2:]) if key in _PATHS and isinstance(value, str) else value
+            for key, value in section.items()
+        }
+
+    return {key: portable(value) for key, value in recipe.items() if key not in _BY_PLACE}
+
+
+def curve(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Points of the losses, evenly spread over the steps."""
+    every = max(1, len(rows) // _POINTS)
+    kept = [row for number, row in enumerate(rows) if number % every == 0 or number == len(rows) - 1]
+    names = [key for key in kept[0] if key == "step" or key.startswith("loss")]
+    return [{name: round(row[name], 4) for name in names if name in row} for row in kept]
+
+
+def minutes(rows: list[dict[str, float]], batch: int) -> float:
+    """Time that the steps took, by the rates logged."""
+    seconds, before = 0.0, 0.0
+    for row in rows:
+        seconds += (row["step"] - before) * batch / row["clips_per_second"]
+        before = row["step"]
+    return seconds / 60
+
+
+def probes(model: Path, data: Path) -> dict[str, list[float]]:
+    """Accuracy of the linear probe, in percent, with its interval, on every labelled set in a folder."""
+    scores = {}
+    for metadata in sorted(data.glob("*/metadata.csv")):
+        clips = read_labelled(metadata)
+        measured = measure(embed_by_model(str(model)), clips, hash_files(clips.files), ["linear"])
+        scores[metadata.parent.name] = measured["linear"]["accuracy"]
+    return scores
+
+
+def table(records: Mapping[str, Mapping[str, Any]]) -> str:
+    """The records as the text of ``README.md``, the best on average first."""
+    sets = list(next(iter(records.values()))["linear probe, accuracy in %"])
+    lines = [
+        "# Runs of pre-training",
+        "",
+        "Every run kept, best first: linear probes of its scene embeddings, accuracy in % with 95 % bootstrap "
+        "intervals, on labelled sets that were not trained on. Settings and loss curves are in `runs/`; written by "
+        "`python -m benchmarks.pretraining.record`.",
+        "",
+        f"| run | objective | mask ratio | crops | minutes | {' | '.join(sets)} | mean |",
+        f"| --- | --- | ---: | ---: | ---: |{' ---: |' * len(sets)} ---: |",
+    ]
+
+    def mean(record: Mapping[str, Any]) -> float:
+        scores: list[float] = [score[0] for score in record["linear probe, accuracy in %"].values()]
+        return sum(scores) / len(scores)
+
+    for name, record in sorted(records.items(), key=lambda item: -mean(item[1])):
+        recipe, scores = record["settings"], record["linear probe, accuracy in %"]
+        cells = [f"{scores[s][0]:.1f} ({scores[s][1]:.1f}-{scores[s][2]:.1f})" for s in sets]
+        lines.append(
+            f"| [{name}](runs/{name}.json): {record['about']} | `{recipe['objective']}` | "
+            f"{recipe['masking']['mask_ratio']} | {record['crops']:,} | {record['minutes']:.0f} | "
+            f"{' | '.join(cells)} | {mean(record):.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main(
+    run: Annotated[Path, typer.Argument(help="The run's folder, with its export.")],
+    data: Annotated[Path, typer.Argument(help="A folder of labelled sets.")],
+) -> None:
+    """Probe a finished run and keep its record."""
+    recipe = read_yaml(run / "recipe.yaml")
+    rows = [row for row in RunLog.read(run) if "loss" in row]
+    batch = recipe["training"]["effective_batch"]
+    record = {
+        "about": recipe["about"],
+        "settings": settings(recipe),
+        "machine": machine(),
+        "crops": int(rows[-1]["step"]) * batch,
+        "minutes": round(minutes(rows, batch), 1),
+        "linear probe, accuracy in %": probes(run / "export", data),
+        "curve": curve(rows),
+    }
+    FOLDER.mkdir(exist_ok=True)
+    (FOLDER / f"{recipe['name']}.json").write_text(json.dumps(record, indent=1) + "\n")
+    TABLE.write_text(table({file.stem: json.loads(file.read_text()) for file in sorted(FOLDER.glob("*.json"))}))
+    print(json.dumps(record["linear probe, accuracy in %"]))
+
+
+if __name__ == "__main__":
+    typer.run(main)

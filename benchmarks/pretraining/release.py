@@ -1,0 +1,109 @@
+"""Bundle what a run made: ``weights/`` with the model in float16, its configuration, loss curve and model card.
+
+python -m benchmarks.pretraining.record runs/NAME ../shared/data
+python -m benchmarks.pretraining.release runs/NAME corpus/manifest.csv
+python -m benchmarks.quality --model ../shared/seed-weights ../shared/data/*/metadata.csv
+python -m benchmarks.render                        # puts the probes into the card, too
+"""
+
+import csv
+import dataclasses
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from benchmarks.pretraining.record import FOLDER as RECORDS
+from benchmarks.render import CARD, on_cores, replace_section
+from m2d_embed.checkpoints import WEIGHT_FILES, Checkpoint, load_checkpoint, write_native
+from m2d_embed.config import ModelConfig
+from m2d_embed.hub import HubOptions, locate
+from m2d_embed.registry import BUNDLED_NAME
+from m2d_embed.training.settings import read_yaml
+
+_SOURCE = "m2d_embed.pretrain, recipe {recipe}; see README.md"
+_LICENCE = "Apache-2.0"
+_MANY = 0.05  # hours of audio under a licence that is named by itself
+
+
+def hours(rows: list[dict[str, str]], column: str) -> dict[str, float]:
+    """Hours of audio for each value of a column of a manifest, the most first."""
+    counted: dict[str, float] = {}
+    for row in rows:
+        counted[row[column]] = counted.get(row[column], 0.0) + float(row["seconds"]) / 3600
+    return dict(sorted(counted.items(), key=lambda item: -item[1]))
+
+
+def data_section(rows: list[dict[str, str]]) -> str:
+    """What the corpus consists of: kinds, packages, licences."""
+    packages: dict[str, set[str]] = {}
+    clips = Counter(row["kind"] for row in rows)
+    for row in rows:
+        packages.setdefault(row["kind"], set()).add(row["package"])
+    kinds = hours(rows, "kind")
+    licences = hours(rows, "licence")
+    named = [f"{name} {length:.1f} h" for name, length in licences.items() if length >= _MANY]
+    rest = len(licences) - len(named)
+    lines = ["| kind | hours | files | packages |", "| --- | ---: | ---: | ---: |"]
+    lines += [f"| {kind} | {length:.1f} | {clips[kind]:,} | {len(packages[kind])} |" for kind, length in kinds.items()]
+    total = sum(kinds.values())
+    lines.append(f"| all | {total:.1f} | {len(rows):,} | {len({row['package'] for row in rows})} |")
+    lines += ["", f"Licences, by what each package states of a file: {', '.join(named)}, and {rest} others."]
+    return "\n".join(lines)
+
+
+def training_section(record: dict[str, Any], recipe: str) -> str:
+    """Settings, compute and curve of the run."""
+    settings, machine = record["settings"], record["machine"]
+    training, predictor = settings["training"], settings["predictor"]
+    masked = settings["masking"]["mask_ratio"]
+    pixels, teachers = settings["offline"]["weights"]
+    batch, last = training["effective_batch"], record["curve"][-1]
+    rate = training["base_lr"] * batch / 256
+    return f"""* Objective `{settings["objective"]}`: {masked:.0%} of the patches masked at random; the loss
+  is {pixels:g} x pixels + {teachers:g} x teachers; a predictor of {predictor["depth"]} layers, {predictor["dim"]}-d.
+* {training["steps"]:,} steps of {batch} crops of 3.04 s, {record["crops"]:,} in all; AdamW, peak learning rate {rate:g}
+  after a warm-up of {training["warmup"]:.0%}, then a cosine; weight decay {training["weight_decay"]:g};
+  {training["precision"]}; seed {training["seed"]}.
+* {record["minutes"]:.0f} minutes on {on_cores(machine)}.
+* Loss at the end: {last["loss/online"]:.3f} (pixels), {last["loss/offline"]:.3f} (teachers, 2 - 2 cos).
+
+![loss](loss.png)
+
+`m2d-embed pretrain {recipe}` does it again ([recipe](../m2d_embed/pretrain/recipes/{recipe}.yaml), with the commands
+before it); what else was tried is in [benchmarks/pretraining](../benchmarks/pretraining/README.md)."""
+
+
+def write_weights(exported: Path, recipe: str, folder: Path) -> ModelConfig:
+    """The exported encoder as ``model.safetensors`` in float16, and its configuration."""
+    checkpoint = load_checkpoint(locate(str(exported), [WEIGHT_FILES[torch.float32]], [], HubOptions()))
+    source = _SOURCE.format(recipe=recipe)
+    config = dataclasses.replace(checkpoint.config, name=BUNDLED_NAME, source=source, license=_LICENCE)
+    write_native(folder, Checkpoint(config, checkpoint.tensors), [torch.float16])
+    (folder / WEIGHT_FILES[torch.float16]).replace(folder / WEIGHT_FILES[torch.float32])
+    shutil.copyfile(exported / "loss.png", folder / "loss.png")
+    return config
+
+
+def main(
+    run: Annotated[Path, typer.Argument(help="The run's folder.")],
+    manifest: Annotated[Path, typer.Argument(help="The corpus that it was trained on.")],
+) -> None:
+    """Write ``weights/``; the card's other sections stay as they are."""
+    recipe = read_yaml(run / "recipe.yaml")["name"]
+    with manifest.open(newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    record = json.loads((RECORDS / f"{recipe}.json").read_text())
+    write_weights(run / "export", recipe, CARD.parent)
+    card = CARD.read_text(encoding="utf-8")
+    card = replace_section(card, "data", data_section(rows))
+    card = replace_section(card, "training", training_section(record, recipe))
+    CARD.write_text(card, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)

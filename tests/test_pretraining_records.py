@@ -1,0 +1,164 @@
+"""What is kept of a run of pre-training, and the model card made of it."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+import m2d_embed
+from benchmarks import render
+from benchmarks.pretraining import record, release
+from m2d_embed.checkpoints import Checkpoint, write_native
+from m2d_embed.config import ModelConfig
+from m2d_embed.model import M2D
+
+RECIPE = {
+    "name": "mine",
+    "about": "a trial",
+    "objective": "msm_mae_s",
+    "output": "/home/someone/runs/mine",
+    "data": {"source": "/home/someone/corpus/manifest.csv", "cache": None, "workers": 1},
+    "masking": {"mask_ratio": 0.6},
+    "predictor": {"dim": 192, "depth": 2},
+    "offline": {"weights": [1.0, 2.0], "teacher": ""},
+    "training": {
+        "steps": 200,
+        "effective_batch": 32,
+        "base_lr": 6.4e-3,
+        "warmup": 0.03,
+        "weight_decay": 0.05,
+        "precision": "bf16",
+        "seed": 0,
+    },
+}
+
+
+def log(steps, every=2, rate=16.0):
+    losses = {"loss": 1.23456, "loss/online": 0.5, "loss/offline": 0.75}
+    return [{"step": s, **losses, "lr": 1e-3, "clips_per_second": rate} for s in range(every, steps + 1, every)]
+
+
+def test_settings_hold_nothing_of_the_machine():
+    kept = record.settings(RECIPE)
+    assert "someone" not in json.dumps(kept)
+    assert kept["data"]["source"] == "corpus/manifest.csv"
+    assert kept["training"] == RECIPE["training"]
+
+
+def test_curve_and_minutes():
+    rows = log(200)
+    points = record.curve(rows)
+    assert [points[0]["step"], points[-1]["step"]] == [2, 200]
+    assert len(points) <= 101
+    assert set(points[0]) == {"step", "loss", "loss/online", "loss/offline"}
+    assert record.minutes(rows, 32) == pytest.approx(200 * 32 / 16 / 60)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A finished run with the least that a record and a release read."""
+    folder = tmp_path / "run"
+    (folder / "export").mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(json.dumps(RECIPE))
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log(200)))
+    torch.manual_seed(0)
+    model = M2D(ModelConfig(embed_dim=64, depth=2, num_heads=1, input_size=(80, 64), name="mine"))
+    tensors = {f"encoder.{name}": tensor for name, tensor in model.encoder.state_dict().items()}
+    write_native(folder / "export", Checkpoint(model.config, tensors))
+    (folder / "export" / "loss.png").write_bytes(b"png")
+    return folder
+
+
+def test_a_record_and_the_table_of_all(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "FOLDER", tmp_path / "runs")
+    monkeypatch.setattr(record, "TABLE", tmp_path / "README.md")
+    scores = iter(
+        [{"a": [50.0, 45.0, 55.0], "b": [90.0, 89.0, 91.0]}, {"a": [60.0, 55.0, 65.0], "b": [90.0, 89.0, 91.0]}]
+    )
+    monkeypatch.setattr(record, "probes", lambda model, data: next(scores))
+    record.main(run, tmp_path)
+    (run / "recipe.yaml").write_text(json.dumps({**RECIPE, "name": "better"}))
+    record.main(run, tmp_path)
+    kept = json.loads((tmp_path / "runs" / "mine.json").read_text())
+    assert kept["crops"] == 6400
+    assert kept["minutes"] == pytest.approx(200 * 32 / 16 / 60, abs=0.1)
+    rows = [line for line in (tmp_path / "README.md").read_text().splitlines() if line.startswith("| [")]
+    assert [row.split("]")[0] for row in rows] == ["| [better", "| [mine"]
+    assert "60.0 (55.0-65.0)" in rows[0]
+    assert rows[0].endswith("75.0 |")
+
+
+def test_probes_of_a_model(run, tmp_path):
+    import numpy as np
+    import soundfile
+
+    data = tmp_path / "data" / "tones"
+    data.mkdir(parents=True)
+    rows = ["file,label,split"]
+    for number in range(20):
+        time = np.arange(8000) / 16_000
+        soundfile.write(data / f"{number}.wav", np.sin(2 * np.pi * (300 + 2000 * (number % 2)) * time), 16_000)
+        rows.append(f"{number}.wav,{'high' if number % 2 else 'low'},{number // 10}")
+    (data / "metadata.csv").write_text("\n".join(rows))
+    found = record.probes(run / "export", tmp_path / "data")
+    assert list(found) == ["tones"]
+    assert found["tones"][0] == 100.0
+
+
+def test_release_writes_a_model_that_loads_and_a_card(run, tmp_path, monkeypatch):
+    card = tmp_path / "weights" / "README.md"
+    card.parent.mkdir()
+    card.write_text("# Model\n<!-- data -->\n<!-- /data -->\n<!-- training -->\nold\n<!-- /training -->\nend\n")
+    monkeypatch.setattr(release, "CARD", card)
+    monkeypatch.setattr(release, "RECORDS", tmp_path / "runs")
+    kept = {
+        "settings": record.settings(RECIPE),
+        "machine": {"cpu": "Some CPU", "cores": 2, "matrix units": ["avx512_bf16"], "torch": "2.13.0"},
+        "crops": 6400,
+        "minutes": 6.7,
+        "curve": record.curve(log(200)),
+    }
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "mine.json").write_text(json.dumps(kept))
+    with (tmp_path / "manifest.csv").open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["file", "seconds", "kind", "package", "licence"])
+        writer.writerows([["a.flac", 7200, "music", "p1", "CC0"], ["b.flac", 1800, "speech", "p2", "GPL-2"]])
+        writer.writerow(["c.flac", 1800, "speech", "p1", "GPL-2"])
+    release.main(run, tmp_path / "manifest.csv")
+    text = card.read_text()
+    for part in (
+        "| music | 2.0 | 1 | 1 |",
+        "| speech | 1.0 | 2 | 2 |",
+        "| all | 3.0 | 3 | 2 |",
+        "CC0 2.0 h, GPL-2 1.0 h",
+    ):
+        assert part in text
+    for part in (
+        "60% of the patches",
+        "200 steps of 32 crops",
+        "rate 0.0008",
+        "7 minutes on 2 cores of Some CPU",
+        "end",
+    ):
+        assert part in text
+    assert "old" not in text
+    model = m2d_embed.load_model(str(card.parent))
+    assert model.config.license == "Apache-2.0"
+    assert "recipe mine" in model.config.source
+    original = m2d_embed.load_model(str(run / "export"))
+    audio = torch.randn(2, 16_000, generator=torch.Generator().manual_seed(0))
+    a, b = (m2d_embed.get_scene_embeddings(audio, m) for m in (model, original))
+    assert torch.nn.functional.cosine_similarity(a, b).min() > 0.9999
+    assert sorted(f.name for f in card.parent.iterdir()) == [
+        "README.md",
+        "config.json",
+        "loss.png",
+        "model.safetensors",
+    ]
+
+
+def test_a_card_without_a_section_is_refused():
+    with pytest.raises(SystemExit, match="'data'"):
+        render.replace_section("# Model", "data", "x")
