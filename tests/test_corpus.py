@@ -633,6 +633,11 @@ def test_licences_where_no_pattern_fits_or_there_are_none():
         ("game-data", "usr/share/game/sound/musician/volley.wav", "effects"),
         ("warzone2100-data", "usr/share/warzone2100/base.wz/audio/tutorial/tut25.ogg", "speech"),
         ("warzone2100-data", "usr/share/warzone2100/base.wz/audio/sfx/weapons/rocket.ogg", "effects"),
+        ("klettres-data", "usr/share/klettres/da/alpha/a-0.ogg", "speech"),
+        ("qabcs-data", "usr/share/qabcs/abcs/en/sounds/words/frog.ogg", "speech"),
+        ("qabcs-data", "usr/share/qabcs/abcs/all/noises/frog.ogg", "effects"),
+        ("minuet-data", "usr/share/minuet/soundfonts/GeneralUser-v1.47.sf2/12-Flute.wav", "instrument"),
+        ("exadrums", "usr/share/exadrums/HiHat.wav", "instrument"),
     ],
 )
 def test_kinds(package, path, kind):

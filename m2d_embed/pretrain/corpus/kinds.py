@@ -11,8 +11,10 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 #: Patterns of package and path that settle it, the first that fits counts: packages of one kind, places of odd names
 _PLACES: tuple[tuple[str, str, Kind], ...] = (
-    (r"soundfont|hydrogen|drumkit|lmms|sonic-pi", r"", "instrument"),
-    (r"asterisk|^gcin-voice|^pocketsphinx|^ktuberling|^fillets-ng-data-", r"", "speech"),
+    (r"soundfont|hydrogen|drumkit|lmms|sonic-pi|^exadrums|^horgand|^chuck", r"", "instrument"),
+    (r"^minuet", r"\.sf2/", "instrument"),
+    (r"asterisk|^gcin-voice|^pocketsphinx|^ktuberling|^fillets-ng-data-|^klettres|^festvox|^saytime", r"", "speech"),
+    (r"^qabcs", r"/sounds/", "speech"),
     (r"-music|^fretsonfire-songs", r"", "music"),
     (r"^tuxpaint-stamps", r"_desc|_[a-z]{2}(_[a-zA-Z]{2})?\.ogg$", "speech"),
     (r"^gcompris", r"/(instruments|play_piano|piano_composition|play_rhythm)/", "instrument"),
