@@ -1,4 +1,4 @@
-"""Put the checked-in results into the README's tables: ``python -m benchmarks.render``."""
+"""Put the checked-in results into the tables of README and model card: ``python -m benchmarks.render``."""
 
 import json
 import re
@@ -10,6 +10,7 @@ from benchmarks.hear.report import comparison, tables
 PROBES = {"linear": "linear", "mlp": "MLP of the HEAR protocol", "knn": "kNN"}
 HEADLINE = {False: "accuracy", True: "mAP"}  # by whether clips have any number of labels
 README = Path(__file__).parents[1] / "README.md"
+CARD = Path(__file__).parents[1] / "weights" / "README.md"
 STARTUP = Path(__file__).with_name("startup.json")
 SPEED = Path(__file__).with_name("speed.json")
 TRAINING = Path(__file__).with_name("training.json")
@@ -181,9 +182,9 @@ def hear_table(result: dict[str, Any], quality: dict[str, Any]) -> str:
         "",
         *tables(result),
     ]
-    if "mlp" in next(iter(next(iter(quality["scores in % with 95 % intervals"].values())).values())):
-        lines += ["", "The same folds and clips in `m2d-embed probe --probe mlp` (accuracy in %):", ""]
-        lines += comparison(result, quality)
+    both = comparison(result, quality)
+    if len(both) > 2:  # there are rows below the head
+        lines += ["", "The same folds and clips in `m2d-embed probe --probe mlp` (accuracy in %):", "", *both]
     return "\n".join([*lines, "", f"Measured by `{result['command']}`."])
 
 
@@ -223,7 +224,7 @@ def replace_section(text: str, name: str, content: str) -> str:
     pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
     replaced, count = re.subn(pattern, lambda m: f"{m[1]}{content}\n{m[2]}", text, flags=re.DOTALL)
     if count != 1:
-        raise SystemExit(f"{README}: expected one section {name!r}, found {count}.")
+        raise SystemExit(f"expected one section {name!r} in the text, found {count}.")
     return replaced
 
 
@@ -242,6 +243,8 @@ def main() -> None:
     hear, quality = json.loads(HEAR.read_text()), json.loads(QUALITY.read_text())
     text = replace_section(text, "hear", hear_table(hear, quality))
     README.write_text(text, encoding="utf-8")
+    card = replace_section(CARD.read_text(encoding="utf-8"), "quality", quality_table(quality))
+    CARD.write_text(card, encoding="utf-8")
 
 
 if __name__ == "__main__":

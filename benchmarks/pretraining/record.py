@@ -2,7 +2,7 @@
 
     python -m benchmarks.pretraining.record runs/tiny-cpu ../shared/data
 
-writes ``runs/tiny-cpu.json`` beside this file, and the table of all runs kept anew (``README.md`` there). The second
+writes ``records/tiny-cpu.json`` beside this file, and the table of all runs kept anew (``README.md`` there). The second
 argument is a folder of labelled sets, each with a ``metadata.csv``; nothing in it is trained on.
 """
 
@@ -20,7 +20,7 @@ from m2d_embed.evaluate.labelled import read_labelled
 from m2d_embed.training.monitor import RunLog
 from m2d_embed.training.settings import read_yaml
 
-FOLDER = Path(__file__).with_name("runs")
+FOLDER = Path(__file__).with_name("records")
 TABLE = Path(__file__).with_name("README.md")
 _POINTS = 60  # of a curve
 _PATHS = ("source", "cache", "noise", "model", "teacher")
@@ -75,7 +75,7 @@ def table(records: Mapping[str, Mapping[str, Any]]) -> str:
         "# Runs of pre-training",
         "",
         "Every run kept, best first: linear probes of its scene embeddings, accuracy in % with 95 % bootstrap "
-        "intervals, on labelled sets that were not trained on. Settings and loss curves are in `runs/`; written by "
+        "intervals, on labelled sets that were not trained on. Settings and loss curves are in `records/`; written by "
         "`python -m benchmarks.pretraining.record`.",
         "",
         f"| run | objective | mask ratio | crops | minutes | {' | '.join(sets)} | mean |",
@@ -90,7 +90,7 @@ def table(records: Mapping[str, Mapping[str, Any]]) -> str:
         recipe, scores = record["settings"], record["linear probe, accuracy in %"]
         cells = [f"{scores[s][0]:.1f} ({scores[s][1]:.1f}-{scores[s][2]:.1f})" for s in sets]
         lines.append(
-            f"| [{name}](runs/{name}.json): {record['about']} | `{recipe['objective']}` | "
+            f"| [{name}](records/{name}.json): {record['about']} | `{recipe['objective']}` | "
             f"{recipe['masking']['mask_ratio']} | {record['crops']:,} | {record['minutes']:.0f} | "
             f"{' | '.join(cells)} | {mean(record):.1f} |"
         )
