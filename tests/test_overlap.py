@@ -55,6 +55,12 @@ def test_finds_nothing_in_other_sounds(labelled, tmp_path):
         assert index.search(tmp_path / "other.wav") == []
 
 
+def test_a_loop_that_fits_itself_anywhere_is_no_find(tmp_path):
+    for name, times in (("a", 12), ("b", 20)):
+        soundfile.write(tmp_path / f"{name}.wav", np.tile(melody(1, 0.512), times), RATE)
+    assert overlap.Index([tmp_path / "a.wav"]).search(tmp_path / "b.wav") == []
+
+
 def test_the_report_names_both_files(labelled, tmp_path, capsys):
     corpus = tmp_path / "corpus"
     corpus.mkdir()

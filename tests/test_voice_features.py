@@ -1,6 +1,7 @@
 """Offline targets from a voice encoder, and the join of two teachers' targets."""
 
 import csv
+import json
 
 import numpy as np
 import pytest
@@ -83,6 +84,10 @@ def test_joined_targets_give_each_teacher_the_same_part(corpus, tmp_path):
     items = read_source(str(tmp_path / "joined" / "manifest.csv"))
     assert [item.file.resolve() for item in items] == [tmp_path.resolve() / f"{n}.wav" for n in range(3)]
     assert [item.weight for item in items] == pytest.approx([2.25, 0.375, 0.375])
+    report = {"same name": [str(tmp_path / "2.wav")], "same sound": [{"corpus": str(tmp_path / "0.wav")}]}
+    (tmp_path / "overlap.json").write_text(json.dumps(report))
+    join_features.main(tmp_path / "less", manifests, without=tmp_path / "overlap.json")
+    assert [item.file.name for item in read_source(str(tmp_path / "less" / "manifest.csv"))] == ["1.wav"]
     frames = np.load(items[1].features).astype(np.float32)
     assert frames.shape == (400, 36)
     parts = [np.square(frames[:, :30]).sum(1).mean(), np.square(frames[:, 30:]).sum(1).mean()]

@@ -1,13 +1,16 @@
 r"""One manifest for M2D-S from the targets of several teachers, and how often each kind of sound is drawn.
 
     python -m benchmarks.pretraining.join_features joined yamnet/manifest.csv voice/manifest.csv \
+        --without overlap.json \
         --share speech=0.3 --share music=0.25 --share effects=0.27 --share instrument=0.1 --share ambience=0.08
 
 Every value of a teacher is standardised over the corpus, as what all sounds have in common teaches nothing, and each
-teacher has the same part in the joint target, however many values it gives. Shares become the weights of clips.
+teacher has the same part in the joint target, however many values it gives. Shares become the weights of clips. Clips
+that ``benchmarks.pretraining.overlap`` reports are left out.
 """
 
 import csv
+import json
 import os
 from collections import Counter
 from pathlib import Path
@@ -52,13 +55,25 @@ def weights(kinds: list[str], shares: list[str]) -> list[float]:
     return [wanted[kind] / total * len(kinds) / counts[kind] for kind in kinds]
 
 
+def overlapping(report: Path) -> set[Path]:
+    """The files of a corpus that share a name or a stretch of sound with a labelled clip."""
+    found = json.loads(report.read_text(encoding="utf-8"))
+    names = [*found["same name"], *(overlap["corpus"] for overlap in found["same sound"])]
+    return {Path(name).resolve() for name in names}
+
+
 def main(
     output: Path,
     manifests: list[Path],
     share: Annotated[list[str], typer.Option(help="KIND=SHARE of the clips drawn.")] = [],  # noqa: B006
+    without: Annotated[Path | None, typer.Option(help="The report of benchmarks.pretraining.overlap.")] = None,
 ) -> None:
     """Join the features of manifests of one corpus."""
-    tables = [read_rows(manifest) for manifest in manifests]
+    unwanted = set() if without is None else overlapping(without)
+    tables = [
+        [row for row in read_rows(manifest) if (manifest.parent / row["file"]).resolve() not in unwanted]
+        for manifest in manifests
+    ]
     sources = [[(m.parent / row["file"]).resolve() for row in rows] for m, rows in zip(manifests, tables, strict=True)]
     if any(other != sources[0] for other in sources):
         raise SystemExit("the manifests are not of the same clips in the same order")

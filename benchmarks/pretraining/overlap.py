@@ -34,6 +34,7 @@ _FAN = 6  # of those, the loudest do
 _MAX_FRAMES, _MAX_BINS = 63, 120  # between the peaks of a pair
 _MIN_MATCHES = 8  # pairs at the same distance in time
 _MIN_SHARE = 0.04  # of the pairs of the shorter clip
+_CONTRAST = 2  # times as many as at any other distance: steady tones and loops match at many
 
 Ints = npt.NDArray[np.int64]
 
@@ -104,13 +105,16 @@ class Index:
         shift = np.repeat(starts, lengths) - self.starts[rows]
         # Frames of the two files need not begin at the same sample: neighbouring shifts are one.
         keys, counts = np.unique(np.stack([self.clips[rows], shift // 2]), axis=1, return_counts=True)
+        shorter = np.minimum(self.counts, len(hashes))
         overlaps = []
-        for (clip, half), count in zip(keys.T, counts, strict=True):
-            shorter = min(self.counts[clip], len(hashes))
-            if count >= _MIN_MATCHES and count >= _MIN_SHARE * shorter:
-                seconds = float(2 * half * _HOP / _RATE)
-                share = round(float(count / shorter), 3)
-                overlaps.append(Overlap(str(file), str(self.files[clip]), int(count), share, seconds))
+        for clip in np.unique(keys[0, counts >= np.maximum(_MIN_MATCHES, _MIN_SHARE * shorter[keys[0]])]):
+            halves, matches = keys[1, keys[0] == clip], counts[keys[0] == clip]
+            best = matches.argmax()
+            others = matches[abs(halves - halves[best]) > 1]
+            if matches[best] >= _CONTRAST * others.max(initial=_MIN_MATCHES / _CONTRAST):
+                share = round(float(matches[best] / shorter[clip]), 3)
+                seconds = float(2 * halves[best] * _HOP / _RATE)
+                overlaps.append(Overlap(str(file), str(self.files[clip]), int(matches[best]), share, seconds))
         return overlaps
 
 

@@ -20,12 +20,11 @@ import typer
 from benchmarks.pretraining.record import FOLDER as RECORDS
 from benchmarks.render import CARD, on_cores, replace_section
 from m2d_embed.checkpoints import WEIGHT_FILES, Checkpoint, load_checkpoint, write_native
-from m2d_embed.config import ModelConfig
 from m2d_embed.hub import HubOptions, locate
 from m2d_embed.registry import BUNDLED_NAME
 from m2d_embed.training.settings import read_yaml
 
-_SOURCE = "m2d_embed.pretrain, recipe {recipe}; see README.md"
+_SOURCE = "m2d_embed.pretrain, recipe {recipe}: {hours:.0f} h of free audio, teachers YAMNet and Resemblyzer; see its card"
 _LICENCE = "Apache-2.0"
 _MANY = 0.05  # hours of audio under a licence that is named by itself
 
@@ -78,15 +77,13 @@ def training_section(record: dict[str, Any], recipe: str) -> str:
 before it); what else was tried is in [benchmarks/pretraining](../benchmarks/pretraining/README.md)."""
 
 
-def write_weights(exported: Path, recipe: str, folder: Path) -> ModelConfig:
+def write_weights(exported: Path, source: str, folder: Path) -> None:
     """The exported encoder as ``model.safetensors`` in float16, and its configuration."""
     checkpoint = load_checkpoint(locate(str(exported), [WEIGHT_FILES[torch.float32]], [], HubOptions()))
-    source = _SOURCE.format(recipe=recipe)
     config = dataclasses.replace(checkpoint.config, name=BUNDLED_NAME, source=source, license=_LICENCE)
     write_native(folder, Checkpoint(config, checkpoint.tensors), [torch.float16])
     (folder / WEIGHT_FILES[torch.float16]).replace(folder / WEIGHT_FILES[torch.float32])
     shutil.copyfile(exported / "loss.png", folder / "loss.png")
-    return config
 
 
 def main(
@@ -98,7 +95,8 @@ def main(
     with manifest.open(newline="", encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
     record = json.loads((RECORDS / f"{recipe}.json").read_text())
-    write_weights(run / "export", recipe, CARD.parent)
+    source = _SOURCE.format(recipe=recipe, hours=sum(hours(rows, "kind").values()))
+    write_weights(run / "export", source, CARD.parent)
     card = CARD.read_text(encoding="utf-8")
     card = replace_section(card, "data", data_section(rows))
     card = replace_section(card, "training", training_section(record, recipe))
