@@ -24,7 +24,7 @@ from m2d_embed.hub import HubOptions, locate
 from m2d_embed.registry import BUNDLED_NAME
 from m2d_embed.training.settings import read_yaml
 
-_SOURCE = "m2d_embed.pretrain, recipe {recipe}: {hours:.0f} h of free audio, teachers YAMNet and Resemblyzer; see its card"
+_SOURCE = "m2d_embed.pretrain, recipe {recipe}: {hours:.0f} h of free audio, teachers YAMNet and Resemblyzer"
 _LICENCE = "Apache-2.0"
 _MANY = 0.05  # hours of audio under a licence that is named by itself
 
