@@ -29,7 +29,7 @@ def labelled(tmp_path):
     rows = ["file,label"]
     for seed in range(5):
         soundfile.write(folder / "audio" / f"clip-{seed}.wav", melody(seed), RATE)
-        rows.append(f"audio/clip-{seed}.wav,x")
+        rows.append(f"audio/clip-{seed}.wav,{'xy'[seed % 2]}")
     (folder / "metadata.csv").write_text("\n".join(rows))
     return folder
 

@@ -65,7 +65,7 @@ def overlapping(report: Path) -> set[Path]:
 def main(
     output: Path,
     manifests: list[Path],
-    share: Annotated[list[str], typer.Option(help="KIND=SHARE of the clips drawn.")] = [],  # noqa: B006
+    share: Annotated[list[str] | None, typer.Option(help="KIND=SHARE of the clips drawn; repeatable.")] = None,
     without: Annotated[Path | None, typer.Option(help="The report of benchmarks.pretraining.overlap.")] = None,
 ) -> None:
     """Join the features of manifests of one corpus."""
@@ -85,7 +85,7 @@ def main(
         blocks = [standardised(file, *scale) for file, scale in zip(parts, scales, strict=True)]
         frames = min(len(block) for block in blocks)  # teachers may round the end of a clip differently
         save(output / name, np.concatenate([block[:frames] for block in blocks], axis=1).astype(np.float16))
-    drawn = weights([row.get("kind", "") for row in first], share)
+    drawn = weights([row.get("kind", "") for row in first], share or [])
     with (output / "manifest.csv").open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, list(dict.fromkeys([*first[0], "weight"])))
         writer.writeheader()

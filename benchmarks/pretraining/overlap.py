@@ -6,7 +6,6 @@ Fingerprints are pairs of spectral peaks (Wang, "An Industrial-Strength Audio Se
 of a clip is found again at any place, at another loudness, and after a lossy codec; not at another pitch or speed.
 """
 
-import csv
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +21,9 @@ from scipy.ndimage import maximum_filter
 from scipy.signal import stft
 from tqdm.auto import tqdm
 
+from benchmarks.pretraining.targets import read_rows
 from m2d_embed.audio import load_audio
+from m2d_embed.evaluate.labelled import read_labelled
 
 _RATE = 16_000
 _FFT, _HOP = 1024, 256
@@ -120,12 +121,7 @@ class Index:
 
 def labelled_files(data: Path) -> list[Path]:
     """Every clip of the sets in a folder, by their ``metadata.csv``."""
-    files = []
-    for metadata in sorted(data.glob("*/metadata.csv")):
-        with metadata.open(newline="", encoding="utf-8") as stream:
-            rows = list(csv.DictReader(stream))
-        files += [metadata.parent / next(v for k, v in row.items() if k in ("file", "filename")) for row in rows]
-    return files
+    return [file for metadata in sorted(data.glob("*/metadata.csv")) for file in read_labelled(metadata).files]
 
 
 def search_all(index: Index, files: list[Path], processes: int) -> Iterator[list[Overlap]]:
@@ -136,9 +132,7 @@ def search_all(index: Index, files: list[Path], processes: int) -> Iterator[list
 
 def main(manifest: Path, data: Path, processes: int = 2, limit: int | None = None) -> None:
     """Compare a corpus with the labelled sets in a folder, and print JSON."""
-    with manifest.open(newline="", encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
-    files = list(islice((manifest.parent / row["file"] for row in rows), limit))
+    files = list(islice((manifest.parent / row["file"] for row in read_rows(manifest)), limit))
     clips = labelled_files(data)
     names = {clip.stem.lower() for clip in clips}
     same_name = [str(file) for file in files if file.stem.lower() in names]

@@ -24,7 +24,7 @@ FOLDER = Path(__file__).with_name("records")
 TABLE = Path(__file__).with_name("README.md")
 _POINTS = 60  # of a curve
 _PATHS = ("source", "cache", "noise", "model", "teacher")
-_BY_PLACE = ("name", "about", "license", "output", "probe")
+_NOT_SETTINGS = ("name", "about", "license", "output", "probe")
 
 
 def settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
             for key, value in section.items()
         }
 
-    return {key: portable(value) for key, value in recipe.items() if key not in _BY_PLACE}
+    return {key: portable(value) for key, value in recipe.items() if key not in _NOT_SETTINGS}
 
 
 def curve(rows: list[dict[str, float]]) -> list[dict[str, float]]:

@@ -6,7 +6,6 @@ python -m benchmarks.quality --model ../shared/seed-weights ../shared/data/*/met
 python -m benchmarks.render                        # puts the probes into the card, too
 """
 
-import csv
 import dataclasses
 import json
 import shutil
@@ -18,6 +17,7 @@ import torch
 import typer
 
 from benchmarks.pretraining.record import FOLDER as RECORDS
+from benchmarks.pretraining.targets import read_rows
 from benchmarks.render import CARD, on_cores, replace_section
 from m2d_embed.checkpoints import WEIGHT_FILES, Checkpoint, load_checkpoint, write_native
 from m2d_embed.hub import HubOptions, locate
@@ -92,8 +92,7 @@ def main(
 ) -> None:
     """Write ``weights/``; the card's other sections stay as they are."""
     recipe = read_yaml(run / "recipe.yaml")["name"]
-    with manifest.open(newline="", encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
+    rows = read_rows(manifest)
     record = json.loads((RECORDS / f"{recipe}.json").read_text())
     source = _SOURCE.format(recipe=recipe, hours=sum(hours(rows, "kind").values()))
     write_weights(run / "export", source, CARD.parent)

@@ -83,8 +83,7 @@ class MSMMAE(Objective):
         [latent] = self.encoder.encode(take(tokens, visible))
         predicted = self.predictor(latent, visible, masked)
         target = take(patch_pixels(example.log_mel, self.patch_size), masked)
-        loss = F.mse_loss(predicted.float(), standardize(target.float()))
-        return {"loss": loss, "target": target, "prediction": predicted, "latent": latent}
+        return {"loss": pixel_loss(predicted, target), "target": target, "prediction": predicted, "latent": latent}
 
 
 class MSMMAES(Objective):
@@ -113,11 +112,10 @@ class MSMMAES(Objective):
             [self.pixels, latent.shape[-1]], dim=-1
         )  # (B, M, pixels), (B, M, dim)
         target = take(patch_pixels(example.log_mel, self.patch_size), masked)
-        pixel_loss = F.mse_loss(predicted.float(), standardize(target.float()))
         columns = stack_columns(example.order, latent[:, 1:], filled_in, self.encoder.grid_size)
         offline = cosine_loss(self.offline(columns), wanted(example))
         outputs = {"target": target, "prediction": predicted, "latent": latent}
-        return with_offline({**outputs, "loss": pixel_loss}, offline, self.weights)
+        return with_offline({**outputs, "loss": pixel_loss(predicted, target)}, offline, self.weights)
 
 
 class TargetEncoder(nn.Module):
@@ -306,6 +304,11 @@ def standardize(x: Tensor) -> Tensor:
     """Zero mean and unit variance over the last dimension."""
     variance, mean = torch.var_mean(x, dim=-1, keepdim=True)
     return (x - mean) / (variance + 1e-6).sqrt()
+
+
+def pixel_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error between predictions and pixels standardised patch by patch, (..., pixels)."""
+    return F.mse_loss(prediction.float(), standardize(target.float()))
 
 
 def cosine_loss(prediction: Tensor, target: Tensor) -> Tensor:
