@@ -104,5 +104,9 @@ def test_join_refuses_what_does_not_fit(corpus, tmp_path):
     a, b = (tmp_path / name / "manifest.csv" for name in "ab")
     with pytest.raises(SystemExit, match="same clips"):
         join_features.main(tmp_path / "joined", [a, b])
+    (tmp_path / "b" / "manifest.csv").write_text(text.format("../0.wav"))
+    np.save(tmp_path / "b" / "0.npy", np.eye(5, dtype=np.float16))
+    with pytest.raises(SystemExit, match=r"\[3, 5\] frames"):
+        join_features.main(tmp_path / "joined", [a, b])
     with pytest.raises(SystemExit, match="kinds music"):
         join_features.main(tmp_path / "joined", [a], ["speech=1"])

@@ -83,7 +83,12 @@ def main(
     names = [f"features/{number // 1000:03}/{number % 1000:03}.npy" for number in range(len(first))]
     for name, *parts in zip(tqdm(names, unit="clip"), *files, strict=True):
         blocks = [standardised(file, *scale) for file, scale in zip(parts, scales, strict=True)]
-        frames = min(len(block) for block in blocks)  # teachers may round the end of a clip differently
+        lengths = [len(block) for block in blocks]
+        frames = min(lengths)
+        if max(lengths) > frames + 1:  # by one, teachers may round the end of a clip differently
+            raise SystemExit(
+                f"{parts[0]}: teachers have {lengths} frames of this clip; give all of them the same --hop"
+            )
         save(output / name, np.concatenate([block[:frames] for block in blocks], axis=1).astype(np.float16))
     drawn = weights([row.get("kind", "") for row in first], share or [])
     with (output / "manifest.csv").open("w", newline="", encoding="utf-8") as stream:

@@ -12,7 +12,7 @@ Files that are there already are kept, so a run that was stopped goes on.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -108,21 +108,16 @@ def main(
     """Embed every file of a manifest."""
     encoder = VoiceEncoder(weights)
     jobs = sorted(todo(manifest, output), key=lambda job: job.seconds)  # alike in length: little padding
+    stream = segments(jobs, encoder)
     parts: list[Tensor] = []
-    waiting: list[Segment] = []
     with tqdm(total=len(jobs), unit="clip") as bar:
-        for segment in chain(segments(jobs, encoder), [None]):
-            if segment is not None:
-                waiting.append(segment)
-            if not waiting or (segment is not None and len(waiting) < _BATCH):
-                continue
-            for done, hidden in zip(waiting, encoder([s.mels for s in waiting]), strict=True):
-                parts.append(hidden[done.context :])
-                if done.last:
-                    save(done.job.target, around(torch.cat(parts), hop))
+        while batch := list(islice(stream, _BATCH)):
+            for segment, hidden in zip(batch, encoder([s.mels for s in batch]), strict=True):
+                parts.append(hidden[segment.context :])
+                if segment.last:
+                    save(segment.job.target, around(torch.cat(parts), hop))
                     parts.clear()
                     bar.update()
-            waiting.clear()
     write_manifest(manifest, output)
 
 
