@@ -87,7 +87,7 @@ def main(
         frames = min(lengths)
         if max(lengths) > frames + 1:  # by one, teachers may round the end of a clip differently
             raise SystemExit(
-                f"{parts[0]}: teachers have {lengths} frames of this clip; give all of them the same --hop"
+                f"{parts[0]}: teachers have {lengths} frames of this clip; give all one --hop"
             )
         save(output / name, np.concatenate([block[:frames] for block in blocks], axis=1).astype(np.float16))
     drawn = weights([row.get("kind", "") for row in first], share or [])
