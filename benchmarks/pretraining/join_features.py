@@ -86,9 +86,7 @@ def main(
         lengths = [len(block) for block in blocks]
         frames = min(lengths)
         if max(lengths) > frames + 1:  # by one, teachers may round the end of a clip differently
-            raise SystemExit(
-                f"{parts[0]}: teachers have {lengths} frames of this clip; give all one --hop"
-            )
+            raise SystemExit(f"{parts[0]}: teachers have {lengths} frames of this clip; give all one --hop")
         save(output / name, np.concatenate([block[:frames] for block in blocks], axis=1).astype(np.float16))
     drawn = weights([row.get("kind", "") for row in first], share or [])
     with (output / "manifest.csv").open("w", newline="", encoding="utf-8") as stream:
