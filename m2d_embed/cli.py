@@ -571,7 +571,7 @@ def debian(
 ) -> None:
     """Build a training corpus from the audio in Debian packages. Needs apt-get (not root) and the extra 'pretrain'.
 
-    About 50 hours of music, speech, effects, ambience and instruments, as 16 kHz FLAC files with a manifest that tells
+    About 65 hours of music, speech, effects, ambience and instruments, as 16 kHz FLAC files with a manifest that tells
     source package, kind and licence. Give the same command again after an interruption: it goes on where that stopped.
     """
     _require_extra("pretrain", "av")

@@ -5,6 +5,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -142,7 +144,7 @@ def test_a_stopped_build_goes_on(tmp_path, items, monkeypatch):
 
 def test_a_process_that_is_killed(tmp_path, items, monkeypatch):
     monkeypatch.setattr(mel_cache, "start_worker", os.abort)
-    with pytest.raises(TrainingError, match=r"cache: a process that built this cache was killed.*run it again"):
+    with pytest.raises(TrainingError, match=r"cache: a process that built this cache ended early.*run it again"):
         build_cache(tmp_path / "cache", items, TINY, workers=2)
 
 
@@ -208,3 +210,19 @@ def test_a_damaged_index(tmp_path, items):
     (folder / "cache.json").write_text(json.dumps({"format": 99}))
     with pytest.raises(ConfigError, match="format 99, not 1"):
         build_cache(folder, items, TINY, workers=0)
+
+
+def test_a_script_without_a_main_guard_is_told(tmp_path, items):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from pathlib import Path\n"
+        "from m2d_embed.config import ModelConfig\n"
+        "from m2d_embed.pretrain import mel_cache\n"
+        "from m2d_embed.pretrain.sources import Item\n"
+        "mel_cache._PART_FILES = 4\n"
+        f"items = [Item(file) for file in sorted(Path({str(items[0].file.parent)!r}).iterdir())]\n"
+        f"mel_cache.build_cache(Path({str(tmp_path / 'cache')!r}), items, ModelConfig(), workers=2)\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert 'starts training under if __name__ == "__main__"' in done.stderr.splitlines()[-1]

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 import m2d_embed
 from m2d_embed import cli
+from m2d_embed.config import ModelConfig
 from m2d_embed.errors import (
     AudioError,
     CheckpointError,
@@ -28,7 +29,8 @@ from m2d_embed.errors import (
     TrainingError,
     UnsupportedError,
 )
-from m2d_embed.pretrain import loop
+from m2d_embed.pretrain import loop, objectives
+from m2d_embed.pretrain.build import build_optimizers
 from m2d_embed.pretrain.inputs import Inputs
 from m2d_embed.pretrain.loop import pretrain
 from m2d_embed.pretrain.recipe import load_recipe
@@ -158,6 +160,35 @@ def test_steps_follow_the_recipe(recipe, monkeypatch):
         assert torch.equal(model[name], model[name.replace("target.", "encoder.", 1)])
 
 
+def test_muon_takes_the_matrices_of_blocks(recipe):
+    """A step is as large as AdamW's usual ones, 0.2 learning rates an element, and keeps no direction for itself."""
+    run = recipe("training.optimizer=muon", "training.weight_decay=0", "objective=m2d_s")
+    objective = objectives.M2DS(ModelConfig(embed_dim=32, depth=2, num_heads=2), run.predictor, 8, (1.0, 1.0))
+    objective.init_weights()
+    _, muon = optimizers = build_optimizers(objective, run)
+    for optimizer in optimizers:
+        assert optimizer.defaults["lr"] == pytest.approx(0.02 * 4 / 256)
+    blocks = [*objective.encoder.blocks, *objective.predictor.blocks]
+    matrices = [p for block in blocks for p in block.parameters() if p.ndim == 2]
+    assert {id(p) for p in muon.param_groups[0]["params"]} == {id(p) for p in matrices}
+    taken = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(taken) == sorted(id(p) for p in objective.parameters() if p.requires_grad)
+    weight = objective.encoder.blocks[0].mlp.fc1.weight
+    before = weight.detach().clone()
+    weight.grad = torch.outer(torch.ones(128), torch.arange(1.0, 33.0)) + torch.randn_like(weight)
+    muon.step()
+    update = (weight.detach() - before) / muon.defaults["lr"]
+    assert float(update.square().mean().sqrt()) == pytest.approx(0.2, rel=0.3)
+    strengths = torch.linalg.svdvals(update)
+    assert strengths.max() < 3 * strengths.min()  # of the gradient it is 100 times and more
+
+
+def test_muon_needs_a_recent_pytorch(recipe, monkeypatch):
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(UnsupportedError, match=r"PyTorch 2\.9 or later, and this is .*adamw"):
+        pretrain(recipe("training.optimizer=muon"))
+
+
 def test_a_finished_run_is_left_as_it_is(recipe):
     run = recipe("training.steps=3")
     pretrain(run)
@@ -196,9 +227,10 @@ def options(manifest, bert, recipe):
     return make
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("objective", ["m2d", "data2vec", "msm_mae", "m2d_x", *OFFLINE])
-def test_resuming_changes_nothing(objective, recipe, options, monkeypatch):
-    extra = [f"objective={objective}", *options(objective)]
+def test_resuming_changes_nothing(objective, optimizer, recipe, options, monkeypatch):
+    extra = [f"objective={objective}", f"training.optimizer={optimizer}", *options(objective)]
     whole, broken = recipe(*extra, output="whole"), recipe(*extra, output="broken")
     assert pretrain(whole) is not None
     with monkeypatch.context() as patched:
@@ -338,9 +370,11 @@ def test_two_processes_resume_exactly(recipe, tmp_path, sounds):
     assert all(torch.equal(first.model[name], second.model[name]) for name in first.model)
 
 
-def test_sharded_training_takes_the_same_steps():
+# Muon multiplies in bfloat16, and makes as much of a gradient's weakest directions as of its strongest.
+@pytest.mark.parametrize("optimizer, tolerance", [("sgd", 1e-4), ("muon", 0.3)])
+def test_sharded_training_takes_the_same_steps(optimizer, tolerance):
     script = Path(__file__).with_name("sharded_training.py")
-    process = launch([sys.executable, "-m", *TWO_PROCESSES, str(script)])
+    process = launch([sys.executable, "-m", *TWO_PROCESSES, str(script), optimizer, str(tolerance)])
     output, errors = process.communicate(timeout=180)
     assert process.returncode == 0, errors
     assert "the same" in output

@@ -194,7 +194,7 @@ class _Run:
         """Write a checkpoint, unless there is one of this step; every process has to call it."""
         if self.saved == self.step:
             return
-        model, optimizer = run_state.capture(self.model, self.optimizer.optimizer)
+        model, optimizer = run_state.capture(self.model, [self.optimizer.optimizer])
         if self.accelerator.is_main_process:
             self._state(model, optimizer).write(self.recipe.folder, self.recipe.keep)
             for old in sorted(self._best_file(0).parent.glob("best-*.safetensors"))[: -self.recipe.keep]:
@@ -483,7 +483,7 @@ class _Run:
         return columns * patch_frames
 
     def _restore(self, previous: RunState) -> None:
-        run_state.restore(previous, self.model, self.optimizer.optimizer)
+        run_state.restore(previous, self.model, [self.optimizer.optimizer])
         self.step, self.saved, self.pending = previous.step, previous.step, previous.pending
         extra = previous.extra
         self.best, self.stale, self.seconds = extra["best"], extra["stale"], extra["seconds"]

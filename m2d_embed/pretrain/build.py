@@ -10,6 +10,7 @@ from torch import nn
 
 from m2d_embed import model as inference
 from m2d_embed.config import ClapConfig, ModelConfig
+from m2d_embed.errors import UnsupportedError
 from m2d_embed.pretrain import inputs, objectives
 from m2d_embed.pretrain.inputs import Captions, OfflineTarget, Teacher
 from m2d_embed.pretrain.objectives import Objective
@@ -57,20 +58,43 @@ def build_task(
     return Task(objective, offline)
 
 
-def build_optimizer(objective: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW in one fused kernel a step; no weight decay on biases and norms."""
-    training = recipe.training
-    trained = [p for p in objective.parameters() if p.requires_grad]
+def build_optimizers(objective: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """AdamW in one fused kernel a step, no weight decay on biases and norms; with it Muon, if the recipe says so.
+
+    Muon (Jordan et al., https://kellerjordan.github.io/posts/muon) takes the matrices of transformer blocks, its steps
+    scaled to the size of AdamW's, so that one learning rate serves both (Liu et al., arXiv 2502.16982, section 2.2).
+
+    Raises:
+        UnsupportedError: if this PyTorch has no Muon.
+    """
+    training, rate = recipe.training, peak_rate(recipe)
+    trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+    by_muon = []
+    if training.optimizer == "muon":
+        by_muon = [name for name, p in trained.items() if p.ndim == 2 and ".blocks." in name]
+    by_adamw = [p for name, p in trained.items() if name not in set(by_muon)]
     groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": training.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in by_adamw if p.ndim > 1], "weight_decay": training.weight_decay},
+        {"params": [p for p in by_adamw if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=peak_rate(recipe), betas=training.betas, fused=True)
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=rate, betas=training.betas, fused=True)]
+    if by_muon:
+        optimizers.append(_muon([trained[name] for name in by_muon], rate, training.weight_decay))
+    return optimizers
 
 
 def peak_rate(recipe: Recipe) -> float:
     """The learning rate after the warm-up."""
     return recipe.training.base_lr * recipe.training.effective_batch / 256
+
+
+def _muon(matrices: list[nn.Parameter], rate: float, weight_decay: float) -> torch.optim.Optimizer:
+    if not hasattr(torch.optim, "Muon"):
+        raise UnsupportedError(
+            f"training.optimizer muon needs PyTorch 2.9 or later, and this is {torch.__version__}; "
+            "upgrade it, or take adamw."
+        )
+    return torch.optim.Muon(matrices, rate, weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw")
 
 
 def _objective(recipe: Recipe, config: ModelConfig, offline_dim: int, clap: ClapConfig | None) -> Objective:

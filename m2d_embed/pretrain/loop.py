@@ -29,7 +29,7 @@ from m2d_embed.config import ModelConfig
 from m2d_embed.errors import AudioError, ConfigError, M2DEmbedError, TrainingError
 from m2d_embed.evaluate.labelled import LabelledClips, read_labelled
 from m2d_embed.evaluate.probes import embed_clips, knn_accuracy, linear_probe_accuracy
-from m2d_embed.pretrain.build import build_optimizer, build_task, peak_rate
+from m2d_embed.pretrain.build import build_optimizers, build_task, peak_rate
 from m2d_embed.pretrain.data import TrainingData, label_names, open_data
 from m2d_embed.pretrain.datasets import BadFiles, Batch, measure_stats
 from m2d_embed.pretrain.export import EXPORT_FOLDER, describe_model, export
@@ -111,8 +111,8 @@ class _Run:
         network: nn.Module = task.objective
         if recipe.training.compile:
             network = cast(nn.Module, torch.compile(network))
-        optimizer = build_optimizer(task.objective, recipe)
-        self.model, self.optimizer = self.accelerator.prepare(network, optimizer)
+        optimizers = build_optimizers(task.objective, recipe)
+        self.model, *self.optimizers = self.accelerator.prepare(network, *optimizers)
         self.objective: Objective = task.objective
         self.total = self._total_steps()
         self.step, self.saved = 0, 0
@@ -160,7 +160,7 @@ class _Run:
         """Write a checkpoint, unless there is one of this step; every process has to call it."""
         if self.saved == self.step:
             return
-        model, optimizer = run_state.capture(self.model, self.optimizer.optimizer)
+        model, optimizer = self._captured()
         if self.accelerator.is_main_process:
             self._state(model, optimizer).write(self.recipe.folder, self.recipe.training.keep)
         self.saved = self.step
@@ -168,7 +168,7 @@ class _Run:
 
     def export(self) -> Path:
         """Export the encoder as it is now; every process has to call it."""
-        model, optimizer = run_state.capture(self.model, self.optimizer.optimizer)
+        model, optimizer = self._captured()
         if self.accelerator.is_main_process:
             export(self.recipe.folder, self._state(model, optimizer), self.recipe)
         self.accelerator.wait_for_everyone()
@@ -179,7 +179,7 @@ class _Run:
         training = self.recipe.training
         rate = learning_rate(self.step, self.total, training.warmup, peak_rate(self.recipe))
         decay = ema_decay(self.step, self.total, *training.ema_decay)
-        for group in self.optimizer.param_groups:
+        for group in [group for optimizer in self.optimizers for group in optimizer.param_groups]:
             group["lr"] = rate
         began, waited = time.perf_counter(), 0.0
         names: list[list[str]] = []
@@ -204,13 +204,21 @@ class _Run:
         norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), training.clip_norm)
         values = shared_means(self.accelerator, {**losses, "grad_norm": torch.as_tensor(norm)})
         self._check_finite(values, micro_losses, names)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self._zero_grad()
         self.objective.update_target(decay)
         if (self.step + 1) % training.log_every == 0 or self.step + 1 == self.total:
             values |= self._collapse_signs(outputs)
         seconds = time.perf_counter() - began
         return {**values, "lr": rate, "ema_decay": decay, "seconds": seconds, "waited": waited}
+
+    def _zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+    def _captured(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return run_state.capture(self.model, [optimizer.optimizer for optimizer in self.optimizers])
 
     def _check_finite(self, values: dict[str, float], losses: list[Tensor], names: list[list[str]]) -> None:
         """Stop before the update if the loss or the gradient is not finite; the state before this step is saved."""
@@ -220,7 +228,7 @@ class _Run:
         wrong = [k for k, v in values.items() if not math.isfinite(v) and not (searching and k == "grad_norm")]
         if not wrong:
             return
-        self.optimizer.zero_grad()
+        self._zero_grad()
         self.save()
         finite = [bool(torch.isfinite(loss)) for loss in losses]
         if wrong[0] != "grad_norm" and all(finite):
@@ -328,7 +336,7 @@ class _Run:
         return clips
 
     def _restore(self, previous: RunState) -> None:
-        run_state.restore(previous, self.model, self.optimizer.optimizer)
+        run_state.restore(previous, self.model, [optimizer.optimizer for optimizer in self.optimizers])
         self.step, self.pending = previous.step, previous.pending
         self.saved = self.step
         if self.accelerator.scaler is not None and previous.scaler:

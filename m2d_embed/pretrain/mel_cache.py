@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import spawn
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -126,7 +127,12 @@ def build_cache(
     Raises:
         ConfigError: if the folder holds a cache of another front end or of other files, or something else.
         TrainingError: if a process was killed.
+        RuntimeError: in a worker process that is importing the main script.
     """
+    if workers:
+        # A worker that imports a script without `if __name__ == "__main__"` comes here too, and would wait for the lock
+        # of the process that waits for it. This raises there, as starting a process would.
+        spawn.get_preparation_data("")
     files = [_identity(item.file) for item in items]
     index = {"format": _FORMAT, "front_end": config.front_end, "files": files}
     try:
@@ -177,8 +183,9 @@ def _run(tasks: list[_Task], workers: int) -> Iterator[_Task]:
             yield futures[future]
     except BrokenProcessPool as error:
         raise TrainingError(
-            f"{tasks[0].part.parent}: a process that built this cache was killed, perhaps for want of memory; "
-            "run it again to go on from there, with fewer workers."
+            f"{tasks[0].part.parent}: a process that built this cache ended early. If it was for want of memory, run it "
+            "again with fewer workers to go on from there; a script of your own starts training under "
+            'if __name__ == "__main__".'
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

@@ -110,7 +110,8 @@ class TrainingSection:
 
     Exactly one of ``steps`` and ``epochs`` is given. ``effective_batch`` crops make one optimiser step, whatever the
     number of devices; ``micro_batch`` of them are on a device at a time. The peak learning rate is
-    ``base_lr * effective_batch / 256``, after a warm-up over the share ``warmup`` of the run. ``ema_decay`` rises
+    ``base_lr * effective_batch / 256``, after a warm-up over the share ``warmup`` of the run. ``optimizer`` is adamw,
+    or muon for the matrices of transformer blocks and adamw for the rest; ``betas`` are AdamW's. ``ema_decay`` rises
     linearly from its first to its second value.
     """
 
@@ -118,6 +119,7 @@ class TrainingSection:
     epochs: float | None = None
     effective_batch: int = 2048
     micro_batch: int = 128
+    optimizer: Literal["adamw", "muon"] = "adamw"
     base_lr: float = 3e-4
     warmup: float = 20 / 300
     weight_decay: float = 0.05

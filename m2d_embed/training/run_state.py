@@ -7,7 +7,7 @@ state.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -137,9 +137,9 @@ def previous(recipe: RunRecipe) -> RunState | None:
     return state
 
 
-def capture(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Full state dicts of a model and its optimiser, on the CPU; every process has to call it."""
-    model_state, optimizer_state = get_state_dict(model, optimizer, options=_FULL)
+def capture(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Full state dicts of a model and its optimisers, on the CPU; every process has to call it."""
+    model_state, optimizer_state = get_state_dict(model, optimizers, options=_FULL)
     return cast(dict[str, Tensor], model_state), cast(dict[str, Any], optimizer_state)
 
 
@@ -148,12 +148,12 @@ def capture_model(model: nn.Module) -> dict[str, Tensor]:
     return cast(dict[str, Tensor], get_model_state_dict(model, options=_FULL))
 
 
-def restore(state: RunState, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def restore(state: RunState, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
     """Put captured state dicts back; every process has to call it."""
     options = StateDictOptions(full_state_dict=True)
     set_state_dict(
         model,
-        optimizer,
+        optimizers,
         model_state_dict=cast(dict[str, Any], state.model),
         optim_state_dict=state.optimizer,
         options=options,
