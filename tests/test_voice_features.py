@@ -93,6 +93,12 @@ def test_joined_targets_give_each_teacher_the_same_part(corpus, tmp_path):
     parts = [np.square(frames[:, :30]).sum(1).mean(), np.square(frames[:, 30:]).sum(1).mean()]
     assert parts == pytest.approx([1, 1], rel=0.1)
     assert abs(frames.mean()) < 0.01
+    parts_of_kinds = ["speech=1,1", "music=1,0.5"]
+    join_features.main(tmp_path / "parts", manifests, parts=parts_of_kinds)
+    by_kind = [np.load(tmp_path / "parts" / "features" / "000" / f"00{n}.npy").astype(np.float32) for n in (0, 1)]
+    np.testing.assert_array_equal(by_kind[0], np.load(items[0].features).astype(np.float32))
+    np.testing.assert_array_equal(by_kind[1][:, :30], frames[:, :30])
+    np.testing.assert_allclose(by_kind[1][:, 30:], frames[:, 30:] / 2, atol=1e-3)
 
 
 def test_join_refuses_what_does_not_fit(corpus, tmp_path):
@@ -110,3 +116,8 @@ def test_join_refuses_what_does_not_fit(corpus, tmp_path):
         join_features.main(tmp_path / "joined", [a, b])
     with pytest.raises(SystemExit, match="kinds music"):
         join_features.main(tmp_path / "joined", [a], ["speech=1"])
+    for wrong in ("music", "music=", "music=-1", "music=0", "music=1,2"):
+        with pytest.raises(SystemExit, match=f"--share {wrong}: write KIND=NUMBER, 0 or more"):
+            join_features.main(tmp_path / "joined", [a], [wrong])
+    with pytest.raises(SystemExit, match="--parts music=1: write KIND=NUMBER,NUMBER"):
+        join_features.main(tmp_path / "joined", [a, a], parts=["music=1"])

@@ -2,7 +2,7 @@ r"""One manifest for M2D-S from the targets of several teachers, and how often e
 
     python -m benchmarks.pretraining.join_features joined yamnet/manifest.csv voice/manifest.csv \
         --without overlap.json \
-        --share speech=0.3 --share music=0.25 --share effects=0.27 --share instrument=0.1 --share ambience=0.08 \
+        --share speech=0.3 --share music=0.23 --share effects=0.3 --share instrument=0.1 --share ambience=0.07 \
         --parts speech=0.5,1 --parts music=1,0.5 --parts effects=1,0.5 --parts instrument=1,0.5 --parts ambience=1,0.5
 
 Every value of a teacher is standardised over the corpus, as what all sounds have in common teaches nothing, and each

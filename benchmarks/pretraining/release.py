@@ -1,7 +1,7 @@
 """Bundle what a run made: ``weights/`` with the model in float16, its configuration, loss curve and model card.
 
 python -m benchmarks.pretraining.record runs/NAME ../shared/data
-python -m benchmarks.pretraining.release runs/NAME corpus/manifest.csv
+python -m benchmarks.pretraining.release runs/NAME joined/manifest.csv
 python -m benchmarks.quality --model ../shared/seed-weights ../shared/data/*/metadata.csv
 python -m benchmarks.render                        # puts the probes into the card, too
 """
@@ -61,13 +61,14 @@ def training_section(record: dict[str, Any], recipe: str) -> str:
     training, predictor = settings["training"], settings["predictor"]
     masked = settings["masking"]["mask_ratio"]
     pixels, teachers = settings["offline"]["weights"]
+    optimizer = "Muon and AdamW" if training.get("optimizer") == "muon" else "AdamW"
     batch, last = training["effective_batch"], record["curve"][-1]
     rate = training["base_lr"] * batch / 256
     return f"""* Objective `{settings["objective"]}`: {masked:.0%} of the patches masked at random; the loss
   is {pixels:g} x pixels + {teachers:g} x teachers; a predictor of {predictor["depth"]} layers, {predictor["dim"]}-d.
-* {training["steps"]:,} steps of {batch} crops of 3.04 s, {record["crops"]:,} in all; AdamW, peak learning rate {rate:g}
-  after a warm-up of {training["warmup"]:.0%}, then a cosine; weight decay {training["weight_decay"]:g};
-  {training["precision"]}; seed {training["seed"]}.
+* {training["steps"]:,} steps of {batch} crops of 3.04 s, {record["crops"]:,} in all; {optimizer}, peak learning
+  rate {rate:g} after a warm-up of {training["warmup"]:.0%}, then a cosine; weight decay
+  {training["weight_decay"]:g}; {training["precision"]}; seed {training["seed"]}.
 * {record["minutes"]:.0f} minutes on {on_cores(machine)}.
 * Loss at the end: {last["loss/online"]:.3f} (pixels), {last["loss/offline"]:.3f} (teachers, 2 - 2 cos).
 
@@ -88,7 +89,7 @@ def write_weights(exported: Path, source: str, folder: Path) -> None:
 
 def main(
     run: Annotated[Path, typer.Argument(help="The run's folder.")],
-    manifest: Annotated[Path, typer.Argument(help="The corpus that it was trained on.")],
+    manifest: Annotated[Path, typer.Argument(help="Of the clips that it was trained on: kind, package, licence.")],
 ) -> None:
     """Write ``weights/``; the card's other sections stay as they are."""
     recipe = read_yaml(run / "recipe.yaml")["name"]

@@ -183,8 +183,8 @@ def _run(tasks: list[_Task], workers: int) -> Iterator[_Task]:
             yield futures[future]
     except BrokenProcessPool as error:
         raise TrainingError(
-            f"{tasks[0].part.parent}: a process that built this cache ended early. If it was for want of memory, run it "
-            "again with fewer workers to go on from there; a script of your own starts training under "
+            f"{tasks[0].part.parent}: a process that built this cache ended early. If it was for want of memory, run "
+            "it again with fewer workers to go on from there; a script of your own starts training under "
             'if __name__ == "__main__".'
         ) from error
     finally:
