@@ -69,17 +69,17 @@ def build_optimizers(objective: nn.Module, recipe: Recipe) -> list[torch.optim.O
     """
     training, rate = recipe.training, peak_rate(recipe)
     trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
-    by_muon = []
+    by_muon = {}
     if training.optimizer == "muon":
-        by_muon = [name for name, p in trained.items() if p.ndim == 2 and ".blocks." in name]
-    by_adamw = [p for name, p in trained.items() if name not in set(by_muon)]
+        by_muon = {name: p for name, p in trained.items() if p.ndim == 2 and ".blocks." in name}
+    by_adamw = [p for name, p in trained.items() if name not in by_muon]
     groups = [
         {"params": [p for p in by_adamw if p.ndim > 1], "weight_decay": training.weight_decay},
         {"params": [p for p in by_adamw if p.ndim <= 1], "weight_decay": 0.0},
     ]
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=rate, betas=training.betas, fused=True)]
     if by_muon:
-        optimizers.append(_muon([trained[name] for name in by_muon], rate, training.weight_decay))
+        optimizers.append(_muon(list(by_muon.values()), rate, training.weight_decay))
     return optimizers
 
 

@@ -152,6 +152,10 @@ class TrainingSection:
             require(value is None or value > 0, f"training.{name} must be positive, not {value}")
         require(0 < self.base_lr < math.inf, f"training.base_lr must be positive, not {self.base_lr}")
         require(self.weight_decay >= 0, f"training.weight_decay must not be negative, not {self.weight_decay}")
+        require(
+            self.optimizer == "adamw" or self.precision != "fp16",
+            "training.optimizer muon goes with training.precision bf16 or fp32; loss scaling takes one optimiser",
+        )
         require(0 <= self.warmup < 1, f"training.warmup is a share of the run, 0 <= warmup < 1, not {self.warmup}")
         require(0 <= self.seed < 2**63, f"training.seed must not be negative, and fit 63 bits, not {self.seed}")
         decays = self.ema_decay
