@@ -118,6 +118,7 @@ EVERY = {
     "m2d": (objectives.M2D, (), None),
     "data2vec": (objectives.Data2Vec, (), None),
     "msm_mae": (objectives.MSMMAE, (), None),
+    "salt": (objectives.SALT, (32,), torch.randn(4, PATCHES, 32)),
     "msm_mae_s": (objectives.MSMMAES, (40, (1.0, 0.5)), torch.randn(4, 4, 40)),
     "m2d_x": (objectives.M2DX, (40, (1.0, 1.0)), torch.randn(4, 4, 40)),
     "m2d_s": (objectives.M2DS, (40, (1.0, 1.0)), torch.randn(4, 4, 40)),
@@ -185,6 +186,14 @@ def test_prediction_does_not_see_the_masked_patches():
     for kind in (objectives.M2D, objectives.Data2Vec, objectives.MSMMAE):
         objective = make(kind)
         assert torch.equal(objective(example)["prediction"], objective(changed)["prediction"])
+
+
+def test_salt_learns_the_latents_of_masked_patches():
+    latents = torch.randn(4, PATCHES, 24)
+    example = make_example(offline=latents)
+    outputs = make(objectives.SALT, 24)(example)
+    for clip, masked in enumerate(example.order[:, 6:].tolist()):
+        assert torch.equal(outputs["target"][clip], latents[clip, masked])
 
 
 def test_target_follows_the_encoder():

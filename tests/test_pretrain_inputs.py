@@ -14,6 +14,7 @@ from m2d_embed.frontend import LogMel
 from m2d_embed.pretrain.batches import Batch
 from m2d_embed.pretrain.inputs import (
     Inputs,
+    PatchTeacher,
     Teacher,
     blank_padding,
     mix,
@@ -102,6 +103,19 @@ def test_teacher_of_another_front_end_and_window_is_fed_by_the_audio(noise):
     torch.testing.assert_close(frames, wanted)
     with pytest.raises(ConfigError, match=r"data\.cache"):
         teacher(replace(batch_of(audio), audio=None), torch.zeros(2, 1, 80, 64))
+
+
+def test_teacher_of_salt_gives_the_latents_of_the_patches_that_the_encoder_numbers(noise):
+    audio = noise(1, batch=2)[:, :SAMPLES]
+    model = random_model(replace(CONFIG, norm_stats=(-5.0, 3.0), input_size=(80, 608)))
+    teacher = PatchTeacher(model, CONFIG)
+    latents = teacher(batch_of(audio), LogMel(replace(CONFIG, norm_stats=(0.0, 1.0)))(audio))
+    assert latents.shape == (2, 20, teacher.dim)
+    frames = model.encode_frames(audio).detach().view(2, 4, 5, -1)  # (B, T, F, d)
+    torch.testing.assert_close(latents.view(2, 5, 4, -1).transpose(1, 2), frames, rtol=1e-3, atol=1e-4)
+    for other in ({"patch_size": (16, 8)}, {"f_max": 7000.0}):
+        with pytest.raises(ConfigError, match="salt learns patch by patch"):
+            PatchTeacher(random_model(replace(CONFIG, **other)), CONFIG)
 
 
 def test_teacher_of_another_rate_is_refused():

@@ -33,7 +33,7 @@ from m2d_embed.pretrain import loop, objectives
 from m2d_embed.pretrain.build import build_optimizers
 from m2d_embed.pretrain.inputs import Inputs
 from m2d_embed.pretrain.loop import pretrain
-from m2d_embed.pretrain.recipe import load_recipe
+from m2d_embed.pretrain.recipe import WITH_TEACHER, load_recipe
 from m2d_embed.pretrain.warm_start import PUBLISHED_PARTS
 from m2d_embed.training import run_state
 from m2d_embed.training.monitor import RunLog
@@ -217,7 +217,7 @@ def options(manifest, bert, recipe):
     """Overrides that an objective needs."""
 
     def make(objective):
-        if objective == "m2d_x":
+        if objective in WITH_TEACHER:
             teacher = recipe("training.steps=1", output="teacher")
             pretrain(teacher)
             return [f"offline.teacher={teacher.folder / 'export'}", f"data.noise={manifest}"]
@@ -228,7 +228,7 @@ def options(manifest, bert, recipe):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("objective", ["m2d", "data2vec", "msm_mae", "m2d_x", *OFFLINE])
+@pytest.mark.parametrize("objective", ["m2d", "data2vec", "msm_mae", "m2d_x", "salt", *OFFLINE])
 def test_resuming_changes_nothing(objective, optimizer, recipe, options, monkeypatch):
     extra = [f"objective={objective}", f"training.optimizer={optimizer}", *options(objective)]
     whole, broken = recipe(*extra, output="whole"), recipe(*extra, output="broken")

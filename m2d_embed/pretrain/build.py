@@ -12,9 +12,12 @@ from m2d_embed import model as inference
 from m2d_embed.config import ClapConfig, ModelConfig
 from m2d_embed.errors import UnsupportedError
 from m2d_embed.pretrain import inputs, objectives
-from m2d_embed.pretrain.inputs import Captions, OfflineTarget, Teacher
+from m2d_embed.pretrain.inputs import Captions, OfflineTarget, PatchTeacher, Teacher
 from m2d_embed.pretrain.objectives import Objective
 from m2d_embed.pretrain.recipe import WITH_FEATURES, Recipe
+
+#: Of the objectives in ``WITH_TEACHER``.
+TEACHERS = {"m2d_x": Teacher, "salt": PatchTeacher}
 
 
 class Task(NamedTuple):
@@ -42,8 +45,9 @@ def build_task(
     offline: OfflineTarget | None = None
     clap: ClapConfig | None = None
     offline_dim = 0
-    if recipe.objective == "m2d_x":
-        teacher = Teacher(inference.M2D.from_pretrained(recipe.offline.teacher, device=device), config)
+    if recipe.objective in TEACHERS:
+        model = inference.M2D.from_pretrained(recipe.offline.teacher, device=device)
+        teacher = TEACHERS[recipe.objective](model, config)
         offline, offline_dim = teacher, teacher.dim
     elif recipe.objective in WITH_FEATURES:
         offline, offline_dim = inputs.precomputed_features, feature_dim
@@ -104,6 +108,8 @@ def _objective(recipe: Recipe, config: ModelConfig, offline_dim: int, clap: Clap
     plain = {"m2d": objectives.M2D, "data2vec": objectives.Data2Vec, "msm_mae": objectives.MSMMAE}
     if recipe.objective in plain:
         return plain[recipe.objective](config, predictor)
+    if recipe.objective == "salt":
+        return objectives.SALT(config, predictor, offline_dim)
     if recipe.objective == "msm_mae_s":
         return objectives.MSMMAES(config, predictor, offline_dim, weights)
     kinds = {"m2d_x": objectives.M2DX, "m2d_s": objectives.M2DS, "m2d_as": objectives.M2DAS}

@@ -106,14 +106,40 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, batch: Batch, log_mel: Tensor) -> Tensor:
-        """(B, T, dim) float32 from the clean audio or its log-mel."""
+        """Targets from the clean audio or its log-mel: of this class frame features, (B, T, dim) float32."""
         if self.same_front_end:
             x = blank_padding(self.model.frontend.normalize(log_mel), batch.valid_frames)
         elif batch.audio is not None:
             x = batch.audio
         else:
             raise ConfigError("offline.teacher has another front end, so it needs the audio: leave out data.cache.")
+        return self.targets(x)
+
+    def targets(self, x: Tensor) -> Tensor:
+        """What the teacher makes of audio or a log-mel."""
         return resample_columns(self.model.encode_frames(x), self.columns)
+
+
+class PatchTeacher(Teacher):
+    """SALT: latents of all patches by a frozen model that cuts the log-mel as the one in training does."""
+
+    def __init__(self, model: M2D, config: ModelConfig):
+        super().__init__(model, config)
+        if not self.same_front_end or model.config.patch_size != config.patch_size:
+            raise ConfigError(
+                f"offline.teacher: {model.config.name} has another front end or other patches "
+                f"({model.config.patch_size}) than the model in training ({config.patch_size}), and salt learns patch "
+                "by patch; choose a teacher that has the same."
+            )
+
+    @property
+    def dim(self) -> int:
+        """Size of a patch's latent."""
+        return self.model.config.embed_dim
+
+    def targets(self, x: Tensor) -> Tensor:
+        """(B, N, dim), frequency-major."""
+        return self.model.patches(x)[:, :, : self.columns].flatten(1, 2)
 
 
 def resample_columns(frames: Tensor, columns: int) -> Tensor:

@@ -6,6 +6,7 @@
 * MSM-MAE: Niizumi et al., "Masked Spectrogram Modeling using Masked Autoencoders" (arXiv 2204.12260, section 3).
 * The data2vec style is M2D's own comparison (arXiv 2210.14648, section 4.3), after Baevski et al., "data2vec"
   (arXiv 2202.03555).
+* SALT: Li et al., "Rethinking JEPA: Compute-Efficient Video SSL with Frozen Teachers" (arXiv 2509.24317).
 
 An objective takes an ``Example`` and returns a dict of tensors: ``"loss"`` to minimise, ``"loss/..."`` its parts,
 ``"target"`` what was predicted, before standardisation, and ``"prediction"``, both (B, M, D) for the masked patches in
@@ -37,7 +38,7 @@ class Example:
 
     ``log_mel`` is (B, 1, mels, frames), normalised; ``order`` (B, N) a permutation of the patches, of which the first
     ``visible`` are shown. ``offline`` is what the additional task of an objective learns: frame features (B, T, D),
-    multi-hot labels (B, C), or text embeddings (B, D).
+    multi-hot labels (B, C), or text embeddings (B, D); of SALT the latents of all patches by its teacher (B, N, D).
     """
 
     log_mel: Tensor
@@ -182,6 +183,25 @@ class Data2Vec(M2D):
     @torch.no_grad()
     def encode_target(self, tokens: Tensor, masked: Tensor) -> Tensor:
         return take(self.target(self.encoder.with_class_token(tokens)), masked)
+
+
+class SALT(Objective):
+    """Predict what a frozen encoder, trained before by masked spectrogram modelling, makes of the masked patches.
+
+    It sees all patches. The loss is that of M2D.
+    """
+
+    def __init__(self, config: ModelConfig, predictor: PredictorConfig, teacher_dim: int):
+        super().__init__(config, predictor, output_dim=teacher_dim)
+
+    def forward(self, example: Example) -> Outputs:
+        visible, masked = split(example)
+        tokens = self.encoder.embed(example.log_mel)
+        [latent] = self.encoder.encode(take(tokens, visible))
+        predicted = self.predictor(latent, visible, masked)
+        target = take(wanted(example), masked)
+        loss = cosine_loss(predicted, target)
+        return {"loss": loss, "target": target, "prediction": predicted, "latent": latent}
 
 
 class M2DX(M2D):

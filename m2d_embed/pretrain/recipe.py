@@ -26,11 +26,11 @@ RECIPES = Path(__file__).parent / "recipes"
 
 Size = Literal["tiny", "small", "base", "large"]
 Precision = Literal["fp32", "bf16", "fp16"]
-ObjectiveName = Literal["m2d", "m2d_x", "m2d_s", "m2d_as", "m2d_clap", "msm_mae", "msm_mae_s", "data2vec"]
+ObjectiveName = Literal["m2d", "m2d_x", "m2d_s", "m2d_as", "m2d_clap", "msm_mae", "msm_mae_s", "data2vec", "salt"]
 
-#: Objectives with an additional task, described by the section `offline`.
-WITH_OFFLINE = ("m2d_x", "m2d_s", "m2d_as", "m2d_clap", "msm_mae_s")
-#: Those that learn precomputed frame features.
+#: Objectives with a frozen model as the teacher.
+WITH_TEACHER = ("m2d_x", "salt")
+#: Objectives that learn precomputed frame features.
 WITH_FEATURES = ("m2d_s", "msm_mae_s")
 
 #: What may differ when a run is resumed: it changes neither the data nor the steps.
@@ -83,12 +83,12 @@ class StartSection:
 
 @dataclass(frozen=True)
 class OfflineSection:
-    """The additional task of m2d_x, m2d_s, m2d_as, m2d_clap and msm_mae_s.
+    """The additional task of m2d_x, m2d_s, m2d_as, m2d_clap and msm_mae_s; the teacher of salt.
 
-    ``weights`` are those of the loss over masked patches and of the additional one. ``teacher`` (m2d_x) is anything
-    that ``load_model`` takes. ``labels`` (m2d_as) is a file with one label a line; null takes the labels that the
-    manifest has.
-    ``text_encoder`` (m2d_clap) is a repository or folder of transformers, ``joint_dim`` the size of the common space.
+    ``weights`` are those of the loss over masked patches and of the additional one. ``teacher`` (m2d_x, salt) is
+    anything that ``load_model`` takes. ``labels`` (m2d_as) is a file with one label a line; null takes the labels that
+    the manifest has. ``text_encoder`` (m2d_clap) is a repository or folder of transformers, ``joint_dim`` the size of
+    the common space.
     """
 
     weights: tuple[float, float] = (1.0, 1.0)
@@ -195,8 +195,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         require(re.fullmatch(r"[\w.-]+", self.name) is not None, f"name {self.name!r}: letters, digits, '.', '_', '-'")
-        teacher = self.objective == "m2d_x"
-        require(not teacher or bool(self.offline.teacher), "objective m2d_x needs offline.teacher, a model's name")
+        teacher = self.objective in WITH_TEACHER
+        require(
+            not teacher or bool(self.offline.teacher),
+            f"objective {self.objective} needs offline.teacher, a model's name or folder",
+        )
         require(
             self.training.steps is not None or not is_shards(self.data.source),
             "training.epochs cannot be counted with tar shards; give training.steps",
