@@ -157,6 +157,14 @@ def test_release_writes_a_model_that_loads_and_a_card(run, tmp_path, monkeypatch
         "loss.png",
         "model.safetensors",
     ]
+    assert "blocks trained" not in text
+    release.main(run, tmp_path / "manifest.csv", blocks=1)
+    shorter = m2d_embed.load_model(str(card.parent))
+    assert (shorter.config.depth, len(shorter.encoder.blocks)) == (1, 1)
+    [first] = original.intermediates(audio, [0])
+    a, b = m2d_embed.get_scene_embeddings(audio, shorter), first.mean(dim=1)
+    assert torch.nn.functional.cosine_similarity(a, b).min() > 0.9999
+    assert f"Of the {original.config.depth} blocks trained, the first 1 are kept." in card.read_text()
 
 
 def test_a_card_without_a_section_is_refused():

@@ -1,7 +1,7 @@
 """Bundle what a run made: ``weights/`` with the model in float16, its configuration, loss curve and model card.
 
 python -m benchmarks.pretraining.record runs/NAME ../shared/data
-python -m benchmarks.pretraining.release runs/NAME joined/manifest.csv
+python -m benchmarks.pretraining.release runs/NAME joined/manifest.csv --blocks 10
 python -m benchmarks.quality --model ../shared/seed-weights ../shared/data/*/metadata.csv
 python -m benchmarks.render                        # puts the probes into the card, too
 """
@@ -55,8 +55,8 @@ def data_section(rows: list[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
-def training_section(record: dict[str, Any], recipe: str) -> str:
-    """Settings, compute and curve of the run."""
+def training_section(record: dict[str, Any], recipe: str, trained: int, kept: int) -> str:
+    """Settings, compute and curve of the run, and how many of the encoder's blocks are kept."""
     settings, machine = record["settings"], record["machine"]
     training, predictor = settings["training"], settings["predictor"]
     masked = settings["masking"]["mask_ratio"]
@@ -64,13 +64,14 @@ def training_section(record: dict[str, Any], recipe: str) -> str:
     optimizer = "Muon and AdamW" if training.get("optimizer") == "muon" else "AdamW"
     batch, last = training["effective_batch"], record["curve"][-1]
     rate = training["base_lr"] * batch / 256
+    left = "" if kept == trained else f"\n* Of the {trained} blocks trained, the first {kept} are kept."
     return f"""* Objective `{settings["objective"]}`: {masked:.0%} of the patches masked at random; the loss
   is {pixels:g} x pixels + {teachers:g} x teachers; a predictor of {predictor["depth"]} layers, {predictor["dim"]}-d.
 * {training["steps"]:,} steps of {batch} crops of 3.04 s, {record["crops"]:,} in all; {optimizer}, peak learning
   rate {rate:g} after a warm-up of {training["warmup"]:.0%}, then a cosine; weight decay
   {training["weight_decay"]:g}; {training["precision"]}; seed {training["seed"]}.
 * {record["minutes"]:.0f} minutes on {on_cores(machine)}.
-* Loss at the end: {last["loss/online"]:.3f} (pixels), {last["loss/offline"]:.3f} (teachers, 2 - 2 cos).
+* Loss at the end: {last["loss/online"]:.3f} (pixels), {last["loss/offline"]:.3f} (teachers, 2 - 2 cos).{left}
 
 ![loss](loss.png)
 
@@ -78,28 +79,40 @@ def training_section(record: dict[str, Any], recipe: str) -> str:
 before it); what else was tried is in [benchmarks/pretraining](../benchmarks/pretraining/README.md)."""
 
 
-def write_weights(exported: Path, source: str, folder: Path) -> None:
-    """The exported encoder as ``model.safetensors`` in float16, and its configuration."""
-    checkpoint = load_checkpoint(locate(str(exported), [WEIGHT_FILES[torch.float32]], [], HubOptions()))
+def first_blocks(checkpoint: Checkpoint, count: int) -> Checkpoint:
+    """An encoder without its last blocks; the final norm stays."""
+    dropped = [f"encoder.blocks.{index}." for index in range(count, checkpoint.config.depth)]
+    tensors = {name: t for name, t in checkpoint.tensors.items() if not name.startswith(tuple(dropped))}
+    return Checkpoint(dataclasses.replace(checkpoint.config, depth=count), tensors)
+
+
+def write_weights(checkpoint: Checkpoint, source: str, folder: Path) -> None:
+    """An encoder as ``model.safetensors`` in float16, and its configuration."""
     config = dataclasses.replace(checkpoint.config, name=BUNDLED_NAME, source=source, license=_LICENCE)
     write_native(folder, Checkpoint(config, checkpoint.tensors), [torch.float16])
     (folder / WEIGHT_FILES[torch.float16]).replace(folder / WEIGHT_FILES[torch.float32])
-    shutil.copyfile(exported / "loss.png", folder / "loss.png")
 
 
 def main(
     run: Annotated[Path, typer.Argument(help="The run's folder.")],
     manifest: Annotated[Path, typer.Argument(help="Of the clips that it was trained on: kind, package, licence.")],
+    blocks: Annotated[int | None, typer.Option(min=1, help="Keep only the encoder's first so many blocks.")] = None,
 ) -> None:
     """Write ``weights/``; the card's other sections stay as they are."""
     recipe = read_yaml(run / "recipe.yaml")["name"]
     rows = read_rows(manifest)
     record = json.loads((RECORDS / f"{recipe}.json").read_text())
     source = _SOURCE.format(recipe=recipe, hours=sum(hours(rows, "kind").values()))
-    write_weights(run / "export", source, CARD.parent)
+    exported = run / "export"
+    trained = load_checkpoint(locate(str(exported), [WEIGHT_FILES[torch.float32]], [], HubOptions()))
+    kept = blocks or trained.config.depth
+    if kept > trained.config.depth:
+        raise SystemExit(f"--blocks {kept}: {exported} has {trained.config.depth}.")
+    write_weights(first_blocks(trained, kept), source, CARD.parent)
+    shutil.copyfile(exported / "loss.png", CARD.parent / "loss.png")
     card = CARD.read_text(encoding="utf-8")
     card = replace_section(card, "data", data_section(rows))
-    card = replace_section(card, "training", training_section(record, recipe))
+    card = replace_section(card, "training", training_section(record, recipe, trained.config.depth, kept))
     CARD.write_text(card, encoding="utf-8")
 
 
