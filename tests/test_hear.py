@@ -46,8 +46,8 @@ def test_the_device_of_the_audio_is_honoured(noise):
 @pytest.mark.parametrize(
     ("options", "size"),
     [
-        ({"layers": [3, 7, 11]}, 960),
-        ({"layers": [3, 11], "layer_pooling": "concat"}, 1920),
+        ({"layers": [3, 6, 9]}, 960),
+        ({"layers": [3, -1], "layer_pooling": "concat"}, 1920),
         ({"layers": 5}, 960),
         ({"layers": np.arange(3)}, 960),
         ({"flat": True}, 192),
