@@ -8,7 +8,7 @@ import torch
 
 import m2d_embed
 from benchmarks import render
-from benchmarks.pretraining import record, release
+from benchmarks.pretraining import record, release, trials
 from m2d_embed.checkpoints import Checkpoint, write_native
 from m2d_embed.config import ModelConfig
 from m2d_embed.model import M2D
@@ -83,10 +83,65 @@ def test_a_record_and_the_table_of_all(run, tmp_path, monkeypatch):
     kept = json.loads((tmp_path / "runs" / "mine.json").read_text())
     assert kept["crops"] == 6400
     assert kept["minutes"] == pytest.approx(200 * 32 / 16 / 60, abs=0.1)
-    rows = [line for line in (tmp_path / "README.md").read_text().splitlines() if line.startswith("| [")]
+    text = (tmp_path / "README.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| [")]
     assert [row.split("]")[0] for row in rows] == ["| [better", "| [mine"]
     assert "60.0 (55.0-65.0)" in rows[0]
     assert rows[0].endswith("75.0 |")
+    assert "## Trials" not in text
+
+
+def test_trials_have_a_table_of_their_own(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "FOLDER", tmp_path / "records")
+    monkeypatch.setattr(record, "TRIALS", tmp_path / "records" / "trials")
+    monkeypatch.setattr(record, "TABLE", tmp_path / "README.md")
+    monkeypatch.setattr(record, "probes", lambda model, data: {"a": [50.0, 45.0, 55.0]})
+    record.keep(run, tmp_path, record.TRIALS)
+    assert (tmp_path / "README.md").read_text().count("| [mine](records/trials/mine.json)") == 1
+    record.keep(run, tmp_path, record.FOLDER)
+    runs, short = (tmp_path / "README.md").read_text().split("## Trials")
+    assert "| [mine](records/mine.json)" in runs
+    assert "| [mine](records/trials/mine.json)" in short
+
+
+def test_every_trial_changes_one_thing_and_is_a_recipe(tmp_path):
+    plan = trials.read_yaml(trials.PLAN)
+    recipes = {
+        name: trials.recipe_of(name, plan, tmp_path / "m.csv", tmp_path, tmp_path / "cache") for name in plan["trials"]
+    }
+    first = next(iter(plan["trials"]))
+    assert plan["trials"][first]["set"] == []
+    seconds = {r.training.steps * r.training.effective_batch * r.model.input_size[1] for r in recipes.values()}
+    assert len(seconds) == 1
+    for name, recipe in recipes.items():
+        changed = {line.split(":")[0].split("[")[0] for line in recipes[first].differences(recipe.to_dict())} - {"name"}
+        allowed = {text.split("=")[0] for text in plan["trials"][name]["set"]}
+        assert changed == (allowed - {"training.micro_batch"})  # which is free to differ
+        assert recipe.about == plan["trials"][name]["about"]
+        assert recipe.output == str(tmp_path / name)
+    assert recipes["salt"].offline.teacher == str(tmp_path / "pixels" / "export")
+    assert recipes["noise"].data.noise == str(tmp_path / "m.csv")
+
+
+def test_trials_with_a_record_are_not_run_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(trials, "TRIALS", tmp_path)
+    (tmp_path / "mask-0.3.json").write_text("{}")
+    done = []
+    monkeypatch.setattr(trials, "pretrain", lambda recipe: done.append(recipe.name) or tmp_path)
+    monkeypatch.setattr(trials, "keep", lambda run, data, folder: {"a": [50.0, 45.0, 55.0]})
+    trials.main(tmp_path / "m.csv", tmp_path, tmp_path, tmp_path, ["mask-0.8", "mask-0.3", "adamw"])
+    assert done == ["adamw", "mask-0.8"]
+    with pytest.raises(SystemExit, match=r"--only nothing: .* has both-teachers, "):
+        trials.main(tmp_path / "m.csv", tmp_path, tmp_path, tmp_path, ["nothing"])
+
+
+def test_trials_stop_when_a_run_is_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(trials, "TRIALS", tmp_path)
+    done = []
+    monkeypatch.setattr(trials, "pretrain", lambda recipe: done.append(recipe.name))
+    monkeypatch.setattr(trials, "keep", lambda *_: pytest.fail("a run that was stopped has no record"))
+    trials.main(tmp_path / "m.csv", tmp_path, tmp_path, tmp_path, ["mask-0.8", "adamw"])
+    assert done == ["adamw"]
 
 
 def test_probes_of_a_model(run, tmp_path):

@@ -21,10 +21,22 @@ from m2d_embed.training.monitor import RunLog
 from m2d_embed.training.settings import read_yaml
 
 FOLDER = Path(__file__).with_name("records")
+TRIALS = FOLDER / "trials"
 TABLE = Path(__file__).with_name("README.md")
 _POINTS = 60  # of a curve
 _PATHS = ("source", "cache", "noise", "model", "teacher")
 _NOT_SETTINGS = ("name", "about", "license", "output", "probe")
+_RUNS = """Every run kept, best first: linear probes of its scene embeddings, accuracy in % with 95 % bootstrap \
+intervals, on labelled sets that were not trained on. Settings and loss curves are in `records/`; written by \
+`python -m benchmarks.pretraining.record`.
+
+"""
+_TRIALS = """## Trials
+
+Short runs on one budget, each unlike the first of [trials.yaml](trials.yaml) in one thing; by \
+`python -m benchmarks.pretraining.trials`. What is best after minutes need not be so after hours.
+
+"""
 
 
 def settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,33 +80,61 @@ def probes(model: Path, data: Path) -> dict[str, list[float]]:
     return scores
 
 
-def table(records: Mapping[str, Mapping[str, Any]]) -> str:
-    """The records as the text of ``README.md``, the best on average first."""
+def mean(record: Mapping[str, Any]) -> float:
+    """Of the sets' accuracies."""
+    scores: list[float] = [score[0] for score in record["linear probe, accuracy in %"].values()]
+    return sum(scores) / len(scores)
+
+
+def table(records: Mapping[str, Mapping[str, Any]], folder: str) -> str:
+    """The records of a folder as a table, the best on average first."""
     sets = list(next(iter(records.values()))["linear probe, accuracy in %"])
     lines = [
-        "# Runs of pre-training",
-        "",
-        "Every run kept, best first: linear probes of its scene embeddings, accuracy in % with 95 % bootstrap "
-        "intervals, on labelled sets that were not trained on. Settings and loss curves are in `records/`; written by "
-        "`python -m benchmarks.pretraining.record`.",
-        "",
         f"| run | objective | mask ratio | crops | minutes | {' | '.join(sets)} | mean |",
         f"| --- | --- | ---: | ---: | ---: |{' ---: |' * len(sets)} ---: |",
     ]
-
-    def mean(record: Mapping[str, Any]) -> float:
-        scores: list[float] = [score[0] for score in record["linear probe, accuracy in %"].values()]
-        return sum(scores) / len(scores)
-
     for name, record in sorted(records.items(), key=lambda item: -mean(item[1])):
         recipe, scores = record["settings"], record["linear probe, accuracy in %"]
         cells = [f"{scores[s][0]:.1f} ({scores[s][1]:.1f}-{scores[s][2]:.1f})" for s in sets]
         lines.append(
-            f"| [{name}](records/{name}.json): {record['about']} | `{recipe['objective']}` | "
+            f"| [{name}]({folder}/{name}.json): {record['about']} | `{recipe['objective']}` | "
             f"{recipe['masking']['mask_ratio']} | {record['crops']:,} | {record['minutes']:.0f} | "
             f"{' | '.join(cells)} | {mean(record):.1f} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def read_records(folder: Path) -> dict[str, dict[str, Any]]:
+    """The records of a folder, by name."""
+    return {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
+
+
+def readme(runs: Mapping[str, Mapping[str, Any]], trials: Mapping[str, Mapping[str, Any]]) -> str:
+    """The text of ``README.md``: a table of the runs, and one of the trials, where there are any."""
+    sections = [_RUNS + table(runs, FOLDER.name)] if runs else []
+    sections += [_TRIALS + table(trials, f"{FOLDER.name}/{TRIALS.name}")] if trials else []
+    return "# Runs of pre-training\n\n" + "\n".join(sections)
+
+
+def keep(run: Path, data: Path, folder: Path) -> dict[str, list[float]]:
+    """Probe a finished run, write its record into a folder and the table of all anew; returns the scores."""
+    recipe = read_yaml(run / "recipe.yaml")
+    rows = [row for row in RunLog.read(run) if "loss" in row]
+    batch = recipe["training"]["effective_batch"]
+    scores = probes(run / "export", data)
+    record = {
+        "about": recipe["about"],
+        "settings": settings(recipe),
+        "machine": machine(),
+        "crops": int(rows[-1]["step"]) * batch,
+        "minutes": round(minutes(rows, batch), 1),
+        "linear probe, accuracy in %": scores,
+        "curve": curve(rows),
+    }
+    folder.mkdir(exist_ok=True, parents=True)
+    (folder / f"{recipe['name']}.json").write_text(json.dumps(record, indent=1) + "\n")
+    TABLE.write_text(readme(read_records(FOLDER), read_records(TRIALS)))
+    return scores
 
 
 def main(
@@ -102,22 +142,7 @@ def main(
     data: Annotated[Path, typer.Argument(help="A folder of labelled sets.")],
 ) -> None:
     """Probe a finished run and keep its record."""
-    recipe = read_yaml(run / "recipe.yaml")
-    rows = [row for row in RunLog.read(run) if "loss" in row]
-    batch = recipe["training"]["effective_batch"]
-    record = {
-        "about": recipe["about"],
-        "settings": settings(recipe),
-        "machine": machine(),
-        "crops": int(rows[-1]["step"]) * batch,
-        "minutes": round(minutes(rows, batch), 1),
-        "linear probe, accuracy in %": probes(run / "export", data),
-        "curve": curve(rows),
-    }
-    FOLDER.mkdir(exist_ok=True)
-    (FOLDER / f"{recipe['name']}.json").write_text(json.dumps(record, indent=1) + "\n")
-    TABLE.write_text(table({file.stem: json.loads(file.read_text()) for file in sorted(FOLDER.glob("*.json"))}))
-    print(json.dumps(record["linear probe, accuracy in %"]))
+    print(json.dumps(keep(run, data, FOLDER)))
 
 
 if __name__ == "__main__":
