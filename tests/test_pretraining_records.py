@@ -72,6 +72,7 @@ def run(tmp_path):
 
 def test_a_record_and_the_table_of_all(run, tmp_path, monkeypatch):
     monkeypatch.setattr(record, "FOLDER", tmp_path / "runs")
+    monkeypatch.setattr(record, "TRIALS", tmp_path / "runs" / "trials")
     monkeypatch.setattr(record, "TABLE", tmp_path / "README.md")
     scores = iter(
         [{"a": [50.0, 45.0, 55.0], "b": [90.0, 89.0, 91.0]}, {"a": [60.0, 55.0, 65.0], "b": [90.0, 89.0, 91.0]}]
@@ -213,13 +214,20 @@ def test_release_writes_a_model_that_loads_and_a_card(run, tmp_path, monkeypatch
         "model.safetensors",
     ]
     assert "blocks trained" not in text
-    release.main(run, tmp_path / "manifest.csv", blocks=1)
+    assert "Each stage" not in text
+    before = {**kept, "crops": 999_000}
+    (tmp_path / "runs" / "first.json").write_text(json.dumps(before))
+    release.main(run, tmp_path / "manifest.csv", ["first"], blocks=1)
     shorter = m2d_embed.load_model(str(card.parent))
     assert (shorter.config.depth, len(shorter.encoder.blocks)) == (1, 1)
     [first] = original.intermediates(audio, [0])
     a, b = m2d_embed.get_scene_embeddings(audio, shorter), first.mean(dim=1)
     assert torch.nn.functional.cosine_similarity(a, b).min() > 0.9999
-    assert f"Of the {original.config.depth} blocks trained, the first 1 are kept." in card.read_text()
+    text = card.read_text()
+    assert f"Of the {original.config.depth} blocks trained, the first 1 are kept." in text
+    assert text.index("[`first`]") < text.index("999,000 in all") < text.index("[`mine`]") < text.index("6,400 in all")
+    assert "Each stage begins with the encoder of the one before." in text
+    assert "`m2d-embed pretrain first` and `m2d-embed pretrain mine`" in text
 
 
 def test_a_card_without_a_section_is_refused():

@@ -1,7 +1,7 @@
 """Bundle what a run made: ``weights/`` with the model in float16, its configuration, loss curve and model card.
 
 python -m benchmarks.pretraining.record runs/NAME ../shared/data
-python -m benchmarks.pretraining.release runs/NAME joined/manifest.csv --blocks 10
+python -m benchmarks.pretraining.release runs/NAME joined/manifest.csv --after FIRST-STAGE --blocks 10
 python -m benchmarks.quality --model ../shared/seed-weights ../shared/data/*/metadata.csv
 python -m benchmarks.render                        # puts the probes into the card, too
 """
@@ -55,28 +55,40 @@ def data_section(rows: list[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
-def training_section(record: dict[str, Any], recipe: str, trained: int, kept: int) -> str:
-    """Settings, compute and curve of the run, and how many of the encoder's blocks are kept."""
+def stage(recipe: str, record: dict[str, Any]) -> str:
+    """Settings, compute and loss of one run, as an item of a list."""
     settings, machine = record["settings"], record["machine"]
     training, predictor = settings["training"], settings["predictor"]
-    masked = settings["masking"]["mask_ratio"]
-    pixels, teachers = settings["offline"]["weights"]
+    pixels, offline = settings["offline"]["weights"]
     optimizer = "Muon and AdamW" if training.get("optimizer") == "muon" else "AdamW"
     batch, last = training["effective_batch"], record["curve"][-1]
-    rate = training["base_lr"] * batch / 256
-    left = "" if kept == trained else f"\n* Of the {trained} blocks trained, the first {kept} are kept."
-    return f"""* Objective `{settings["objective"]}`: {masked:.0%} of the patches masked at random; the loss
-  is {pixels:g} x pixels + {teachers:g} x teachers; a predictor of {predictor["depth"]} layers, {predictor["dim"]}-d.
-* {training["steps"]:,} steps of {batch} crops of 3.04 s, {record["crops"]:,} in all; {optimizer}, peak learning
-  rate {rate:g} after a warm-up of {training["warmup"]:.0%}, then a cosine; weight decay
-  {training["weight_decay"]:g}; {training["precision"]}; seed {training["seed"]}.
-* {record["minutes"]:.0f} minutes on {on_cores(machine)}.
-* Loss at the end: {last["loss/online"]:.3f} (pixels), {last["loss/offline"]:.3f} (teachers, 2 - 2 cos).{left}
+    lines = [
+        f"* [`{recipe}`](../m2d_embed/pretrain/recipes/{recipe}.yaml): objective `{settings['objective']}`,",
+        f"{settings['masking']['mask_ratio']:.0%} of the patches masked at random;",
+        f"the loss is {pixels:g} x pixels + {offline:g} x offline targets;",
+        f"a predictor of {predictor['depth']} layers, {predictor['dim']}-d;",
+        f"{training['steps']:,} steps of {batch} crops of 3.04 s, {record['crops']:,} in all;",
+        f"{optimizer}, peak learning rate {training['base_lr'] * batch / 256:g} after a warm-up of",
+        f"{training['warmup']:.0%}, then a cosine; weight decay {training['weight_decay']:g};",
+        f"{training['precision']}; seed {training['seed']}.",
+        f"{record['minutes']:.0f} minutes on {on_cores(machine)}.",
+        f"Losses at the end: {last['loss/online']:.3f} (pixels), {last['loss/offline']:.3f} (targets, 2 - 2 cos).",
+    ]
+    return "\n  ".join(lines)
+
+
+def training_section(stages: dict[str, dict[str, Any]], trained: int, kept: int) -> str:
+    """The runs that made the encoder, by their recipes and in order, and how many of its blocks are kept."""
+    runs = "\n".join(stage(recipe, record) for recipe, record in stages.items())
+    begun = "\n\nEach stage begins with the encoder of the one before." if len(stages) > 1 else ""
+    left = "" if kept == trained else f"\n\nOf the {trained} blocks trained, the first {kept} are kept."
+    commands = " and ".join(f"`m2d-embed pretrain {recipe}`" for recipe in stages)
+    return f"""{runs}{begun}{left}
 
 ![loss](loss.png)
 
-`m2d-embed pretrain {recipe}` does it again ([recipe](../m2d_embed/pretrain/recipes/{recipe}.yaml), with the commands
-before it); what else was tried is in [benchmarks/pretraining](../benchmarks/pretraining/README.md)."""
+{commands}, with the commands that the recipes name, do it again. What else was tried is in
+[benchmarks/pretraining](../benchmarks/pretraining/README.md)."""
 
 
 def first_blocks(checkpoint: Checkpoint, count: int) -> Checkpoint:
@@ -96,12 +108,15 @@ def write_weights(checkpoint: Checkpoint, source: str, folder: Path) -> None:
 def main(
     run: Annotated[Path, typer.Argument(help="The run's folder.")],
     manifest: Annotated[Path, typer.Argument(help="Of the clips that it was trained on: kind, package, licence.")],
+    after: Annotated[
+        list[str] | None, typer.Option(help="Recipe of a stage before, the first first; repeatable.")
+    ] = None,
     blocks: Annotated[int | None, typer.Option(min=1, help="Keep only the encoder's first so many blocks.")] = None,
 ) -> None:
     """Write ``weights/``; the card's other sections stay as they are."""
     recipe = read_yaml(run / "recipe.yaml")["name"]
     rows = read_rows(manifest)
-    record = json.loads((RECORDS / f"{recipe}.json").read_text())
+    stages = {name: json.loads((RECORDS / f"{name}.json").read_text()) for name in [*(after or []), recipe]}
     source = _SOURCE.format(recipe=recipe, hours=sum(hours(rows, "kind").values()))
     exported = run / "export"
     trained = load_checkpoint(locate(str(exported), [WEIGHT_FILES[torch.float32]], [], HubOptions()))
@@ -112,7 +127,7 @@ def main(
     shutil.copyfile(exported / "loss.png", CARD.parent / "loss.png")
     card = CARD.read_text(encoding="utf-8")
     card = replace_section(card, "data", data_section(rows))
-    card = replace_section(card, "training", training_section(record, recipe, trained.config.depth, kept))
+    card = replace_section(card, "training", training_section(stages, trained.config.depth, kept))
     CARD.write_text(card, encoding="utf-8")
 
 
