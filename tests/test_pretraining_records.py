@@ -107,9 +107,8 @@ def test_trials_have_a_table_of_their_own(run, tmp_path, monkeypatch):
 
 def test_every_trial_changes_one_thing_and_is_a_recipe(tmp_path):
     plan = trials.read_yaml(trials.PLAN)
-    recipes = {
-        name: trials.recipe_of(name, plan, tmp_path / "m.csv", tmp_path, tmp_path / "cache") for name in plan["trials"]
-    }
+    places = trials.Places(tmp_path / "m.csv", tmp_path / "fine.csv", tmp_path, tmp_path / "cache")
+    recipes = {name: trials.recipe_of(name, plan, places) for name in plan["trials"]}
     first = next(iter(plan["trials"]))
     assert plan["trials"][first]["set"] == []
     seconds = {r.training.steps * r.training.effective_batch * r.model.input_size[1] for r in recipes.values()}
@@ -122,6 +121,7 @@ def test_every_trial_changes_one_thing_and_is_a_recipe(tmp_path):
         assert recipe.output == str(tmp_path / name)
     assert recipes["salt"].offline.teacher == str(tmp_path / "pixels" / "export")
     assert recipes["noise"].data.noise == str(tmp_path / "m.csv")
+    assert recipes["fine-spectrum"].data.source == str(tmp_path / "fine.csv")
 
 
 def test_trials_with_a_record_are_not_run_again(tmp_path, monkeypatch):
@@ -130,10 +130,12 @@ def test_trials_with_a_record_are_not_run_again(tmp_path, monkeypatch):
     done = []
     monkeypatch.setattr(trials, "pretrain", lambda recipe: done.append(recipe.name) or tmp_path)
     monkeypatch.setattr(trials, "keep", lambda run, data, folder: {"a": [50.0, 45.0, 55.0]})
-    trials.main(tmp_path / "m.csv", tmp_path, tmp_path, tmp_path, ["mask-0.8", "mask-0.3", "adamw"])
+    trials.main(
+        tmp_path / "m.csv", tmp_path / "fine.csv", tmp_path, tmp_path, tmp_path, ["mask-0.8", "mask-0.3", "adamw"]
+    )
     assert done == ["adamw", "mask-0.8"]
     with pytest.raises(SystemExit, match=r"--only nothing: .* has both-teachers, "):
-        trials.main(tmp_path / "m.csv", tmp_path, tmp_path, tmp_path, ["nothing"])
+        trials.main(tmp_path / "m.csv", tmp_path / "fine.csv", tmp_path, tmp_path, tmp_path, ["nothing"])
 
 
 def test_trials_stop_when_a_run_is_stopped(tmp_path, monkeypatch):
@@ -141,7 +143,7 @@ def test_trials_stop_when_a_run_is_stopped(tmp_path, monkeypatch):
     done = []
     monkeypatch.setattr(trials, "pretrain", lambda recipe: done.append(recipe.name))
     monkeypatch.setattr(trials, "keep", lambda *_: pytest.fail("a run that was stopped has no record"))
-    trials.main(tmp_path / "m.csv", tmp_path, tmp_path, tmp_path, ["mask-0.8", "adamw"])
+    trials.main(tmp_path / "m.csv", tmp_path / "fine.csv", tmp_path, tmp_path, tmp_path, ["mask-0.8", "adamw"])
     assert done == ["adamw"]
 
 
