@@ -216,7 +216,7 @@ def test_release_writes_a_model_that_loads_and_a_card(run, tmp_path, monkeypatch
         "model.safetensors",
     ]
     assert "blocks trained" not in text
-    assert "Each stage" not in text
+    assert "A later stage" not in text
     before = {**kept, "crops": 999_000}
     (tmp_path / "runs" / "first.json").write_text(json.dumps(before))
     release.main(run, tmp_path / "manifest.csv", ["first"], blocks=1)
@@ -228,7 +228,7 @@ def test_release_writes_a_model_that_loads_and_a_card(run, tmp_path, monkeypatch
     text = card.read_text()
     assert f"Of the {original.config.depth} blocks trained, the first 1 are kept." in text
     assert text.index("[`first`]") < text.index("999,000 in all") < text.index("[`mine`]") < text.index("6,400 in all")
-    assert "Each stage begins with the encoder of the one before." in text
+    assert "A later stage begins with the encoder of the one before." in text
     assert "`m2d-embed pretrain first` and `m2d-embed pretrain mine`" in text
 
 

@@ -80,14 +80,15 @@ def stage(recipe: str, record: dict[str, Any]) -> str:
 def training_section(stages: dict[str, dict[str, Any]], trained: int, kept: int) -> str:
     """The runs that made the encoder, by their recipes and in order, and how many of its blocks are kept."""
     runs = "\n".join(stage(recipe, record) for recipe, record in stages.items())
-    begun = "\n\nEach stage begins with the encoder of the one before." if len(stages) > 1 else ""
+    begun = "\n\nA later stage begins with the encoder of the one before." if len(stages) > 1 else ""
     left = "" if kept == trained else f"\n\nOf the {trained} blocks trained, the first {kept} are kept."
     commands = " and ".join(f"`m2d-embed pretrain {recipe}`" for recipe in stages)
     return f"""{runs}{begun}{left}
 
 ![loss](loss.png)
 
-{commands}, with the commands that the recipes name, do it again. What else was tried is in
+{commands}
+do it again, with the commands that the recipes name. What else was tried is in
 [benchmarks/pretraining](../benchmarks/pretraining/README.md)."""
 
 
