@@ -5,7 +5,8 @@
     m2d-embed probe named/drums.csv
 
 For comparing settings: their labels teach nothing, but the clips themselves may be trained on. Of notes the label is
-the pitch class, as libraries disagree on the octave of middle C. A fold has instruments, or kits, of its own.
+the pitch class, as libraries disagree on the octave of middle C. Instruments of one name (its first word) are in one
+fold, and so are kits.
 """
 
 import csv

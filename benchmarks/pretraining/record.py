@@ -34,7 +34,8 @@ intervals, on labelled sets that were not trained on. Settings and loss curves a
 _TRIALS = """## Trials
 
 Short runs on one budget, each unlike the first of [trials.yaml](trials.yaml) in one thing; by \
-`python -m benchmarks.pretraining.trials`. What is best after minutes need not be so after hours.
+`python -m benchmarks.pretraining.trials`. What is best after minutes need not be so after hours. Minutes are those of \
+one thread beside other work.
 
 """
 
