@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from m2d_embed.audio import Clip, Samples
-from m2d_embed.collectors import SCENES, Collector, Kind, Place, Timestamps, timestamps_kind
+from m2d_embed.collectors import Collector, Kind, Place, Timestamps, scenes_kind, timestamps_kind
 from m2d_embed.config import FeatureConfig, ModelConfig
 from m2d_embed.errors import AudioError, ConfigError
 from m2d_embed.frontend import LogMel
@@ -98,7 +98,8 @@ def encode_scenes(
 
     Scene embeddings are (D,) float32 on the CPU. A clip that cannot be read yields its error instead.
     """
-    return _encode(model, clips, replace(features, hop_ms=None), batch_size, SCENES, pipeline)
+    kind = scenes_kind(features.pooling(model.config))
+    return _encode(model, clips, replace(features, hop_ms=None), batch_size, kind, pipeline)
 
 
 def encode_timestamps(

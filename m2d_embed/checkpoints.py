@@ -231,7 +231,7 @@ windows of {mels} mels x {frames} frames, patches of {patch_mels} x {patch_frame
 import m2d_embed
 
 model = m2d_embed.load_model("path-or-repository-of-this-model")
-embeddings = model.encode(["a.wav", "b.flac"])  # (2, {FeatureConfig().frame_dim(config)})
+embeddings = model.encode(["a.wav", "b.flac"])  # (2, {FeatureConfig().scene_dim(config)})
 ```
 """
 

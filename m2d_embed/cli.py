@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from tqdm.auto import tqdm
@@ -83,6 +83,13 @@ class ExportKind(StrEnum):
     tags = "tags"
 
 
+class Pooling(StrEnum):
+    """How a scene embedding is made of those of its time columns."""
+
+    mean = "mean"
+    mean_std = "mean_std"
+
+
 class HalfPrecision(StrEnum):
     """A half-precision dtype to store."""
 
@@ -98,6 +105,10 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Windows encoded at a time, 
 Layers = Annotated[str, typer.Option(help="Transformer blocks to read, e.g. -1 or 6,9,11.")]
 Concat = Annotated[bool, typer.Option("--concat", help="Concatenate several layers; else they are averaged.")]
 Flat = Annotated[bool, typer.Option("--flat", help="Average the patches of a column instead of stacking.")]
+ScenePooling = Annotated[
+    Pooling | None,
+    typer.Option(help="Scenes: the mean over time, or also the standard deviation.", show_default="the model's own"),
+]
 TopK = Annotated[int, typer.Option("--top-k", "-k", min=1, help="How many to show.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON lines instead of text.")]
 
@@ -114,6 +125,7 @@ def embed(
     layers: Layers = "-1",
     concat: Concat = False,
     flat: Flat = False,
+    scene_pooling: ScenePooling = None,
     device: Device = None,
     dtype: Dtype = None,
     batch_size: BatchSize = 32,
@@ -145,7 +157,7 @@ def embed(
     part = Shard.parse(shard) if shard else Shard.from_environment()
     if part is not None and overwrite:
         raise ConfigError(f"--overwrite does not go with shards, others may be at work; remove {output} first.")
-    features = FeatureConfig(_parse_layers(layers), "concat" if concat else "mean", flat, hop_ms)
+    features = _features(layers, concat, flat, scene_pooling, hop_ms)
     loaded = _load(model, local_device(device), dtype, features)
     if compile_model:
         loaded.compile_encoder()
@@ -355,6 +367,7 @@ def export(
     layers: Layers = "-1",
     concat: Concat = False,
     flat: Flat = False,
+    scene_pooling: ScenePooling = None,
     opset: Annotated[int | None, typer.Option(help="Of ONNX; the newest by default, 18 for older runtimes.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
 ) -> None:
@@ -366,7 +379,7 @@ def export(
 
     if onnx is None and pt2 is None:
         raise ConfigError("what is to be written? Give --onnx FILE.onnx, --pt2 FILE.pt2, or both.")
-    features = FeatureConfig(_parse_layers(layers), "concat" if concat else "mean", flat, hop_ms)
+    features = _features(layers, concat, flat, scene_pooling, hop_ms)
     if kind is ExportKind.tags and features != FeatureConfig():
         raise ConfigError("--kind tags takes the features the classifier was trained on; leave out options for them.")
     if hop_ms is not None and kind is not ExportKind.timestamps:
@@ -422,6 +435,7 @@ def probe(
     layers: Layers = "-1",
     concat: Concat = False,
     flat: Flat = False,
+    scene_pooling: ScenePooling = None,
     device: Device = None,
     dtype: Dtype = None,
     batch_size: BatchSize = 32,
@@ -435,7 +449,7 @@ def probe(
     from m2d_embed.evaluate.probe_run import ProbeOptions, data_name, run_probe
     from m2d_embed.evaluate.report import format_report
 
-    features = FeatureConfig(_parse_layers(layers), "concat" if concat else "mean", flat)
+    features = _features(layers, concat, flat, scene_pooling)
     loaded = _load(model, device, dtype, features)
     name = loaded.config.name or Path(model).name
     output = output or Path(f"probe-{data_name(data, label_column)}-{name}")
@@ -667,6 +681,15 @@ def _facts(model: M2D) -> dict[str, Any]:
     if config.clap is not None:
         facts["text encoder"] = config.clap.text_encoder
     return facts
+
+
+def _features(
+    layers: str, concat: bool, flat: bool, scene_pooling: Pooling | None, hop_ms: float | None = None
+) -> FeatureConfig:
+    pooling: Literal["mean", "mean_std"] | None = None
+    if scene_pooling is not None:
+        pooling = "mean" if scene_pooling is Pooling.mean else "mean_std"
+    return FeatureConfig(_parse_layers(layers), "concat" if concat else "mean", flat, hop_ms, pooling)
 
 
 def _parse_layers(text: str) -> tuple[int, ...]:

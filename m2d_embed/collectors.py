@@ -10,7 +10,7 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from m2d_embed.config import ModelConfig
+from m2d_embed.config import ModelConfig, ScenePooling
 from m2d_embed.windows import column_times
 
 R = TypeVar("R")
@@ -18,6 +18,7 @@ Result = TypeVar("Result", covariant=True)
 
 #: What a header says about the length of a clip is not worth more memory than this before its columns come.
 _MOST_ROWS_AT_FIRST = 1 << 15
+_LEAST_VARIANCE = 1e-12  # so that the standard deviation of equal columns has a gradient
 
 
 class Timestamps(NamedTuple):
@@ -51,21 +52,49 @@ class Kind(Generic[R]):
     new_collector: Callable[[float], Collector[R]]  # of a clip's expected length in seconds
 
 
+def pool_scene(frames: Tensor, pooling: ScenePooling) -> Tensor:
+    """Frame features of whole clips, (B, T, D), to scene embeddings: (B, D), or (B, 2 * D) with ``"mean_std"``."""
+    mean = frames.mean(dim=1)
+    if pooling == "mean":
+        return mean
+    variance = (frames - mean.unsqueeze(1)).square().mean(dim=1)
+    return torch.cat([mean, _std(variance)], dim=-1)
+
+
+def _std(variance: Tensor) -> Tensor:
+    return (variance + _LEAST_VARIANCE).sqrt()
+
+
 def _sum_columns(frames: Tensor, columns: Sequence[int]) -> Tensor:
     """(N, T, D) -> (N, D), the sum of the first ``columns`` of each window."""
+    return _reduce_columns(frames, columns, lambda part, precise: part.sum(1, dtype=precise))
+
+
+def _sum_columns_and_squares(frames: Tensor, columns: Sequence[int]) -> Tensor:
+    """(N, T, D) -> (N, 2 * D), the sum of the first ``columns`` of each window, and that of their squares."""
+
+    def sums(part: Tensor, precise: torch.dtype) -> Tensor:
+        part = part.to(precise)
+        return torch.cat([part.sum(1), part.square().sum(1)], dim=-1)
+
+    return _reduce_columns(frames, columns, sums)
+
+
+def _reduce_columns(frames: Tensor, columns: Sequence[int], reduce: Callable[[Tensor, torch.dtype], Tensor]) -> Tensor:
     precise = torch.float32 if frames.device.type == "mps" else torch.float64
-    sums, start = [], 0
+    reduced, start = [], 0
     for kept, run in groupby(columns):  # rather than a mask, which would have to be sent to the device
         stop = start + len(list(run))
-        sums.append(frames[start:stop, :kept].sum(1, dtype=precise))
+        reduced.append(reduce(frames[start:stop, :kept], precise))
         start = stop
-    return torch.cat(sums)
+    return torch.cat(reduced)
 
 
-class _SceneMean:
-    """The mean over all columns, kept as a running sum: a long clip takes no more memory than a short one."""
+class _Scene:
+    """What comes of sums over all columns; they are kept running: a long clip takes no more memory than a short one."""
 
-    def __init__(self) -> None:
+    def __init__(self, of_means: Callable[[Tensor], Tensor]) -> None:
+        self.of_means = of_means
         self.total: Tensor | float = 0.0
         self.count = 0
 
@@ -74,7 +103,13 @@ class _SceneMean:
         self.count += place.columns
 
     def result(self, duration_ms: float) -> Tensor:
-        return torch.as_tensor(self.total / self.count).float()
+        return self.of_means(torch.as_tensor(self.total / self.count)).float()
+
+
+def _mean_and_std(means: Tensor) -> Tensor:
+    """Means of values and of their squares, (2 * D,), in float64 -> mean and standard deviation, (2 * D,)."""
+    mean, square = means.chunk(2)
+    return torch.cat([mean, _std((square - mean.square()).clamp_min(0))])
 
 
 class _Columns:
@@ -111,7 +146,11 @@ class _Columns:
         self.woven = longer
 
 
-SCENES: Kind[Tensor] = Kind(_sum_columns, lambda seconds: _SceneMean())
+def scenes_kind(pooling: ScenePooling) -> Kind[Tensor]:
+    """Scene embeddings."""
+    if pooling == "mean":
+        return Kind(_sum_columns, lambda seconds: _Scene(lambda mean: mean))
+    return Kind(_sum_columns_and_squares, lambda seconds: _Scene(_mean_and_std))
 
 
 def timestamps_kind(config: ModelConfig, hop_frames: int) -> Kind[Timestamps]:

@@ -19,6 +19,9 @@ from typing import Any, Literal
 from m2d_embed.errors import ConfigError
 
 FORMAT_VERSION = 1
+
+#: What a scene embedding keeps of the frame features: their mean over time, or that and their standard deviation.
+ScenePooling = Literal["mean", "mean_std"]
 CONFIG_FILE = "config.json"
 
 #: size -> (embed_dim, depth, num_heads)
@@ -82,7 +85,7 @@ class ModelConfig:
 
     ``input_size`` and ``patch_size`` are (mels, frames); ``norm_stats`` the mean and standard deviation of the
     training data's log-mel. ``n_fft`` (= window length) and ``hop_length`` are in samples, ``f_min`` and
-    ``f_max`` in Hz.
+    ``f_max`` in Hz. ``scene_pooling`` is how its scene embeddings are made unless a ``FeatureConfig`` says otherwise.
 
     Raises:
         ConfigError: if the values contradict one another; it names the field.
@@ -102,6 +105,7 @@ class ModelConfig:
     f_min: float = 50.0
     f_max: float = 8_000.0
     norm_stats: tuple[float, float] = (-7.1, 4.2)
+    scene_pooling: ScenePooling = "mean"
     head: HeadConfig | None = None
     clap: ClapConfig | None = None
     source: str = ""
@@ -201,13 +205,23 @@ class FeatureConfig:
     ``layers`` are transformer blocks, 0 the first and -1 the last, each read through the model's final norm;
     several are combined by ``layer_pooling``, ``"mean"`` or ``"concat"``. ``flat`` averages the patches of a time
     column (``d`` values) where the default stacks them (``F * d``). ``hop_ms`` is the step of timestamp embeddings;
-    None is the model's own, one patch.
+    None is the model's own, one patch. ``scene_pooling`` makes a scene embedding of frame features: ``"mean"`` over
+    time, or ``"mean_std"``, followed by the standard deviation over time; None is the model's own.
     """
 
     layers: tuple[int, ...] = (-1,)
     layer_pooling: Literal["mean", "concat"] = "mean"
     flat: bool = False
     hop_ms: float | None = None
+    scene_pooling: ScenePooling | None = None
+
+    def pooling(self, config: ModelConfig) -> ScenePooling:
+        """How frame features become a scene embedding."""
+        return self.scene_pooling or config.scene_pooling
+
+    def scene_dim(self, config: ModelConfig) -> int:
+        """Size of a scene embedding."""
+        return self.frame_dim(config) * (2 if self.pooling(config) == "mean_std" else 1)
 
     def frame_dim(self, config: ModelConfig) -> int:
         """Size of one frame feature."""
@@ -237,6 +251,10 @@ class FeatureConfig:
         _require(
             self.layer_pooling in ("mean", "concat"),
             f'layer_pooling is "mean" or "concat", not {self.layer_pooling!r}',
+        )
+        _require(
+            self.pooling(config) in typing.get_args(ScenePooling),
+            f'scene_pooling is "mean" or "mean_std", not {self.pooling(config)!r}',
         )
 
 

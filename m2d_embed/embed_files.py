@@ -139,7 +139,8 @@ def job_settings(model: M2D, kind: Kind) -> dict[str, Any]:
         "layer_pooling": features.layer_pooling,
         "flat": features.flat,
         "hop_ms": features.hop_ms,
-        "dim": features.frame_dim(model.config),
+        "scene_pooling": features.pooling(model.config),
+        "dim": model.scene_embedding_size if kind == "scene" else model.timestamp_embedding_size,
     }
 
 

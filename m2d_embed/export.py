@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2d_embed import __version__
+from m2d_embed.collectors import pool_scene
 from m2d_embed.config import FeatureConfig, ModelConfig, resolve_layers
 from m2d_embed.errors import ConfigError, ExportError, UnsupportedError
 from m2d_embed.model import M2D, frame_features
@@ -224,8 +225,9 @@ class _Graph(nn.Module):
         frames = self._embed(audio, num_frames, sizes)
         if self.kind == "timestamps":
             return frames, self._times(num_samples, sizes.embeddings).expand(frames.shape[0], sizes.embeddings)
-        scene = frames.mean(dim=1)
-        return (scene,) if self.head is None else (self.head.probabilities(self.head(scene)),)
+        if self.head is not None:
+            return (self.head.probabilities(self.head(frames.mean(dim=1))),)
+        return (pool_scene(frames, self.features.pooling(self.config)),)
 
     def _sizes(self, num_samples: int, num_frames: int) -> Layout:
         sizes = layout(num_frames, self.config, self.hop_frames)
@@ -346,13 +348,14 @@ def _outputs(model: M2D, kind: Kind) -> dict[str, tuple[str, ...]]:
 
 def _metadata(model: M2D, kind: Kind, features: FeatureConfig) -> dict[str, str]:
     config = model.config
-    settings = dataclasses.asdict(features) | {"norm_stats": config.norm_stats, "input_size": config.input_size}
+    settings = dataclasses.asdict(features) | {"scene_pooling": features.pooling(config)}
+    settings |= {"norm_stats": config.norm_stats, "input_size": config.input_size, "patch_size": config.patch_size}
     facts = {
         "model": config.name,
         "kind": kind,
         "sample_rate": str(config.sample_rate),
-        "embedding_size": str(features.frame_dim(config)),
-        "settings": json.dumps(settings | {"patch_size": config.patch_size}),
+        "embedding_size": str(features.scene_dim(config) if kind == "scene" else features.frame_dim(config)),
+        "settings": json.dumps(settings),
         "source": config.source,
         "license": config.license,
         "m2d_embed_version": __version__,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from m2d_embed.audio import check_batch
-from m2d_embed.config import FeatureConfig
+from m2d_embed.config import FeatureConfig, ScenePooling
 from m2d_embed.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ def load_model(
     layers: int | Sequence[int] = -1,
     layer_pooling: Literal["mean", "concat"] = "mean",
     flat: bool = False,
+    scene_pooling: ScenePooling | None = None,
     compile: bool = False,
 ) -> M2D:
     """Load a model for HEAR.
@@ -40,6 +41,8 @@ def load_model(
             a model of 160 ms, costs as many times the work.
         layers: the transformer block to read, or several; 0 is the first, -1 the last.
         layer_pooling: how several layers are combined, "mean" or "concat".
+        scene_pooling: how a scene embedding is made of those of its time columns: "mean" over time, or "mean_std",
+            followed by the standard deviation, twice as many values. None is the model's own choice.
         compile: run the encoder through ``torch.compile``; for GPUs. The first clips of a new length take long.
         flat: average the patches of a time column (``d`` values) instead of stacking them (``F * d``).
 
@@ -60,6 +63,7 @@ def load_model(
         layer_pooling=layer_pooling,
         flat=flat,
         hop_ms=hop_ms,
+        scene_pooling=scene_pooling,
     )
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -31,6 +31,7 @@ from m2d_embed.checkpoints import (
     summarise_unused,
     write_native,
 )
+from m2d_embed.collectors import pool_scene
 from m2d_embed.compiled import CompiledEncoder
 from m2d_embed.config import FeatureConfig, ModelConfig
 from m2d_embed.encoder import Encoder
@@ -98,7 +99,7 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
     @property
     def scene_embedding_size(self) -> int:
         """Size of a scene embedding."""
-        return self.features.frame_dim(self.config)
+        return self.features.scene_dim(self.config)
 
     @property
     def timestamp_embedding_size(self) -> int:
@@ -140,8 +141,11 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
         return self._frames(self._as_log_mel(x), self.features)
 
     def scene(self, x: Tensor) -> Tensor:
-        """Scene embedding, the mean of the frame features: (B, D) float32."""
-        return self.encode_frames(x).mean(dim=1)
+        """Scene embedding, (B, ``scene_embedding_size``) float32: the mean of the frame features over time.
+
+        With ``scene_pooling`` ``"mean_std"`` their standard deviation over time (of the population) stands after it.
+        """
+        return pool_scene(self.encode_frames(x), self.features.pooling(self.config))
 
     def timestamps(self, x: Tensor) -> Timestamps:
         """Embeddings over time at ``features.hop_ms``.

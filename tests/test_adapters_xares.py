@@ -36,7 +36,7 @@ def test_attributes_and_frames(bundled, noise):
     with torch.no_grad():
         frames = encoder(audio)
         torch.testing.assert_close(frames, bundled(audio))
-        torch.testing.assert_close(frames.mean(1), bundled.scene(audio))
+        torch.testing.assert_close(frames.mean(1), bundled.scene(audio)[:, :960])
 
 
 @pytest.mark.parametrize("hop_ms", [None, 10, 40, 80, 160])

@@ -76,10 +76,14 @@ def test_embed_a_folder_with_a_bad_file(tmp_path):
     result = run("embed", DATA, tmp_path / "bad.wav", "-o", tmp_path / "out.parquet")
     assert result.returncode == 1
     assert "bad.wav: not audio that can be read" in result.stderr
-    assert "12 clips, 960 values each" in result.stdout
+    assert "12 clips, 1920 values each" in result.stdout
     names, embeddings, _ = read_scenes(tmp_path / "out.parquet")
     assert len(names) == 12
-    assert embeddings.shape == (12, 960)
+    assert embeddings.shape == (12, 1920)
+    again = run("embed", DATA, "--scene-pooling", "mean", "-o", tmp_path / "mean.parquet")
+    assert "12 clips, 960 values each" in again.stdout
+    _, means, _ = read_scenes(tmp_path / "mean.parquet")
+    assert np.abs(means - embeddings[:, :960]).max() <= 1e-5
 
 
 def test_embed_errors_have_no_traceback(tmp_path):

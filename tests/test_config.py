@@ -211,7 +211,28 @@ def test_frame_dim(features, dim):
     assert features.frame_dim(ModelConfig()) == dim
 
 
+def test_scene_dim():
+    frames_and_spread = ModelConfig(scene_pooling="mean_std")
+    assert FeatureConfig().scene_dim(ModelConfig()) == 3840
+    assert FeatureConfig().scene_dim(frames_and_spread) == 2 * 3840
+    assert FeatureConfig(scene_pooling="mean").scene_dim(frames_and_spread) == 3840
+    assert FeatureConfig(scene_pooling="mean_std", flat=True).scene_dim(ModelConfig()) == 2 * 768
+    assert FeatureConfig().frame_dim(frames_and_spread) == 3840
+
+
+def test_a_configuration_without_scene_pooling_means_the_mean(tmp_path):
+    content = json.loads(ModelConfig(scene_pooling="mean_std").to_json())
+    assert content.pop("scene_pooling") == "mean_std"
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert ModelConfig.from_json(tmp_path / "config.json").scene_pooling == "mean"
+    (tmp_path / "config.json").write_text(json.dumps(content | {"scene_pooling": "max"}))
+    with pytest.raises(ConfigError, match="scene_pooling"):
+        ModelConfig.from_json(tmp_path / "config.json")
+
+
 def test_unknown_pooling():
+    with pytest.raises(ConfigError, match='scene_pooling is "mean" or "mean_std", not \'max\''):
+        FeatureConfig(scene_pooling="max").check(ModelConfig())
     with pytest.raises(ConfigError, match='layer_pooling is "mean" or "concat", not \'max\''):
         FeatureConfig(layer_pooling="max").check(ModelConfig())
 

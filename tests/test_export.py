@@ -97,6 +97,7 @@ def test_layout_is_what_cut_and_interleave_do(patch_frames, windows):
 CASES = {
     "16x16": (SMALL, FeatureConfig()),
     "uneven window": (UNEVEN, FeatureConfig()),
+    "mean and std": (UNEVEN, FeatureConfig(scene_pooling="mean_std")),
     "uneven window, fine hop": (UNEVEN, FeatureConfig(hop_ms=20)),
     "16x4, layers": (
         replace(SMALL, input_size=(80, 70), patch_size=(16, 4)),

@@ -16,7 +16,7 @@ from m2d_embed.config import ModelConfig
 def test_load_model_gives_the_bundled_model():
     model = m2d_embed.load_model()
     assert isinstance(model, torch.nn.Module)
-    assert (model.sample_rate, model.scene_embedding_size, model.timestamp_embedding_size) == (16_000, 960, 960)
+    assert (model.sample_rate, model.scene_embedding_size, model.timestamp_embedding_size) == (16_000, 1920, 960)
     assert not model.training
     assert m2d_embed.load_model(m2d_embed.registry.BUNDLED_NAME).config == model.config
 
@@ -24,14 +24,15 @@ def test_load_model_gives_the_bundled_model():
 def test_embeddings(bundled, noise):
     audio = noise(2.74, batch=3)
     scene = m2d_embed.get_scene_embeddings(audio, bundled)
-    assert scene.shape == (3, 960)
+    assert scene.shape == (3, 1920)
     assert scene.dtype == torch.float32
     embeddings, timestamps = m2d_embed.get_timestamp_embeddings(audio, bundled)
     assert embeddings.shape == (3, 17, 960)
     assert timestamps.dtype == embeddings.dtype == torch.float32
     assert timestamps[1, :3].tolist() == [75, 235, 395]
     assert not embeddings.requires_grad
-    torch.testing.assert_close(embeddings.mean(1), scene, atol=1e-5, rtol=0)
+    pooled = torch.cat([embeddings.mean(1), embeddings.std(1, correction=0)], dim=1)
+    torch.testing.assert_close(pooled, scene, atol=1e-5, rtol=0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -44,23 +45,26 @@ def test_the_device_of_the_audio_is_honoured(noise):
 
 
 @pytest.mark.parametrize(
-    ("options", "size"),
+    ("options", "scene", "frame"),
     [
-        ({"layers": [3, 6, 9]}, 960),
-        ({"layers": [3, -1], "layer_pooling": "concat"}, 1920),
-        ({"layers": 5}, 960),
-        ({"layers": np.arange(3)}, 960),
-        ({"flat": True}, 192),
-        ({"dtype": "bf16"}, 960),
-        ({"hop_ms": 40}, 960),
+        ({"layers": [3, 6, 9]}, 1920, 960),
+        ({"layers": [3, -1], "layer_pooling": "concat"}, 3840, 1920),
+        ({"layers": 5}, 1920, 960),
+        ({"layers": np.arange(3)}, 1920, 960),
+        ({"flat": True}, 384, 192),
+        ({"dtype": "bf16"}, 1920, 960),
+        ({"hop_ms": 40}, 1920, 960),
+        ({"scene_pooling": "mean_std"}, 1920, 960),
+        ({"scene_pooling": "mean"}, 960, 960),
+        ({"scene_pooling": "mean", "flat": True}, 192, 192),
     ],
 )
-def test_options(options, size, noise):
+def test_options(options, scene, frame, noise):
     model = m2d_embed.load_model(**options)
     audio = noise(1.0, batch=2)
-    assert m2d_embed.get_scene_embeddings(audio, model).shape == (2, size)
+    assert m2d_embed.get_scene_embeddings(audio, model).shape == (2, scene)
     embeddings, timestamps = m2d_embed.get_timestamp_embeddings(audio, model)
-    assert embeddings.shape == (2, timestamps.shape[1], size)
+    assert embeddings.shape == (2, timestamps.shape[1], frame)
     assert embeddings.dtype == torch.float32
     hop = options.get("hop_ms", 160)
     assert np.allclose(np.diff(timestamps.numpy()), hop)

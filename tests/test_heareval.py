@@ -163,7 +163,7 @@ def test_another_task_of_the_same_name_is_refused(tasks, output, tmp_path):
 def test_m2d_with_options(tasks, tmp_path):
     options = RunOptions("m2d_embed", model_options={"hop_ms": 40}, grid_points=1)
     (folder,) = run(options, find_tasks(tasks, ["parts"]), tmp_path)
-    assert np.load(next((folder / "test").glob("*.npy"))).shape == (960,)
+    assert np.load(next((folder / "test").glob("*.npy"))).shape == (1920,)
     assert len((tmp_path / options.folder(tmp_path).name / "log.txt").read_text()) > 100
 
 

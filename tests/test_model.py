@@ -16,6 +16,7 @@ FEATURES = [
     FeatureConfig(layers=(0, 2)),
     FeatureConfig(layers=(0, 2), layer_pooling="concat"),
     FeatureConfig(layers=(0, -1), layer_pooling="concat", flat=True),
+    FeatureConfig(scene_pooling="mean_std"),
 ]
 
 
@@ -45,6 +46,18 @@ def test_features_are_made_of_the_patches(tiny, noise):
     tiny.features = FeatureConfig(layers=(2, 0), layer_pooling="concat")
     torch.testing.assert_close(tiny(audio), torch.cat([by_layer[1], by_layer[0]], dim=-1))
     torch.testing.assert_close(tiny.scene(audio), tiny(audio).mean(1))
+    tiny.features = FeatureConfig(scene_pooling="mean_std")
+    spread = tiny(audio).std(1, correction=0)
+    torch.testing.assert_close(tiny.scene(audio), torch.cat([tiny(audio).mean(1), spread], dim=-1))
+
+
+def test_the_standard_deviation_of_a_single_column_is_zero_and_has_a_gradient(tiny, noise):
+    tiny.features = FeatureConfig(scene_pooling="mean_std")
+    audio = noise(0.1, batch=2).requires_grad_()
+    mean, spread = tiny.scene(audio).chunk(2, dim=1)
+    assert mean.abs().max() > 0.1 and spread.max() <= 1e-5
+    spread.sum().backward()
+    assert torch.isfinite(audio.grad).all()
 
 
 def test_log_mel_is_taken_too(tiny, noise):

@@ -63,7 +63,7 @@ def test_embeddings_are_the_models(bundled):
     embeddings = features.transform(DIGITS)
     assert embeddings.dtype == np.float32
     np.testing.assert_array_equal(embeddings, bundled.encode(DIGITS))
-    assert len(features.get_feature_names_out()) == embeddings.shape[1] == 960
+    assert len(features.get_feature_names_out()) == embeddings.shape[1] == 1920
     assert features.get_feature_names_out()[0] == "m2dfeatures0"
 
 
@@ -96,7 +96,7 @@ def test_clips_of_any_length(bundled, noise):
     with pytest.raises(ValueError, match="features"):
         features.transform(waves[1][None])
     np.testing.assert_allclose(features.transform(list(waves[1][None])), bundled.encode([waves[1]]), atol=1e-5)
-    assert features.fit(waves).transform(waves[1][None]).shape == (1, 960)  # lists leave the length open
+    assert features.fit(waves).transform(waves[1][None]).shape == (1, 1920)  # lists leave the length open
 
 
 def test_parameters(saved, noise):

@@ -76,6 +76,7 @@ class AR_M2DEmbed(BaseAudioRepr):  # noqa: N801  # EVAR finds it by this name
             layers=cfg.get("output_layers", -1),
             layer_pooling="concat",
             flat=cfg.get("flat_features", False),
+            scene_pooling="mean",  # EVAR pools frames itself, and has one size for both
         )
         _check(cfg, self.model)
 

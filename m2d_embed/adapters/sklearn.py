@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from m2d_embed.audio import ClipLike
+from m2d_embed.config import ScenePooling
 from m2d_embed.errors import AudioError, UnsupportedError
 from m2d_embed.hear import load_model
 from m2d_embed.model import M2D
@@ -44,6 +45,7 @@ class M2DFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimat
         model: which one, as for ``load_model``; "" is the bundled one.
         layers: the transformer block to read, or several, which are averaged; -1 is the last.
         flat: average the patches of a time column instead of stacking them.
+        scene_pooling: "mean" over time, or "mean_std", followed by the standard deviation; None is the model's own.
         batch_size: windows encoded at a time, at most.
         device: where to put the model; None is a GPU if there is one, else the CPU.
         dtype: of the matrices: "fp32", "bf16" or "fp16"; None as for ``load_model``.
@@ -54,6 +56,7 @@ class M2DFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimat
         model: str | os.PathLike[str] = "",
         layers: int | Sequence[int] = -1,
         flat: bool = False,
+        scene_pooling: ScenePooling | None = None,
         batch_size: int = 32,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
@@ -61,6 +64,7 @@ class M2DFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimat
         self.model = model
         self.layers = layers
         self.flat = flat
+        self.scene_pooling = scene_pooling
         self.batch_size = batch_size
         self.device = device
         self.dtype = dtype
@@ -110,7 +114,12 @@ class M2DFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimat
 
     def _load(self) -> M2D:
         return load_model(
-            os.fspath(self.model), device=self.device, dtype=self.dtype, layers=self.layers, flat=self.flat
+            os.fspath(self.model),
+            device=self.device,
+            dtype=self.dtype,
+            layers=self.layers,
+            flat=self.flat,
+            scene_pooling=self.scene_pooling,
         )
 
     def _as_clips(self, X: Any, reset: bool) -> list[ClipLike]:  # noqa: N803
