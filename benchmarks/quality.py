@@ -3,9 +3,10 @@
     python -m benchmarks.quality ../shared/data/*/metadata.csv     # writes benchmarks/quality.json
     python -m benchmarks.render                                    # puts it into the README
 
-Rows are the bundled model, log-mel statistics, random weights, and whatever ``--model`` (any that ``load_model`` loads)
-and ``--module`` (any importable HEAR module) name; columns the labelled sets, each a CSV or a folder of labels as
-``m2d-embed probe`` takes them. A set of the file ``metadata.csv`` is named by its folder.
+Rows are the bundled model, also with the mean alone as its scene embedding, log-mel statistics, random weights, and
+whatever ``--model`` (any that ``load_model`` loads) and ``--module`` (any importable HEAR module) name; columns the
+labelled sets, each a CSV or a folder of labels as ``m2d-embed probe`` takes them. A set of the file ``metadata.csv`` is
+named by its folder.
 """
 
 import importlib
@@ -21,6 +22,7 @@ from tqdm.auto import tqdm
 
 from benchmarks.timing import machine
 from m2d_embed.audio import load_audio
+from m2d_embed.config import FeatureConfig
 from m2d_embed.errors import ConfigError
 from m2d_embed.evaluate.embedding_cache import embed_cached, hash_files
 from m2d_embed.evaluate.features import Vectors
@@ -38,9 +40,9 @@ BASELINES = {
 Embed = Callable[[Sequence[Path], Sequence[str]], Vectors]
 
 
-def embed_by_model(name: str) -> Embed:
+def embed_by_model(name: str, features: FeatureConfig | None = None) -> Embed:
     """Scene embeddings of a model of ours, through the cache of ``m2d-embed probe``."""
-    model = M2D.from_pretrained(name, device="cuda" if torch.cuda.is_available() else "cpu")
+    model = M2D.from_pretrained(name, device="cuda" if torch.cuda.is_available() else "cpu", features=features)
     return lambda files, hashes: embed_cached(model, files, hashes, show_progress=True)
 
 
@@ -91,6 +93,7 @@ def main(
     if len(set(names)) < len(names):
         raise ConfigError(f"two sets have one name: {', '.join(names)}; rename a CSV.")
     rows: dict[str, Embed] = {"m2d-embed, bundled": embed_by_model("")}
+    rows["m2d-embed, bundled, mean alone"] = embed_by_model("", FeatureConfig(scene_pooling="mean"))
     rows |= {row: embed_by_module(name) for row, name in BASELINES.items()}
     rows |= {name: embed_by_model(name) for name in model or ()}
     rows |= {name: embed_by_module(name) for name in module or ()}

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from m2d_embed.audio import Samples
 from m2d_embed.config import ModelConfig
 
-#: Frames transformed at a time: keeps the spectrogram of a long clip out of memory, and in the processor's cache.
+#: Frames of a clip transformed at a time, at most: keeps the spectrogram of a long clip out of memory.
 _BLOCK_FRAMES = 4096
+#: On a CPU, frames of all clips together: what is between samples and log-mel stays in the processor's cache.
+_CACHED_FRAMES = 1024
 
 
 class LogMel(nn.Module):
@@ -76,8 +78,7 @@ class LogMel(nn.Module):
         num_frames = self.num_frames(audio.shape[-1])
         padded = self._reflect(audio.float())
         frames = padded.unfold(-1, self.n_fft, self.hop_length)[:, :num_frames]  # (B, frames, n_fft), a view
-        blocks = [self._log_mel(block) for block in torch.split(frames, _BLOCK_FRAMES, dim=1)]
-        return self.normalize(blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-1)).unsqueeze(1)
+        return self.normalize(self._log_mel(frames)).unsqueeze(1)
 
     def stream(self, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
         """Yield the log-mel of one clip piece by piece, equal to ``forward`` on the whole.
@@ -146,13 +147,19 @@ class LogMel(nn.Module):
         half = self.n_fft // 2
         if audio.shape[-1] <= half:
             audio = F.pad(audio, (0, half + 1 - audio.shape[-1]))
-        return F.pad(audio.unsqueeze(1), (half, half), mode="reflect").squeeze(1)
+        before, after = audio[:, 1 : half + 1], audio[:, -half - 1 : -1]
+        return torch.cat([before.flip(-1), audio, after.flip(-1)], dim=-1)  # faster than F.pad
 
     def _log_mel(self, frames: Tensor) -> Tensor:
         """(B, n, n_fft) samples -> (B, mels, n) log-mel."""
+        size = max(1, _CACHED_FRAMES // max(1, len(frames))) if frames.device.type == "cpu" else _BLOCK_FRAMES
+        blocks = [self._log_mel_of(block) for block in torch.split(frames, size, dim=1)]
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-1)
+
+    def _log_mel_of(self, frames: Tensor) -> Tensor:
         with torch.autocast(frames.device.type, enabled=False):
             spectrum = torch.fft.rfft(frames * self.window)  # (B, n, n_fft / 2 + 1)
-            power = spectrum.real.square() + spectrum.imag.square()
+            power = torch.addcmul(spectrum.real.square(), spectrum.imag, spectrum.imag)
             return torch.log(power @ self.filterbank + self.eps).transpose(-1, -2)
 
     def _whole_frames(self, num_samples: int) -> int:

@@ -23,11 +23,10 @@ def deepen(checkpoint: Checkpoint, depth: int) -> Checkpoint:
     config: ModelConfig = dataclasses.replace(checkpoint.config, depth=depth)
     encoder = Encoder(config)
     encoder.init_weights()
-    for block in list(encoder.blocks)[checkpoint.config.depth :]:
-        for layer in (block.attn.proj, block.mlp.fc2):
-            torch.nn.init.zeros_(layer.weight)
-            torch.nn.init.zeros_(layer.bias)
     drawn = {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
+    for name, tensor in drawn.items():  # of the held blocks they are replaced below
+        if ".blocks." in name and (".attn.proj." in name or ".mlp.fc2." in name):
+            tensor.zero_()
     held = {name: tensor.float() for name, tensor in checkpoint.tensors.items()}
     return Checkpoint(config, drawn | held)
 
