@@ -12,6 +12,7 @@ result does not depend on the others.
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Callable, Iterator
 from typing import Literal, Protocol, cast
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+_MOST_PACKED = 300_000_000  # bytes of copies; beyond it the second layers of MLPs, the last first, stay as they are
 _SAMPLES = 16  # elements of a matrix that are compared to find out whether it has changed
 _ZERO_POINT = 128  # of uint8 inputs; oneDNN has no fast product of two signed matrices here
 _LARGEST = 127
@@ -92,8 +94,12 @@ class PackedBlocks:
         self._identities = [_identity(layer) for layer in self._layers]
         self._views = [_spread(layer.weight) for layer in self._layers]
         self._samples = torch.cat(self._views)
-        build = _QuantizedBlock if quantize else _PackedBlock
-        self.blocks: list[PackedBlock] = [build(block) for block in _as_blocks(blocks)]
+        self.blocks: list[PackedBlock]
+        if quantize:
+            self.blocks = [_QuantizedBlock(block) for block in _as_blocks(blocks)]
+        else:
+            whole = len(blocks) - _num_too_large(blocks)
+            self.blocks = [_PackedBlock(block, index < whole) for index, block in enumerate(_as_blocks(blocks))]
 
     def is_current(self, blocks: nn.ModuleList, quantize: bool) -> bool:
         """Whether the blocks are still those that were packed, with the same weights, and nothing hooks into them.
@@ -124,14 +130,18 @@ def is_unhooked(module: nn.Module | None) -> bool:
 
 
 class _PackedBlock:
-    """A block in the dtype of its matrices, float32 or bfloat16; the residual stream is float32."""
+    """A block in the dtype of its matrices, float32 or bfloat16; the residual stream is float32.
 
-    def __init__(self, block: BlockLike):
+    ``wholly`` says whether the second layer of the MLP, which gains least from it, is packed like all others.
+    """
+
+    def __init__(self, block: BlockLike, wholly: bool):
         self.block = block
         self.dtype = block.attn.qkv.weight.dtype
         attention, mlp = block.attn, block.mlp
-        self.qkv, self.proj, self.fc2 = map(packed_layer, (attention.qkv, attention.proj, mlp.fc2))
+        self.qkv, self.proj = packed_layer(attention.qkv), packed_layer(attention.proj)
         self.fc1 = packed_layer(mlp.fc1, followed_by="gelu")
+        self.fc2: Product = packed_layer(mlp.fc2) if wholly else mlp.fc2
 
     def __call__(self, x: Tensor, attended: Tensor | None) -> Tensor:
         qkv = self.qkv(_normalize(x, self.block.norm1).to(self.dtype))
@@ -217,6 +227,13 @@ def _attend(qkv: Tensor, num_heads: int, attended: Tensor | None) -> Tensor:
         scores = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=float(head_dim) ** -0.5)
         mixed = (scores.softmax(dim=-1) @ v).view(batch, num_heads, tokens, head_dim)
     return mixed.transpose(1, 2).reshape(batch, tokens, width // 3)
+
+
+def _num_too_large(blocks: nn.ModuleList) -> int:
+    """In how many blocks the second layer of the MLP is left as it is, so that the copies take no more memory."""
+    surplus = sum(layer.weight.nbytes for layer in _layers(blocks)) - _MOST_PACKED
+    sizes = [block.mlp.fc2.weight.nbytes for block in _as_blocks(blocks)]
+    return min(len(sizes), max(0, math.ceil(surplus / max(sizes))))
 
 
 def _as_blocks(blocks: nn.ModuleList) -> Iterator[BlockLike]:

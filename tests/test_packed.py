@@ -51,6 +51,21 @@ def test_float32_is_exact(model, batch, seconds):
     assert is_packed(model)
 
 
+@pytest.mark.parametrize("too_large", [0, 1, 2, 3])
+def test_copies_take_no_more_memory_than_they_may(model, monkeypatch, too_large):
+    layers = [m for m in model.encoder.blocks.modules() if isinstance(m, torch.nn.Linear)]
+    second = model.encoder.blocks[0].mlp.fc2.weight.nbytes
+    whole = sum(layer.weight.nbytes for layer in layers)
+    monkeypatch.setattr(packed, "_MOST_PACKED", whole - too_large * second)
+    audio = clips(2, 8_000)
+    torch.testing.assert_close(fast(model, audio), plain(model, audio), atol=2e-6, rtol=0)
+    blocks = model.encoder._packed.blocks
+    as_they_are = [fast.fc2 is block.mlp.fc2 for fast, block in zip(blocks, model.encoder.blocks, strict=True)]
+    assert as_they_are == [index >= 3 - too_large for index in range(3)]
+    monkeypatch.setattr(packed, "_MOST_PACKED", 0)
+    assert packed._num_too_large(model.encoder.blocks) == 3
+
+
 def test_bfloat16_rounds_no_more_than_the_modules(model):
     audio = clips(3, 24_000)
     exact = plain(model, audio)
