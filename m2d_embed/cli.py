@@ -723,7 +723,10 @@ def _read_index(file: Path, model: M2D) -> tuple[list[str], Any]:
     differing = [key for key in mine if key != "dtype" and settings.get(key) != mine[key]]
     if differing:
         shown = ", ".join(f"{key}={settings.get(key)!r}, not {mine[key]!r}" for key in differing)
-        raise ConfigError(f"{file}: made with other settings ({shown}); give the same --model.")
+        raise ConfigError(
+            f"{file}: made with other settings ({shown}); give the --model it was made with, "
+            "or embed the clips again without options for features."
+        )
     return names, embeddings
 
 

@@ -2,15 +2,13 @@
 
 import csv
 import json
-from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TINY, random_model
 
 import m2d_embed
 from benchmarks import render
-from benchmarks.pretraining import deepen, record, release, trials
+from benchmarks.pretraining import record, release, trials
 from m2d_embed.checkpoints import Checkpoint, write_native
 from m2d_embed.config import ModelConfig
 from m2d_embed.model import M2D
@@ -233,21 +231,6 @@ def test_release_writes_a_model_that_loads_and_a_card(run, tmp_path, monkeypatch
     assert text.index("[`first`]") < text.index("999,000 in all") < text.index("[`mine`]") < text.index("6,400 in all")
     assert "A later stage begins with the encoder of the one before." in text
     assert "`m2d-embed pretrain first` and `m2d-embed pretrain mine`" in text
-
-
-def test_new_blocks_change_nothing_at_first(tmp_path):
-    shallow = random_model(TINY)
-    shallow.save_pretrained(tmp_path / "shallow")
-    deepen.main(tmp_path / "shallow", TINY.depth + 2, tmp_path / "deep")
-    deep = M2D.from_pretrained(tmp_path / "deep")
-    assert deep.config == replace(TINY, depth=TINY.depth + 2)
-    audio = torch.randn(2, 8000, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        torch.testing.assert_close(deep(audio), shallow(audio))
-    gradient = torch.autograd.grad(deep(audio).square().sum(), deep.encoder.blocks[-1].mlp.fc2.weight)
-    assert gradient[0].abs().max() > 0  # they can learn
-    with pytest.raises(SystemExit, match="has 5 blocks already"):
-        deepen.main(tmp_path / "deep", 5, tmp_path / "deeper")
 
 
 def test_a_card_without_a_section_is_refused():
