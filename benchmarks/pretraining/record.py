@@ -35,8 +35,9 @@ _TRIALS = """## Trials
 
 Short runs on one budget, each unlike the first of [trials.yaml](trials.yaml) in one thing; by \
 `python -m benchmarks.pretraining.trials`. What is best after minutes need not be so after hours. Minutes are those of \
-one thread beside other work. The clips are those of the bundled model but for two thirds of the music, which is so much \
-that its share takes a part of it only; the probes are of the mean over time, as for the runs above.
+one thread beside other work. `fine-spectrum` and the two mask ratios had all of the bundled model's clips, the others \
+two thirds of the music less; `salt` and `m2d-warm` have the crops of `pixels` behind them. Probes are of the mean \
+over time.
 
 """
 
