@@ -227,7 +227,7 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
 
     def head_features(self) -> FeatureConfig:
         """The features the tagging head was trained on."""
-        return FeatureConfig(flat=self.tagging_head().config.features == "flat")
+        return FeatureConfig(flat=self.tagging_head().config.features == "flat", scene_pooling="mean")
 
     def encode_audio_clap(self, x: Tensor) -> Tensor:
         """Audio in the joint space of a CLAP checkpoint, (B, joint) float32, not normalised.

@@ -125,7 +125,7 @@ def validator(monkeypatch):
 def test_hearvalidator_on_the_bundled_model(validator, capsys):
     with pytest.warns(UserWarning, match="interval between timestamps"):  # 160 ms; HEAR suggests 50 or less
         validator("m2d_embed", "", device="cpu")()
-    assert "(4, 960)" in capsys.readouterr().out
+    assert "(4, 1920)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The classification head: AudioSet's labels in the published order, and logits computed by hand."""
 
 import csv
+from dataclasses import replace
 
 import pytest
 import torch
@@ -187,3 +188,13 @@ def test_tagging_without_a_head(tiny, noise):
 
 def test_published_name_is_kept(tmp_path):
     assert M2D.from_pretrained(save(tmp_path, fine_tuned(960))).config.name == NAME
+
+
+def test_a_head_takes_means_whatever_scene_embeddings_are(noise):
+    """A classifier fine-tuned from a model whose scenes are means and standard deviations."""
+    model = random_model(replace(TINY, scene_pooling="mean_std", head=HeadConfig(("a", "b"))))
+    audio = noise(0.9, batch=2)
+    with torch.no_grad():
+        expected = model.logits(audio)
+        model.features = model.head_features()
+        torch.testing.assert_close(model.tagging_head()(model.scene(audio)), expected)
