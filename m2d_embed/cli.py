@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from tqdm.auto import tqdm
@@ -105,7 +105,7 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Windows encoded at a time, 
 Layers = Annotated[str, typer.Option(help="Transformer blocks to read, e.g. -1 or 6,9,11.")]
 Concat = Annotated[bool, typer.Option("--concat", help="Concatenate several layers; else they are averaged.")]
 Flat = Annotated[bool, typer.Option("--flat", help="Average the patches of a column instead of stacking.")]
-ScenePooling = Annotated[
+Scenes = Annotated[
     Pooling | None,
     typer.Option(help="Scenes: the mean over time, or also the standard deviation.", show_default="the model's own"),
 ]
@@ -125,7 +125,7 @@ def embed(
     layers: Layers = "-1",
     concat: Concat = False,
     flat: Flat = False,
-    scene_pooling: ScenePooling = None,
+    scene_pooling: Scenes = None,
     device: Device = None,
     dtype: Dtype = None,
     batch_size: BatchSize = 32,
@@ -367,7 +367,7 @@ def export(
     layers: Layers = "-1",
     concat: Concat = False,
     flat: Flat = False,
-    scene_pooling: ScenePooling = None,
+    scene_pooling: Scenes = None,
     opset: Annotated[int | None, typer.Option(help="Of ONNX; the newest by default, 18 for older runtimes.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
 ) -> None:
@@ -435,7 +435,7 @@ def probe(
     layers: Layers = "-1",
     concat: Concat = False,
     flat: Flat = False,
-    scene_pooling: ScenePooling = None,
+    scene_pooling: Scenes = None,
     device: Device = None,
     dtype: Dtype = None,
     batch_size: BatchSize = 32,
@@ -686,10 +686,13 @@ def _facts(model: M2D) -> dict[str, Any]:
 def _features(
     layers: str, concat: bool, flat: bool, scene_pooling: Pooling | None, hop_ms: float | None = None
 ) -> FeatureConfig:
-    pooling: Literal["mean", "mean_std"] | None = None
-    if scene_pooling is not None:
-        pooling = "mean" if scene_pooling is Pooling.mean else "mean_std"
-    return FeatureConfig(_parse_layers(layers), "concat" if concat else "mean", flat, hop_ms, pooling)
+    return FeatureConfig(
+        layers=_parse_layers(layers),
+        layer_pooling="concat" if concat else "mean",
+        flat=flat,
+        hop_ms=hop_ms,
+        scene_pooling=scene_pooling.value if scene_pooling else None,
+    )
 
 
 def _parse_layers(text: str) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_MOST_PACKED = 300_000_000  # bytes of copies; beyond it the second layers of MLPs, the last first, stay as they are
+_MOST_PACKED = 280_000_000  # bytes of copies; beyond it the second layers of MLPs, the last first, stay as they are
 _SAMPLES = 16  # elements of a matrix that are compared to find out whether it has changed
 _ZERO_POINT = 128  # of uint8 inputs; oneDNN has no fast product of two signed matrices here
 _LARGEST = 127

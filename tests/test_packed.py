@@ -60,7 +60,7 @@ def test_copies_take_no_more_memory_than_they_may(model, monkeypatch, too_large)
     audio = clips(2, 8_000)
     torch.testing.assert_close(fast(model, audio), plain(model, audio), atol=2e-6, rtol=0)
     blocks = model.encoder._packed.blocks
-    as_they_are = [fast.fc2 is block.mlp.fc2 for fast, block in zip(blocks, model.encoder.blocks, strict=True)]
+    as_they_are = [copied.fc2 is block.mlp.fc2 for copied, block in zip(blocks, model.encoder.blocks, strict=True)]
     assert as_they_are == [index >= 3 - too_large for index in range(3)]
     monkeypatch.setattr(packed, "_MOST_PACKED", 0)
     assert packed._num_too_large(model.encoder.blocks) == 3

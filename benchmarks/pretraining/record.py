@@ -15,6 +15,7 @@ import typer
 
 from benchmarks.quality import embed_by_model, measure
 from benchmarks.timing import machine
+from m2d_embed.config import FeatureConfig
 from m2d_embed.evaluate.embedding_cache import hash_files
 from m2d_embed.evaluate.labelled import read_labelled
 from m2d_embed.training.monitor import RunLog
@@ -26,8 +27,8 @@ TABLE = Path(__file__).with_name("README.md")
 _POINTS = 60  # of a curve
 _PATHS = ("source", "cache", "noise", "model", "teacher")
 _NOT_SETTINGS = ("name", "about", "license", "output", "probe")
-_RUNS = """Every run kept, best first: linear probes of its scene embeddings, accuracy in % with 95 % bootstrap \
-intervals, on labelled sets that were not trained on. Settings and loss curves are in `records/`; written by \
+_RUNS = """Every run kept, best first: linear probes of its mean embeddings over time, accuracy in % with 95 % \
+bootstrap intervals, on labelled sets that were not trained on. Settings and loss curves are in `records/`; written by \
 `python -m benchmarks.pretraining.record`.
 
 """
@@ -36,8 +37,7 @@ _TRIALS = """## Trials
 Short runs on one budget, each unlike the first of [trials.yaml](trials.yaml) in one thing; by \
 `python -m benchmarks.pretraining.trials`. What is best after minutes need not be so after hours. Minutes are those of \
 one thread beside other work. `fine-spectrum` and the two mask ratios had all of the bundled model's clips, the others \
-two thirds of the music less; `salt` and `m2d-warm` have the crops of `pixels` behind them. Probes are of the mean \
-over time.
+two thirds of the music less; `salt` and `m2d-warm` have the crops of `pixels` behind them.
 
 """
 
@@ -74,11 +74,11 @@ def minutes(rows: list[dict[str, float]], batch: int) -> float:
 
 
 def probes(model: Path, data: Path) -> dict[str, list[float]]:
-    """Accuracy of the linear probe, in percent, with its interval, on every labelled set in a folder."""
-    scores = {}
+    """Accuracy of a linear probe of means over time, in percent, with its interval, on every labelled set."""
+    embed, scores = embed_by_model(str(model), FeatureConfig(scene_pooling="mean")), {}
     for metadata in sorted(data.glob("*/metadata.csv")):
         clips = read_labelled(metadata)
-        measured = measure(embed_by_model(str(model)), clips, hash_files(clips.files), ["linear"])
+        measured = measure(embed, clips, hash_files(clips.files), ["linear"])
         scores[metadata.parent.name] = measured["linear"]["accuracy"]
     return scores
 
