@@ -92,6 +92,21 @@ def test_a_record_and_the_table_of_all(run, tmp_path, monkeypatch):
     assert "## Trials" not in text
 
 
+def test_a_run_that_is_not_probed_comes_last(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "FOLDER", tmp_path / "runs")
+    monkeypatch.setattr(record, "TRIALS", tmp_path / "runs" / "trials")
+    monkeypatch.setattr(record, "TABLE", tmp_path / "README.md")
+    monkeypatch.setattr(record, "probes", lambda model, data: {"a": [50.0, 45.0, 55.0], "b": [90.0, 89.0, 91.0]})
+    record.main(run)
+    assert json.loads((tmp_path / "runs" / "mine.json").read_text())["linear probe, accuracy in %"] == {}
+    (run / "recipe.yaml").write_text(json.dumps({**RECIPE, "name": "probed"}))
+    record.main(run, tmp_path)
+    rows = [line for line in (tmp_path / "README.md").read_text().splitlines() if line.startswith("| [")]
+    assert [row.split("]")[0] for row in rows] == ["| [probed", "| [mine"]
+    assert rows[0].endswith("| 50.0 (45.0-55.0) | 90.0 (89.0-91.0) | 70.0 |")
+    assert rows[1].endswith("| not probed |  |  |")
+
+
 def test_trials_have_a_table_of_their_own(run, tmp_path, monkeypatch):
     monkeypatch.setattr(record, "FOLDER", tmp_path / "records")
     monkeypatch.setattr(record, "TRIALS", tmp_path / "records" / "trials")

@@ -3,7 +3,8 @@
     python -m benchmarks.pretraining.record runs/tiny-cpu ../shared/data
 
 writes ``records/tiny-cpu.json`` beside this file, and the table of all runs kept anew (``README.md`` there). The second
-argument is a folder of labelled sets, each with a ``metadata.csv``; nothing in it is trained on.
+argument is a folder of labelled sets, each with a ``metadata.csv``; nothing in it is trained on. Without it nothing is
+probed: for a run that was stopped, as another went on with it.
 """
 
 import json
@@ -84,25 +85,27 @@ def probes(model: Path, data: Path) -> dict[str, list[float]]:
 
 
 def mean(record: Mapping[str, Any]) -> float:
-    """Of the sets' accuracies."""
+    """Of the sets' accuracies; 0 for a run that was not probed."""
     scores: list[float] = [score[0] for score in record["linear probe, accuracy in %"].values()]
-    return sum(scores) / len(scores)
+    return sum(scores) / len(scores) if scores else 0.0
 
 
 def table(records: Mapping[str, Mapping[str, Any]], folder: str) -> str:
     """The records of a folder as a table, the best on average first."""
-    sets = list(next(iter(records.values()))["linear probe, accuracy in %"])
+    best_first = sorted(records.items(), key=lambda item: -mean(item[1]))
+    sets = list(best_first[0][1]["linear probe, accuracy in %"])
     lines = [
         f"| run | objective | mask ratio | crops | minutes | {' | '.join(sets)} | mean |",
         f"| --- | --- | ---: | ---: | ---: |{' ---: |' * len(sets)} ---: |",
     ]
-    for name, record in sorted(records.items(), key=lambda item: -mean(item[1])):
+    for name, record in best_first:
         recipe, scores = record["settings"], record["linear probe, accuracy in %"]
-        cells = [f"{scores[s][0]:.1f} ({scores[s][1]:.1f}-{scores[s][2]:.1f})" for s in sets]
+        cells = [f"{scores[s][0]:.1f} ({scores[s][1]:.1f}-{scores[s][2]:.1f})" for s in sets if s in scores]
+        cells = [*cells, f"{mean(record):.1f}"] if cells else ["not probed", *[""] * len(sets)]
         lines.append(
             f"| [{name}]({folder}/{name}.json): {record['about']} | `{recipe['objective']}` | "
             f"{recipe['masking']['mask_ratio']} | {record['crops']:,} | {record['minutes']:.0f} | "
-            f"{' | '.join(cells)} | {mean(record):.1f} |"
+            f"{' | '.join(cells)} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -119,12 +122,12 @@ def readme(runs: Mapping[str, Mapping[str, Any]], trials: Mapping[str, Mapping[s
     return "# Runs of pre-training\n\n" + "\n".join(sections)
 
 
-def keep(run: Path, data: Path, folder: Path) -> dict[str, list[float]]:
-    """Probe a finished run, write its record into a folder and the table of all anew; returns the scores."""
+def keep(run: Path, data: Path | None, folder: Path) -> dict[str, list[float]]:
+    """Probe a run, if there is data, write its record into a folder and the table of all anew; returns the scores."""
     recipe = read_yaml(run / "recipe.yaml")
     rows = [row for row in RunLog.read(run) if "loss" in row]
     batch = recipe["training"]["effective_batch"]
-    scores = probes(run / "export", data)
+    scores = probes(run / "export", data) if data else {}
     record = {
         "about": recipe["about"],
         "settings": settings(recipe),
@@ -141,10 +144,10 @@ def keep(run: Path, data: Path, folder: Path) -> dict[str, list[float]]:
 
 
 def main(
-    run: Annotated[Path, typer.Argument(help="The run's folder, with its export.")],
-    data: Annotated[Path, typer.Argument(help="A folder of labelled sets.")],
+    run: Annotated[Path, typer.Argument(help="The run's folder.")],
+    data: Annotated[Path | None, typer.Argument(help="Labelled sets in a folder, to probe the export on.")] = None,
 ) -> None:
-    """Probe a finished run and keep its record."""
+    """Keep the record of a run, with probes of it."""
     print(json.dumps(keep(run, data, FOLDER)))
 
 
