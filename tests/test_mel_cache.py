@@ -154,6 +154,30 @@ def test_a_finished_cache_is_not_computed_again(tmp_path, items, monkeypatch):
     build_cache(tmp_path / "cache", items, TINY, workers=0)
 
 
+def test_files_that_come_after_are_added(tmp_path, items, monkeypatch):
+    """Only the part that had room is computed again, and it is so too if the process was killed before it began."""
+    complete = build_cache(tmp_path / "complete", items, TINY, workers=0)
+    folder = tmp_path / "cache"
+    build_cache(folder, items[:6], TINY, workers=0)
+    append = mel_cache._append
+
+    def die(*rest):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mel_cache, "_append", die)
+    with pytest.raises(KeyboardInterrupt):
+        build_cache(folder, items, TINY, workers=0)
+    read = []
+    monkeypatch.setattr(mel_cache, "_append", lambda *a: (read.append(a[1]), append(*a))[1])
+    cache = build_cache(folder, items, TINY, workers=0)
+    assert read == [str(item.file) for item in items[4:]]
+    assert cache.unreadable == complete.unreadable
+    assert len(cache) == 10
+    for index in (0, 4, 6, 8):
+        mine, other = (c.crop(index, 50, np.random.default_rng(1)).log_mel for c in (cache, complete))
+        np.testing.assert_array_equal(mine, other)
+
+
 def test_a_cache_reaches_workers_without_its_content(tmp_path, items):
     cache = build_cache(tmp_path / "cache", items, TINY, workers=0)
     expected = cache.crop(0, 30, np.random.default_rng(0))

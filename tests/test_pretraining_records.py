@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 import torch
@@ -246,6 +247,18 @@ def test_release_writes_a_model_that_loads_and_a_card(run, tmp_path, monkeypatch
     assert text.index("[`first`]") < text.index("999,000 in all") < text.index("[`mine`]") < text.index("6,400 in all")
     assert "A later stage begins with the encoder of the one before." in text
     assert "`m2d-embed pretrain first` and `m2d-embed pretrain mine`" in text
+    assert "The weights are the mean" not in text
+    other = run.with_name("other")
+    shutil.copytree(run, other)
+    (other / "recipe.yaml").write_text(json.dumps({**RECIPE, "name": "first"}))
+    (other / "export" / "model.safetensors").unlink()
+    tensors = {f"encoder.{name}": 3 * tensor for name, tensor in original.encoder.state_dict().items()}
+    write_native(other / "export", Checkpoint(original.config, tensors))
+    release.main(run, tmp_path / "manifest.csv", ["first"], mean_with=[other])
+    assert "The weights are the mean of those of `first` and `mine`." in card.read_text()
+    mean = m2d_embed.load_model(str(card.parent)).encoder.state_dict()
+    for name, tensor in original.encoder.state_dict().items():
+        torch.testing.assert_close(mean[name], 2 * tensor, atol=1e-3, rtol=1e-3)  # kept in float16
 
 
 def test_a_card_without_a_section_is_refused():

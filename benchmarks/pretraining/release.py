@@ -1,7 +1,7 @@
 """Bundle what a run made: ``weights/`` with the model in float16, its configuration, loss curve and model card.
 
 python -m benchmarks.pretraining.record runs/NAME ../shared/data
-python -m benchmarks.pretraining.release runs/NAME joined/manifest.csv --after FIRST-STAGE --blocks 10
+python -m benchmarks.pretraining.release runs/NAME joined/manifest.csv --after FIRST --mean-with runs/FIRST --blocks 9
 python -m benchmarks.quality --model ../shared/seed-weights ../shared/data/*/metadata.csv
 python -m benchmarks.render                        # puts the probes into the card, too
 """
@@ -16,12 +16,12 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from benchmarks.pretraining.average import average, read
 from benchmarks.pretraining.record import FOLDER as RECORDS
 from benchmarks.pretraining.targets import read_rows
 from benchmarks.render import CARD, on_cores, replace_section
-from m2d_embed.checkpoints import WEIGHT_FILES, Checkpoint, load_checkpoint, write_native
+from m2d_embed.checkpoints import WEIGHT_FILES, Checkpoint, write_native
 from m2d_embed.config import ScenePooling
-from m2d_embed.hub import HubOptions, locate
 from m2d_embed.registry import BUNDLED_NAME
 from m2d_embed.training.settings import read_yaml
 
@@ -79,19 +79,26 @@ def stage(recipe: str, record: dict[str, Any]) -> str:
     return "\n  ".join(lines)
 
 
-def training_section(stages: dict[str, dict[str, Any]], trained: int, kept: int) -> str:
-    """The runs that made the encoder, by their recipes and in order, and how many of its blocks are kept."""
+def training_section(stages: dict[str, dict[str, Any]], averaged: list[str], trained: int, kept: int) -> str:
+    """The runs that made the encoder, by their recipes and in order; which of them it is the mean of; blocks kept."""
     runs = "\n".join(stage(recipe, record) for recipe, record in stages.items())
     begun = "\n\nA later stage begins with the encoder of the one before." if len(stages) > 1 else ""
+    mean = f"\n\nThe weights are the mean of those of {_listed(averaged)}." if len(averaged) > 1 else ""
     left = "" if kept == trained else f"\n\nOf the {trained} blocks trained, the first {kept} are kept."
-    commands = " and ".join(f"`m2d-embed pretrain {recipe}`" for recipe in stages)
-    return f"""{runs}{begun}{left}
+    commands = _listed([f"m2d-embed pretrain {recipe}" for recipe in stages])
+    return f"""{runs}{begun}{mean}{left}
 
 ![loss](loss.png)
 
 {commands}
 do it again, with the commands that the recipes name. What else was tried is in
 [benchmarks/pretraining](../benchmarks/pretraining/README.md)."""
+
+
+def _listed(names: list[str]) -> str:
+    """`` `a`, `b` and `c` ``."""
+    *first, last = [f"`{name}`" for name in names]
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def first_blocks(checkpoint: Checkpoint, count: int) -> Checkpoint:
@@ -117,14 +124,18 @@ def main(
         list[str] | None, typer.Option(help="Recipe of a stage before, the first first; repeatable.")
     ] = None,
     blocks: Annotated[int | None, typer.Option(min=1, help="Keep only the encoder's first so many blocks.")] = None,
+    mean_with: Annotated[
+        list[Path] | None, typer.Option(help="A run whose weights are averaged with this one's; repeatable.")
+    ] = None,
 ) -> None:
     """Write ``weights/``; the card's other sections stay as they are."""
-    recipe = read_yaml(run / "recipe.yaml")["name"]
+    runs = [*(mean_with or []), run]
+    *_, recipe = averaged = [str(read_yaml(folder / "recipe.yaml")["name"]) for folder in runs]
     rows = read_rows(manifest)
     stages = {name: json.loads((RECORDS / f"{name}.json").read_text()) for name in [*(after or []), recipe]}
     source = _SOURCE.format(recipe=recipe, hours=sum(hours(rows, "kind").values()))
     exported = run / "export"
-    trained = load_checkpoint(locate(str(exported), [WEIGHT_FILES[torch.float32]], [], HubOptions()))
+    trained = average([read(str(folder / "export")) for folder in runs])
     kept = blocks or trained.config.depth
     if kept > trained.config.depth:
         raise SystemExit(f"--blocks {kept}: {exported} has {trained.config.depth}.")
@@ -132,7 +143,7 @@ def main(
     shutil.copyfile(exported / "loss.png", CARD.parent / "loss.png")
     card = CARD.read_text(encoding="utf-8")
     card = replace_section(card, "data", data_section(rows))
-    card = replace_section(card, "training", training_section(stages, trained.config.depth, kept))
+    card = replace_section(card, "training", training_section(stages, averaged, trained.config.depth, kept))
     CARD.write_text(card, encoding="utf-8")
 
 

@@ -15,8 +15,8 @@ import torch
 import typer
 from torch import Tensor
 
-from m2d_embed.checkpoints import WEIGHT_FILES, Checkpoint, load_checkpoint, write_native
-from m2d_embed.hub import HubOptions, locate
+from benchmarks.pretraining.average import read
+from m2d_embed.checkpoints import Checkpoint, write_native
 
 
 def doubled(tensor: Tensor, dim: int = 0) -> Tensor:
@@ -71,7 +71,7 @@ def main(
     seed: int = 0,
 ) -> None:
     """Write a model twice as wide that computes the same."""
-    wider = widen(load_checkpoint(locate(model, [WEIGHT_FILES[torch.float32]], [], HubOptions())), seed)
+    wider = widen(read(model), seed)
     out.mkdir(parents=True, exist_ok=True)
     write_native(out, wider)
 

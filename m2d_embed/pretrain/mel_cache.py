@@ -2,7 +2,8 @@
 
 A cache is a folder. ``cache.json`` says which front end and which files it is of; the files' frames lie one after the
 other in ``part-00000.npy``, ``part-00001.npy``, ..., (frames, mels) float16, not normalised, natural logarithm, with an
-index beside each. A part is there wholly or not at all, so a build that was stopped goes on where it was.
+index beside each. A part is there wholly or not at all, so a build that was stopped goes on where it was. Files that
+come after those of a cache are added to it.
 """
 
 from __future__ import annotations
@@ -125,7 +126,8 @@ def build_cache(
         The cache. Files that could not be read are in its ``unreadable``, and have no frames.
 
     Raises:
-        ConfigError: if the folder holds a cache of another front end or of other files, or something else.
+        ConfigError: if the folder holds a cache of another front end or of other files than these or the first of
+            these, or something else.
         TrainingError: if a process was killed.
         RuntimeError: in a worker process that is importing the main script.
     """
@@ -242,12 +244,18 @@ def _identity(file: Path) -> list[Any]:
 
 
 def _claim(folder: Path, index: dict[str, Any]) -> None:
-    """Make the folder a cache of this front end and these files, or check that it is one."""
+    """Make the folder a cache of this front end and these files, or of the first of them into one of all of them."""
     path = folder / _INDEX
     if path.exists():
-        difference = _difference(_read_json(path), index)
+        theirs = _read_json(path)
+        difference = _difference(theirs, index)
         if difference:
             raise ConfigError(f"{folder}: this cache is of {difference}; {_ADVICE}.")
+        cached = len(theirs["files"])
+        if cached < len(index["files"]):
+            if cached % _PART_FILES:  # its last part has room for the first of the new files
+                _index_of(_part(folder, cached // _PART_FILES)).unlink(missing_ok=True)
+            _write_json(path, index)
         return
     if any(file.name not in (_LOCK, f"{_INDEX}.partial") for file in folder.iterdir()):
         raise ConfigError(
@@ -257,15 +265,15 @@ def _claim(folder: Path, index: dict[str, Any]) -> None:
 
 
 def _difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
-    """What the cache in the folder has that we do not; empty if they agree."""
+    """What the cache in the folder has that we do not; empty if it is of our files, or of the first of them."""
     if theirs.get("format") != _FORMAT:
         return f"format {theirs.get('format')}, not {_FORMAT}"
     for key, value in ours["front_end"].items():
         if theirs["front_end"].get(key) != value:
             return f"another front end: {key} is {theirs['front_end'].get(key)} there, and {value} here"
-    if len(theirs["files"]) != len(ours["files"]):
+    if len(theirs["files"]) > len(ours["files"]):
         return f"other files: {len(theirs['files'])} there, and {len(ours['files'])} here"
-    for there, here in zip(theirs["files"], ours["files"], strict=True):
+    for there, here in zip(theirs["files"], ours["files"], strict=False):
         if there[0] != here[0]:
             return f"other files, or in another order: {there[0]} there where {here[0]} is here"
         if there != here:
