@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from benchmarks.quality import in_percent, set_name
+from benchmarks.quality import in_percent, set_name, shown
 from benchmarks.timing import machine
 from m2d_embed.evaluate.embedding_cache import embed_cached, hash_files
 from m2d_embed.evaluate.labelled import TRAIN_ONLY, LabelledClips, read_labelled
@@ -66,7 +66,7 @@ def main(
     accuracy = scores["accuracy"]
     clips = only_fold(read_labelled(data), fold)
     measured: dict[str, Any] = {
-        "command": " ".join(["python -m benchmarks.finetuning", f"DATA/{name}", f"--fold {fold}", *(overrides or ())]),
+        "command": " ".join(["python -m benchmarks.finetuning", shown(data), f"--fold {fold}", *(overrides or ())]),
         "machine": machine(),
         "fold": fold,
         "tested clips": int((clips.folds >= 0).sum()),

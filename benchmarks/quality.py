@@ -81,6 +81,11 @@ def set_name(path: Path) -> str:
     return path.parent.resolve().name if path.name == "metadata.csv" else path.stem
 
 
+def shown(path: Path) -> str:
+    """A labelled set in a command, without the folder that it lies in."""
+    return f"DATA/{set_name(path)}/{path.name}" if path.name == "metadata.csv" else f"DATA/{path.name}"
+
+
 def main(
     data: Annotated[list[Path], typer.Argument(help="Labelled sets: CSV files or folders of labels.")],
     model: Annotated[list[str] | None, typer.Option(help="A further model that load_model loads; repeatable.")] = None,
@@ -110,7 +115,7 @@ def main(
             print(f"{name}, {row}: {scores[row][name]}")
     further = [f"--model {name}" for name in model or ()] + [f"--module {name}" for name in module or ()]
     chosen = [f"--probe {name}" for name in probe or ()]
-    command = " ".join(["python -m benchmarks.quality", *(f"DATA/{name}" for name in names), *further, *chosen])
+    command = " ".join(["python -m benchmarks.quality", *map(shown, data), *further, *chosen])
     result = {
         "command": command,
         "machine": machine(),
