@@ -1,9 +1,9 @@
-"""The mean of the weights of models that went on from one another, or from one model: one model, better than each.
+"""The mean of the weights of models that went on from one another, or from one model: one model, at times a better one.
 
     python -m benchmarks.pretraining.average averaged runs/tiny-cpu-teachers-2/export runs/tiny-cpu-teachers-3/export
 
 The average costs no more to run than one of them. That the weights of models near one another may be averaged, and why
-it helps, is in Wortsman et al., "Model soups" (arXiv 2203.05482).
+it can help, is in Wortsman et al., "Model soups" (arXiv 2203.05482); probe it before it is used.
 """
 
 import dataclasses
@@ -18,11 +18,11 @@ from m2d_embed.checkpoints import WEIGHT_FILES, Checkpoint, load_checkpoint, wri
 from m2d_embed.config import ModelConfig
 from m2d_embed.hub import HubOptions, locate
 
-_OF_NO_WEIGHT = ("name", "source", "license", "scene_pooling", "head", "clap")
-_ALIKE = [field.name for field in dataclasses.fields(ModelConfig) if field.name not in _OF_NO_WEIGHT]
+_MAY_DIFFER = ("name", "source", "license", "scene_pooling", "head", "clap")
+_ALIKE = [field.name for field in dataclasses.fields(ModelConfig) if field.name not in _MAY_DIFFER]
 
 
-def read(model: str) -> Checkpoint:
+def read_encoder(model: str) -> Checkpoint:
     """The encoder of a model, as ``load_model`` finds it."""
     return load_checkpoint(locate(model, [WEIGHT_FILES[torch.float32]], [], HubOptions()))
 
@@ -52,7 +52,7 @@ def main(
 ) -> None:
     """Write the mean of models."""
     out.mkdir(parents=True, exist_ok=True)
-    write_native(out, average([read(model) for model in models]))
+    write_native(out, average([read_encoder(model) for model in models]))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.pretraining.average import average, read
+from benchmarks.pretraining.average import average, read_encoder
 from benchmarks.pretraining.record import FOLDER as RECORDS
 from benchmarks.pretraining.targets import read_rows
 from benchmarks.render import CARD, on_cores, replace_section
@@ -135,7 +135,7 @@ def main(
     stages = {name: json.loads((RECORDS / f"{name}.json").read_text()) for name in [*(after or []), recipe]}
     source = _SOURCE.format(recipe=recipe, hours=sum(hours(rows, "kind").values()))
     exported = run / "export"
-    trained = average([read(str(folder / "export")) for folder in runs])
+    trained = average([read_encoder(str(folder / "export")) for folder in runs])
     kept = blocks or trained.config.depth
     if kept > trained.config.depth:
         raise SystemExit(f"--blocks {kept}: {exported} has {trained.config.depth}.")

@@ -15,7 +15,7 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.pretraining.average import read
+from benchmarks.pretraining.average import read_encoder
 from m2d_embed.checkpoints import Checkpoint, write_native
 
 
@@ -71,7 +71,7 @@ def main(
     seed: int = 0,
 ) -> None:
     """Write a model twice as wide that computes the same."""
-    wider = widen(read(model), seed)
+    wider = widen(read_encoder(model), seed)
     out.mkdir(parents=True, exist_ok=True)
     write_native(out, wider)
 
