@@ -230,7 +230,7 @@ def tag(
 
     files = find_audio(inputs)
     loaded = _load(model, device, dtype, FeatureConfig())
-    head = loaded.tagging_head()
+    head = loaded.column_head() if frames else loaded.tagging_head()
     loaded.features = loaded.head_features()
 
     def tag_clip(file: Path) -> None:

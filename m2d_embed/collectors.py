@@ -61,6 +61,16 @@ def pool_scene(frames: Tensor, pooling: ScenePooling) -> Tensor:
     return torch.cat([mean, _std(variance)], dim=-1)
 
 
+def pool_padded_scene(frames: Tensor, mask: Tensor, pooling: ScenePooling) -> Tensor:
+    """As ``pool_scene``, of the columns alone that ``mask``, (B, T) bool, is True for; zeros where there are none."""
+    weights = mask.to(frames.dtype) / mask.sum(dim=1, keepdim=True).clamp_min(1)  # (B, T)
+    mean = torch.einsum("bt,btd->bd", weights, frames)
+    if pooling == "mean":
+        return mean
+    variance = torch.einsum("bt,btd->bd", weights, (frames - mean.unsqueeze(1)).square())
+    return torch.cat([mean, _std(variance)], dim=-1)
+
+
 def _std(variance: Tensor) -> Tensor:
     return (variance + _LEAST_VARIANCE).sqrt()
 

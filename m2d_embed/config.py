@@ -51,12 +51,14 @@ class HeadConfig:
     """A classification head on the scene embedding: BatchNorm without affine, then Linear.
 
     ``labels`` name its outputs in order; ``features`` says what it was trained on: ``"stacked"`` columns
-    (``F * d``) or ``"flat"`` patches (``d``); ``multi_label`` chooses sigmoid (True) or softmax (False).
+    (``F * d``) or ``"flat"`` patches (``d``), and ``scene_pooling`` how a clip's were made of them, with ``"mean_std"``
+    twice as wide; ``multi_label`` chooses sigmoid (True) or softmax (False).
     """
 
     labels: tuple[str, ...]
     features: Literal["stacked", "flat"] = "stacked"
     multi_label: bool = True
+    scene_pooling: ScenePooling = "mean"
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,9 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         """Width of the features that the classification head takes."""
-        return self.embed_dim * (self.grid_size[0] if self.head is None or self.head.features == "stacked" else 1)
+        head = self.head or HeadConfig(())
+        frame = self.embed_dim * (self.grid_size[0] if head.features == "stacked" else 1)
+        return frame * (2 if head.scene_pooling == "mean_std" else 1)
 
     @property
     def front_end(self) -> dict[str, float]:

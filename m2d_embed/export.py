@@ -226,7 +226,7 @@ class _Graph(nn.Module):
         if self.kind == "timestamps":
             return frames, self._times(num_samples, sizes.embeddings).expand(frames.shape[0], sizes.embeddings)
         if self.head is not None:
-            return (self.head.probabilities(self.head(frames.mean(dim=1))),)
+            return (self.head.probabilities(self.head(pool_scene(frames, self.head.config.scene_pooling))),)
         return (pool_scene(frames, self.features.pooling(self.config)),)
 
     def _sizes(self, num_samples: int, num_frames: int) -> Layout:

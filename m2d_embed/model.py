@@ -209,12 +209,17 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
         Raises:
             UnsupportedError: if the model has no tagging head.
         """
+        head = self.tagging_head()
         frames = self._frames(self._as_log_mel(x), self.head_features())
-        return self.tagging_head().forward(frames.mean(dim=1))
+        return head.forward(pool_scene(frames, head.config.scene_pooling))
 
     def frame_logits(self, x: Tensor) -> Tensor:
-        """Class logits of every time column, (B, T, labels): the head applied before the mean over time."""
-        return self.tagging_head().forward(self._frames(self._as_log_mel(x), self.head_features()))
+        """Class logits of every time column, (B, T, labels): the head applied before the mean over time.
+
+        Raises:
+            UnsupportedError: if the model has no tagging head, or one that takes standard deviations over time.
+        """
+        return self.column_head().forward(self._frames(self._as_log_mel(x), self.head_features()))
 
     def tagging_head(self) -> TaggingHead:
         """The classification head, or UnsupportedError if there is none."""
@@ -225,9 +230,20 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
             )
         return self.head
 
+    def column_head(self) -> TaggingHead:
+        """The classification head for single time columns, or UnsupportedError if there is none that takes them."""
+        head = self.tagging_head()
+        if head.config.scene_pooling != "mean":
+            raise UnsupportedError(
+                f"The head of {self.config.name or 'this model'} takes standard deviations over time, which a single "
+                "time column has not; fine-tune one with scene_pooling=mean for labels over time."
+            )
+        return head
+
     def head_features(self) -> FeatureConfig:
         """The features the tagging head was trained on."""
-        return FeatureConfig(flat=self.tagging_head().config.features == "flat", scene_pooling="mean")
+        head = self.tagging_head().config
+        return FeatureConfig(flat=head.features == "flat", scene_pooling=head.scene_pooling)
 
     def encode_audio_clap(self, x: Tensor) -> Tensor:
         """Audio in the joint space of a CLAP checkpoint, (B, joint) float32, not normalised.

@@ -35,7 +35,11 @@ CLAP = ClapConfig(
     [
         ModelConfig(),
         ModelConfig(name="ü", norm_stats=(-6.5, 4.0), sample_rate=32_000, n_fft=800, hop_length=320, f_max=16_000.0),
-        ModelConfig(head=HeadConfig(labels=("Speech", "Chien, aboiement"), features="flat", multi_label=False)),
+        ModelConfig(
+            head=HeadConfig(
+                labels=("Speech", "Chien, aboiement"), features="flat", multi_label=False, scene_pooling="mean_std"
+            )
+        ),
         ModelConfig(clap=CLAP, source="x.zip: y.pth", license="z"),
     ],
 )
@@ -150,6 +154,7 @@ def test_derived_values():
     assert config.head_dim == 5 * 768
     assert replace(config, head=HeadConfig(("a",), "stacked")).head_dim == 5 * 768
     assert replace(config, head=HeadConfig(("a",), "flat")).head_dim == 768
+    assert replace(config, head=HeadConfig(("a",), "flat", scene_pooling="mean_std")).head_dim == 2 * 768
 
 
 # --- features ----------------------------------------------------------------------------------------------------

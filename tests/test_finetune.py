@@ -28,7 +28,7 @@ from m2d_embed.finetune import evaluate, loop
 from m2d_embed.finetune.augment import kept_patches
 from m2d_embed.finetune.crops import TrainingClips, num_columns
 from m2d_embed.finetune.loop import finetune
-from m2d_embed.finetune.network import build_classifier, with_head
+from m2d_embed.finetune.network import build_classifier
 from m2d_embed.finetune.optim import Average, layer_groups, loss_per_row, scaled_decay
 from m2d_embed.finetune.recipe import FinetuneRecipe, load_recipe
 from m2d_embed.training import run_state
@@ -167,6 +167,7 @@ def test_settings_round_trip_through_yaml(tmp_path, recipe):
         (["lr=.nan"], "lr must be positive"),
         (["precision=fp8"], "'precision' must be"),
         (["features=both"], "'features' must be"),
+        (["scene_pooling=max"], "'scene_pooling' must be"),
         (["spec_augment.max_freq=16"], "spec_augment.max_freq is a share"),
         (["lora.targets=[query]"], "lora.targets are among qkv, proj, fc1, fc2, not query"),
         (["lora.rank=2", "freeze_encoder=true"], "contradict"),
@@ -190,10 +191,14 @@ def test_names_of_data_and_runs():
 # --- model and optimiser ----------------------------------------------------------------------------------------------
 
 
+def with_head(config, *head):
+    return dataclasses.replace(config, head=HeadConfig(*head))
+
+
 @pytest.mark.parametrize("features", ["stacked", "flat"])
-@pytest.mark.parametrize("per_column", [False, True])
-def test_a_padded_crop_is_what_inference_gives_for_its_audio_alone(tiny, features, per_column):
-    config = with_head(tiny.config, ("a", "b", "c"), features, True)
+@pytest.mark.parametrize("per_column, pooling", [(False, "mean"), (False, "mean_std"), (True, "mean")])
+def test_a_padded_crop_is_what_inference_gives_for_its_audio_alone(tiny, features, per_column, pooling):
+    config = with_head(tiny.config, ("a", "b", "c"), features, True, pooling)
     network = build_classifier(tiny, config, per_column, seed=1).eval()
     model = m2d_embed.M2D(config).eval()
     model.load_state_dict(network.state_dict())
@@ -349,6 +354,28 @@ def test_a_run_learns_and_exports_a_classifier(recipe, tones, base):
     before = (run.folder / "log.jsonl").read_text()
     assert finetune(run)["accuracy"] == scores["accuracy"]
     assert (run.folder / "log.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("chosen, expected", [("null", "mean_std"), ("mean", "mean")])
+def test_the_head_sees_what_scene_embeddings_of_the_model_are_made_of(recipe, tmp_path, chosen, expected):
+    folder = tmp_path / "deviating"
+    random_model(dataclasses.replace(TINY, scene_pooling="mean_std")).save_pretrained(folder)
+    run = recipe("epochs=10", "mixup=0", f"scene_pooling={chosen}", model=folder)
+    assert finetune(run)["accuracy"]["value"] == 1.0
+    model = exported(run)
+    assert model.config.head.scene_pooling == expected
+    model.features = model.head_features()
+    for row in predictions(run):
+        with torch.no_grad():
+            [logits] = model.head(torch.as_tensor(model.encode(row["file"]))[None])
+        [top, _] = model.head.top_tags(logits, 2)
+        assert top.label == row["predicted"]
+        assert top.score == pytest.approx(float(row[top.label]), abs=1e-4)
+
+
+def test_a_head_of_standard_deviations_is_not_for_events(recipe, events):
+    with pytest.raises(ConfigError, match=r"scene_pooling=mean_std is of whole clips.*leave it out"):
+        finetune(recipe("scene_pooling=mean_std", data=events))
 
 
 def test_several_labels_a_clip(recipe, tones):

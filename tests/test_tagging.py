@@ -190,11 +190,21 @@ def test_published_name_is_kept(tmp_path):
     assert M2D.from_pretrained(save(tmp_path, fine_tuned(960))).config.name == NAME
 
 
-def test_a_head_takes_means_whatever_scene_embeddings_are(noise):
-    """A classifier fine-tuned from a model whose scenes are means and standard deviations."""
-    model = random_model(replace(TINY, scene_pooling="mean_std", head=HeadConfig(("a", "b"))))
+@pytest.mark.parametrize("pooling, scenes", [("mean", "mean_std"), ("mean_std", "mean"), ("mean_std", "mean_std")])
+def test_a_head_takes_what_it_was_trained_on_whatever_scene_embeddings_are(pooling, scenes, noise):
+    head = HeadConfig(("a", "b"), scene_pooling=pooling)
+    model = random_model(replace(TINY, scene_pooling=scenes, head=head))
     audio = noise(0.9, batch=2)
     with torch.no_grad():
-        expected = model.logits(audio)
+        frames = model.patches(audio).transpose(1, 2).flatten(2)  # (B, T, F * d)
+        scene = torch.cat([frames.mean(1), frames.std(1, correction=0)], -1)[:, : model.config.head_dim]
+        expected = model.tagging_head()(scene)
+        torch.testing.assert_close(model.logits(audio), expected, rtol=1e-4, atol=1e-4)
         model.features = model.head_features()
-        torch.testing.assert_close(model.tagging_head()(model.scene(audio)), expected)
+        torch.testing.assert_close(model.tagging_head()(model.scene(audio)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_head_of_standard_deviations_judges_no_single_column(noise):
+    model = random_model(replace(TINY, name="barks", head=HeadConfig(("a", "b"), scene_pooling="mean_std")))
+    with pytest.raises(UnsupportedError, match=r"head of barks takes standard deviations.*scene_pooling=mean"):
+        model.frame_logits(noise(0.5))

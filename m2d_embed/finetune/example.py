@@ -31,7 +31,8 @@ def main(data: Path, output: Path) -> float:
     torch.manual_seed(0)
     clips = read_labelled(data)
     train, test = (torch.from_numpy(rows) for rows in clips.split(clips.test_folds()[0]))
-    model, head = M2D.from_pretrained(), HeadConfig(clips.label_names, multi_label=False)
+    model = M2D.from_pretrained()
+    head = HeadConfig(clips.label_names, multi_label=False, scene_pooling=model.config.scene_pooling)
     model.config = dataclasses.replace(model.config, head=head)
     model.head = TaggingHead(model.config.head_dim, head)
     audio = [torch.from_numpy(load_audio(file, model.sample_rate)) for file in clips.files]
@@ -42,8 +43,8 @@ def main(data: Path, output: Path) -> float:
     model.train()
     for epoch in range(EPOCHS):
         for rows in train[torch.randperm(len(train))].tensor_split(steps):
-            frames = model.encode_frames(torch.stack([crop(audio[i], samples) for i in rows]))
-            loss = F.cross_entropy(model.head(frames.mean(dim=1)), labels[rows], label_smoothing=0.1)
+            logits = model.logits(torch.stack([crop(audio[i], samples) for i in rows]))
+            loss = F.cross_entropy(logits, labels[rows], label_smoothing=0.1)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -23,14 +23,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from m2d_embed import __version__
-from m2d_embed.config import ModelConfig
+from m2d_embed.config import HeadConfig, ModelConfig, ScenePooling
 from m2d_embed.errors import CheckpointError, ConfigError, TrainingError
 from m2d_embed.evaluate.labelled import named
 from m2d_embed.finetune import evaluate, network
 from m2d_embed.finetune.augment import KeptPatches, frequency_warp, kept_patches, mixup, random_gain, spec_augment
 from m2d_embed.finetune.crops import Batch, EvaluationClips, TrainingClips, longest_frames
 from m2d_embed.finetune.export import ADAPTER_FOLDER, EXPORT_FOLDER, RESULTS_FILE, export, write_json
-from m2d_embed.finetune.network import Classifier, build_classifier, merged_tensors, with_head
+from m2d_embed.finetune.network import Classifier, build_classifier, merged_tensors
 from m2d_embed.finetune.optim import Average, layer_groups, loss_per_row, scaled_decay
 from m2d_embed.finetune.recipe import ALL_FOLDS, FinetuneRecipe, whole_columns
 from m2d_embed.finetune.task import Parts, check_contents, choose_fold, choose_parts, notes_on, read_task
@@ -444,7 +444,19 @@ class _Run:
             name=f"{recipe.data_name}-{begun_from}",
             source=f"m2d_embed.finetune on {recipe.data_name}, begun from {begun_from}",
         )
-        return with_head(named, self.task.clips.label_names, recipe.features, self.task.multi_label)
+        head = HeadConfig(self.task.clips.label_names, recipe.features, self.task.multi_label, self._pooling(base))
+        return dataclasses.replace(named, head=head)
+
+    def _pooling(self, base: ModelConfig) -> ScenePooling:
+        chosen = self.recipe.scene_pooling
+        if not self.task.per_column:
+            return chosen or base.scene_pooling
+        if chosen == "mean_std":
+            raise ConfigError(
+                "scene_pooling=mean_std is of whole clips, and the labels are events, which single time columns are "
+                "judged for; leave it out."
+            )
+        return "mean"
 
     def _read_clips(self) -> None:
         """Look at every file before the first step."""

@@ -1,21 +1,21 @@
 """What is fine-tuned: an encoder, perhaps with adapters, and a classification head.
 
 In evaluation mode a padded crop has the logits that ``M2D.logits`` gives for its audio alone: padding takes no part in
-attention, in the mean over time, or in the statistics of the batch.
+attention, in mean and standard deviation over time, or in the statistics of the batch.
 """
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from m2d_embed.config import HeadConfig, ModelConfig
+from m2d_embed.collectors import pool_padded_scene
+from m2d_embed.config import ModelConfig
 from m2d_embed.encoder import Encoder
 from m2d_embed.errors import ConfigError, UnsupportedError
 from m2d_embed.finetune.recipe import LoraSection
@@ -91,8 +91,7 @@ class Classifier(nn.Module):
         features = patches.transpose(1, 2).flatten(2) if stacked else patches.mean(dim=1)  # (B, T, D)
         if self.per_column:
             return self._normalised_logits(features, mask)
-        weights = mask.float()[..., None]
-        scenes = (features * weights).sum(dim=1) / weights.sum(dim=1).clamp_min(1)
+        scenes = pool_padded_scene(features, mask, self.config.head.scene_pooling)
         return self._normalised_logits(scenes, mask.any(dim=1))
 
     def _normalised_logits(self, features: Tensor, mask: Tensor) -> Tensor:
@@ -136,13 +135,6 @@ def build_classifier(base: M2D, config: ModelConfig, per_column: bool, seed: int
     )
     network.encoder.load_state_dict(tensors)
     return network
-
-
-def with_head(
-    config: ModelConfig, labels: tuple[str, ...], features: Literal["stacked", "flat"], multi_label: bool
-) -> ModelConfig:
-    """The configuration with a head for these labels."""
-    return dataclasses.replace(config, head=HeadConfig(labels, features, multi_label))
 
 
 def freeze(network: Classifier, encoder: bool, patch_embed: bool) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from m2d_embed.config import ModelConfig, from_dict
+from m2d_embed.config import ModelConfig, ScenePooling, from_dict
 from m2d_embed.errors import ConfigError
 from m2d_embed.registry import BUNDLED_NAME
 from m2d_embed.training.settings import flatten, override, read_yaml, require, to_plain, to_yaml
@@ -77,6 +77,8 @@ class FinetuneRecipe:
 
     Model:
         features: what the head sees: "stacked" patches of a time column (``F * d``), or their mean, "flat" (``d``).
+        scene_pooling: what it sees of a clip: their "mean" over time, or "mean_std", followed by the standard
+            deviation; null is as the model's scene embeddings. Of events it sees single columns, so it is "mean".
         freeze_encoder: train the head alone.
         freeze_patch_embed: keep the patch embedding (Kumar et al., arXiv 2211.09359).
         layer_decay: each layer's learning rate is this share of that of the layer above it (Clark et al., arXiv
@@ -119,6 +121,7 @@ class FinetuneRecipe:
     fold: str | None = None
     label_column: str = ""
     features: Literal["stacked", "flat"] = "stacked"
+    scene_pooling: ScenePooling | None = None
     freeze_encoder: bool = False
     freeze_patch_embed: bool = False
     layer_decay: float = 0.75
