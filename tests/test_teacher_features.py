@@ -7,6 +7,7 @@ import pytest
 import soundfile
 
 from benchmarks.pretraining import yamnet_features
+from benchmarks.pretraining.targets import todo
 
 HOP = 7680.0
 
@@ -80,3 +81,11 @@ def test_files_and_manifest(loudness, tmp_path, monkeypatch):
     yamnet_features.main(corpus / "manifest.csv", tmp_path / "yamnet.tflite", output, hop=480.0, processes=1)
     assert (output / rows[0]["features"]).stat().st_mtime_ns == before
     assert (output / rows[1]["features"]).exists()
+
+
+@pytest.mark.parametrize("file", ["/corpus/audio/a.wav", "../corpus/audio/a.wav", "audio/../../a.wav"])
+def test_features_are_written_into_their_folder_alone(file, tmp_path):
+    manifest = tmp_path / "manifest.csv"
+    manifest.write_text(f"file,seconds\n{file},1\n")
+    with pytest.raises(SystemExit, match=r"a\.wav: the files of a manifest must lie below it"):
+        todo(manifest, tmp_path / "features")

@@ -3,7 +3,7 @@
 import csv
 import os
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ def read_rows(manifest: Path) -> list[dict[str, str]]:
 
 
 def todo(manifest: Path, output: Path) -> list[Job]:
-    """The clips of a manifest whose features are not there yet."""
+    """The clips of a manifest whose features are not there yet. SystemExit if files lie elsewhere than below it."""
     jobs = [
         Job(manifest.parent / row["file"], float(row["seconds"]), output / _features(row))
         for row in read_rows(manifest)
@@ -55,4 +55,11 @@ def write_manifest(manifest: Path, output: Path) -> None:
 
 
 def _features(row: dict[str, str]) -> str:
-    return f"{row['file']}.npy"
+    """Where in the output folder the features of a clip are; nowhere else, whatever a manifest says."""
+    file = PurePath(row["file"])
+    if file.is_absolute() or ".." in file.parts:
+        raise SystemExit(
+            f"{file}: the files of a manifest must lie below it, as their features will lie in the output folder the "
+            "same way; give the manifest of the corpus itself, with paths relative to it."
+        )
+    return f"{file}.npy"
