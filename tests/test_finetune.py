@@ -24,6 +24,8 @@ from m2d_embed import cli
 from m2d_embed.config import HeadConfig
 from m2d_embed.encoder import attend, sincos_positions
 from m2d_embed.errors import AudioError, ConfigError, TrainingError
+from m2d_embed.evaluate.labelled import read_labelled
+from m2d_embed.evaluate.linear_probe import linear_predictions
 from m2d_embed.finetune import evaluate, loop
 from m2d_embed.finetune.augment import kept_patches
 from m2d_embed.finetune.crops import TrainingClips, num_columns
@@ -373,9 +375,33 @@ def test_the_head_sees_what_scene_embeddings_of_the_model_are_made_of(recipe, tm
         assert top.score == pytest.approx(float(row[top.label]), abs=1e-4)
 
 
-def test_a_head_of_standard_deviations_is_not_for_events(recipe, events):
-    with pytest.raises(ConfigError, match=r"scene_pooling=mean_std is of whole clips.*leave it out"):
-        finetune(recipe("scene_pooling=mean_std", data=events))
+@pytest.mark.parametrize("setting", ["scene_pooling=mean_std", "head_start=probe"])
+def test_what_is_of_whole_clips_is_not_for_events(recipe, events, setting):
+    with pytest.raises(ConfigError, match=rf"{setting} is of whole clips.*leave it out"):
+        finetune(recipe(setting, data=events))
+
+
+@pytest.mark.parametrize("table", ["tones.csv", "several.csv"])
+@pytest.mark.parametrize("settings", [(), ("lora.rank=2",), ("features=flat", "scene_pooling=mean_std")])
+def test_fine_tuning_begins_where_the_linear_probe_ends(recipe, tones, base, table, settings):
+    """A run whose steps change nothing says of the tested clips what the linear probe says."""
+    run = recipe("steps=1", "lr=1e-12", "ema_decay=0", *settings, data=tones / table)
+    finetune(run)
+    model = m2d_embed.load_model(str(base), flat="features=flat" in settings)
+    model.features = dataclasses.replace(model.features, scene_pooling=exported(run).config.head.scene_pooling)
+    clips = read_labelled(tones / table)
+    embeddings = np.stack([model.encode(file) for file in clips.files])
+    probed = next(iter(linear_predictions(embeddings, clips)))
+    said = {Path(row["file"]).name: row for row in predictions(run)}
+    assert len(said) == len(probed.test) > 0
+    for row, scores in zip(probed.test, probed.scores, strict=True):
+        found = [float(said[clips.files[row].name][label]) for label in clips.label_names]
+        assert found == pytest.approx(scores.tolist(), abs=0.02)
+
+
+def test_a_head_that_begins_at_random(recipe, capsys):
+    finetune(recipe("steps=1", "head_start=random"))
+    assert "begins as the linear probe" not in capsys.readouterr().err
 
 
 def test_several_labels_a_clip(recipe, tones):
@@ -509,7 +535,7 @@ def test_validation_keeps_the_best_epoch_and_ends_the_run(recipe, tones, monkeyp
         return "accuracy", next(said)
 
     monkeypatch.setattr(evaluate, "main_score", score)
-    run = recipe("epochs=5", "patience=2", "mixup=0", data=tones / "split.csv")
+    run = recipe("epochs=5", "patience=2", "mixup=0", "head_start=random", data=tones / "split.csv")
     finetune(run)
     assert len(kept) == 4
     assert results(run)["best"] == {"step": 2, "score": 0.9, "name": "accuracy"}
@@ -527,13 +553,28 @@ def test_validation_keeps_the_best_epoch_and_ends_the_run(recipe, tones, monkeyp
 def test_patience_is_kept_over_a_stop(recipe, tones, monkeypatch):
     said = iter([0.9, 0.5, 0.4, 0.3, 0.2])
     monkeypatch.setattr(evaluate, "main_score", lambda *_: ("accuracy", next(said)))
-    run = recipe("epochs=5", "patience=2", data=tones / "split.csv")
+    run = recipe("epochs=5", "patience=2", "head_start=random", data=tones / "split.csv")
     with monkeypatch.context() as patched:
         stop_at(patched, 2)
         assert finetune(run) is None
     assert finetune(run) is not None
     assert results(run)["steps"] == 3
     assert results(run)["best"]["step"] == 1
+
+
+def test_the_probe_is_kept_if_fine_tuning_is_no_better(recipe, tones, monkeypatch):
+    said = iter([0.9, 0.5, 0.4])
+    monkeypatch.setattr(evaluate, "main_score", lambda *_: ("accuracy", next(said)))
+    run = recipe("epochs=5", "patience=2", data=tones / "split.csv")
+    finetune(run)
+    assert results(run)["steps"] == 2
+    assert results(run)["best"] == {"step": 0, "score": 0.9, "name": "accuracy"}
+    assert [row["step"] for row in RunLog.read(run.folder) if "valid/accuracy" in row] == [0, 1, 2]
+    untouched = recipe("steps=1", "lr=1e-12", "ema_decay=0", data=tones / "split.csv", output="probe")
+    monkeypatch.setattr(evaluate, "main_score", lambda *_: ("accuracy", 0.9))
+    finetune(untouched)
+    for row, expected in zip(predictions(run), predictions(untouched), strict=True):
+        assert float(row["high"]) == pytest.approx(float(expected["high"]), abs=1e-3)
 
 
 def test_patience_without_a_validation_part_holds_some_out(recipe):
@@ -593,7 +634,8 @@ def test_another_window(recipe):
 
 
 def test_bf16_follows_float32(recipe):
-    exact, half = recipe("steps=3", output="exact"), recipe("steps=3", "precision=bf16", output="half")
+    exact = recipe("steps=3", "lr=1e-3", output="exact")
+    half = recipe("steps=3", "lr=1e-3", "precision=bf16", output="half")
     finetune(exact)
     finetune(half)
     assert losses(half.folder) == pytest.approx(losses(exact.folder), abs=0.03)

@@ -12,7 +12,7 @@ from conftest import DATA
 from m2d_embed.errors import ConfigError, UnsupportedError
 from m2d_embed.evaluate import linear_probe, mlp_probe, probes
 from m2d_embed.evaluate.labelled import LabelledClips
-from m2d_embed.evaluate.linear_probe import choose_strength, linear_predictions
+from m2d_embed.evaluate.linear_probe import choose_strength, fit_layer, linear_predictions
 from m2d_embed.evaluate.mlp_probe import GRID, MlpSettings, mlp_predictions, num_trainings
 from m2d_embed.evaluate.probes import (
     PROBES,
@@ -250,6 +250,29 @@ def test_linear_probe_in_the_basis_of_the_clips_is_the_same(monkeypatch):
     monkeypatch.setattr(linear_probe, "rotate", lambda train, test: (train, test))
     assert 0.3 < rotated < 1.0
     assert rotated == linear_probe_accuracy(embeddings, clips, [0.01])
+
+
+@pytest.mark.parametrize("width", [5, 80])
+@pytest.mark.parametrize("labels_known", [(0, 1, 2), (0, 2), (1,)])
+def test_a_linear_layer_says_what_the_regression_says(width, labels_known):
+    rng = np.random.default_rng(0)
+    labels = rng.choice(labels_known, size=40).astype(np.int64)
+    x = (rng.standard_normal((40, width)) + labels[:, None]).astype(np.float32)
+    weight, bias = fit_layer(x, labels, 0.1, 3)
+    assert weight.shape == (3, width)
+    found = torch.from_numpy(x @ weight.T + bias).softmax(-1).numpy()
+    [expected] = linear_probe._fitted_scores(x, labels, x, [0.1], 3)
+    np.testing.assert_allclose(found, expected, atol=5e-3)
+    assert (weight[[label for label in range(3) if label not in labels_known]] == 0).all()
+
+
+def test_a_linear_layer_of_several_labels_says_what_the_regressions_say():
+    rng = np.random.default_rng(0)
+    labels = rng.random((40, 4)) < np.array([0.5, 0.3, 1.0, 0.0])
+    x = (rng.standard_normal((40, 6)) + labels @ rng.standard_normal((4, 6))).astype(np.float32)
+    weight, bias = fit_layer(x, labels, 1.0, 4)
+    [expected] = linear_probe._fitted_scores(x, labels, x, [1.0], 4)
+    np.testing.assert_allclose(torch.from_numpy(x @ weight.T + bias).sigmoid().numpy(), expected, atol=2e-3)
 
 
 @pytest.mark.parametrize("several", [False, True])

@@ -18,6 +18,7 @@ STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 _TOLERANCE = 1e-3  # of the fit: a tenth of it takes three times as long and moves the accuracy by less than its error
 _MAX_ITERATIONS = 200
+_SURE = 10.0  # the logit of a label that was never otherwise
 
 
 def linear_predictions(
@@ -64,10 +65,16 @@ def rotate(train: Vectors, test: Vectors) -> tuple[Vectors, Vectors]:
     An L2-regularised linear model is the same in either basis, as its weights lie in the span of the training rows; but
     there are fewer of them to fit.
     """
-    if len(train) >= train.shape[1]:
-        return train, test
-    basis, _ = np.linalg.qr(train.T)  # (D, n)
-    return train @ basis, test @ basis
+    rows, basis = _in_span(train)
+    return rows, test if basis is None else test @ basis
+
+
+def _in_span(x: Vectors) -> tuple[Vectors, Vectors | None]:
+    """Rows (n, D) in an orthonormal basis of theirs, and the basis (D, n); as they are and None if n >= D."""
+    if len(x) >= x.shape[1]:
+        return x, None
+    basis, _ = np.linalg.qr(x.T)
+    return x @ basis, basis
 
 
 def choose_strength(
@@ -92,6 +99,36 @@ def choose_strength(
             break
         best, least = strength, loss
     return best
+
+
+def fit_layer(x: Vectors, labels: Integers | Bools, strength: float, num_labels: int) -> tuple[Vectors, Vectors]:
+    """The regressions as a linear layer, whose outputs go through a softmax or, of several labels a clip, sigmoids.
+
+    Args:
+        x: (n, D) rows to fit to.
+        labels: (n,) int64, or (n, L) bool.
+        strength: scikit-learn's ``C``.
+        num_labels: L.
+
+    Returns:
+        Weights (L, D) and biases (L,). A label that all rows or none have is told by its bias alone.
+    """
+    rows, basis = _in_span(x)
+    weight, bias = np.zeros((num_labels, rows.shape[1])), np.full(num_labels, -_SURE)
+    if labels.ndim == 2:
+        bias[labels.all(axis=0)] = _SURE
+        for label in np.flatnonzero(labels.any(axis=0) & ~labels.all(axis=0)):
+            fitted = _fit(_regression(), rows, labels[:, label], strength)
+            weight[label], bias[label] = fitted.coef_[0], fitted.intercept_[0]
+    elif len(classes := np.unique(labels)) > 1:
+        fitted = _fit(_regression(), rows, labels, strength)
+        # Of two classes there is one regression, for the second; a softmax of its halves is its sigmoid.
+        of_two = np.array([[-0.5], [0.5]])
+        weight[classes] = fitted.coef_ if len(classes) > 2 else of_two * fitted.coef_
+        bias[classes] = fitted.intercept_ if len(classes) > 2 else of_two[:, 0] * fitted.intercept_
+    else:
+        bias[classes] = _SURE
+    return (weight if basis is None else weight @ basis.T).astype(np.float32), bias.astype(np.float32)
 
 
 def _log_loss(labels: Integers | Bools, trained: Integers | Bools, scores: Scores) -> float:

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -32,6 +33,7 @@ from m2d_embed.finetune.crops import Batch, EvaluationClips, TrainingClips, long
 from m2d_embed.finetune.export import ADAPTER_FOLDER, EXPORT_FOLDER, RESULTS_FILE, export, write_json
 from m2d_embed.finetune.network import Classifier, build_classifier, merged_tensors
 from m2d_embed.finetune.optim import Average, layer_groups, loss_per_row, scaled_decay
+from m2d_embed.finetune.probe_start import probe_head
 from m2d_embed.finetune.recipe import ALL_FOLDS, FinetuneRecipe, whole_columns
 from m2d_embed.finetune.task import Parts, check_contents, choose_fold, choose_parts, notes_on, read_task
 from m2d_embed.model import M2D
@@ -137,6 +139,8 @@ class _Run:
         self.config = previous.config if previous is not None else ModelConfig()
         self.network = self._build(previous)
         self._read_clips()
+        if previous is None and self._head_start() == "probe":
+            self._begin_as_probe()
         self.per_epoch = max(1, round(len(self.train_clips) / recipe.batch_size))
         self.total = recipe.steps if recipe.steps is not None else max(1, round(recipe.epochs * self.per_epoch))
         self.average = Average(self.network, scaled_decay(recipe.ema_decay, self.total))
@@ -167,12 +171,14 @@ class _Run:
         if self.done:
             return True
         main = self.accelerator.is_main_process
-        log = RunLog(self.recipe.folder, self.step + 1, _EXTRA) if main else None
+        log = RunLog(self.recipe.folder, self.step + 1 if self.step else 0, _EXTRA) if main else None
         if main:
             self._announce()
         bar = tqdm(total=self.total, initial=self.step, unit="step", disable=None if main else True)
         shares = self._shares()
         try:
+            if self.step == 0 and self._head_start() == "probe":
+                self._validate(log)  # fine-tuning may add nothing to the probe, which then is what is kept
             with bar:
                 while not self.done and not stop_agreed(self.accelerator, self.stop):
                     values = self._step(next(shares))
@@ -457,6 +463,29 @@ class _Run:
                 "judged for; leave it out."
             )
         return "mean"
+
+    def _head_start(self) -> str:
+        chosen = self.recipe.head_start
+        if not self.task.per_column:
+            return chosen or "probe"
+        if chosen == "probe":
+            raise ConfigError(
+                "head_start=probe is of whole clips, and the labels are events, which single time columns are judged "
+                "for; leave it out."
+            )
+        return "random"
+
+    def _begin_as_probe(self) -> None:
+        """In the main process alone: when the model is wrapped for several, it sends them its weights."""
+        if not self.accelerator.is_main_process:
+            return
+        recipe, parts = self.recipe, self.parts
+        rows = np.concatenate([parts.train, parts.valid])
+        clips = EvaluationClips(self.config, self.task.data, rows, recipe.eval_batch_size)
+        model = self._as_model(self._merged(dict(self.network.state_dict())))
+        strength = probe_head(model, clips, self.task.clips, parts, self.fold)
+        self.network.head.load_state_dict(model.cpu().tagging_head().state_dict())
+        print(f"the head begins as the linear probe (C = {strength:g})", file=sys.stderr)
 
     def _read_clips(self) -> None:
         """Look at every file before the first step."""

@@ -79,6 +79,8 @@ class FinetuneRecipe:
         features: what the head sees: "stacked" patches of a time column (``F * d``), or their mean, "flat" (``d``).
         scene_pooling: what it sees of a clip: their "mean" over time, or "mean_std", followed by the standard
             deviation; null is as the model's scene embeddings. Of events it sees single columns, so it is "mean".
+        head_start: "probe", the head begins as the linear probe of the encoder as it is (LP-FT; Kumar et al., arXiv
+            2202.10054), or "random"; null is "probe" for clips and "random" for events, which have no other.
         freeze_encoder: train the head alone.
         freeze_patch_embed: keep the patch embedding (Kumar et al., arXiv 2211.09359).
         layer_decay: each layer's learning rate is this share of that of the layer above it (Clark et al., arXiv
@@ -122,6 +124,7 @@ class FinetuneRecipe:
     label_column: str = ""
     features: Literal["stacked", "flat"] = "stacked"
     scene_pooling: ScenePooling | None = None
+    head_start: Literal["probe", "random"] | None = None
     freeze_encoder: bool = False
     freeze_patch_embed: bool = False
     layer_decay: float = 0.75
