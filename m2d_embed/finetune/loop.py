@@ -48,6 +48,7 @@ from m2d_embed.training.stop import Stop
 RECIPE_FILE = "recipe.yaml"
 PREDICTIONS_FILE = "predictions.csv"
 _EXTRA = "eval"
+_RATES = {"probe": 3e-4, "random": 1e-3}  # of learning, by what the head begins as
 
 
 class Outcome(NamedTuple):
@@ -139,13 +140,15 @@ class _Run:
         self.config = previous.config if previous is not None else ModelConfig()
         self.network = self._build(previous)
         self._read_clips()
-        if previous is None and self._head_start() == "probe":
+        self.head_start = self._head_start()
+        self.lr = recipe.lr or _RATES[self.head_start]
+        if previous is None and self.head_start == "probe":
             self._begin_as_probe()
         self.per_epoch = max(1, round(len(self.train_clips) / recipe.batch_size))
         self.total = recipe.steps if recipe.steps is not None else max(1, round(recipe.epochs * self.per_epoch))
         self.average = Average(self.network, scaled_decay(recipe.ema_decay, self.total))
-        groups = layer_groups(self.network, recipe.lr, recipe.layer_decay, recipe.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
+        groups = layer_groups(self.network, self.lr, recipe.layer_decay, recipe.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, fused=True)
         self.model, self.optimizer = self.accelerator.prepare(self.network, optimizer)
         self.average.to(self.accelerator.device)
         self.step, self.saved, self.seconds = 0, -1, 0.0
@@ -177,7 +180,7 @@ class _Run:
         bar = tqdm(total=self.total, initial=self.step, unit="step", disable=None if main else True)
         shares = self._shares()
         try:
-            if self.step == 0 and self._head_start() == "probe":
+            if self.step == 0 and self.head_start == "probe":
                 self._validate(log)  # fine-tuning may add nothing to the probe, which then is what is kept
             with bar:
                 while not self.done and not stop_agreed(self.accelerator, self.stop):
@@ -211,7 +214,7 @@ class _Run:
     def _step(self, share: _Share) -> dict[str, float]:
         """One optimiser step. Returns what to log."""
         recipe = self.recipe
-        rate = learning_rate(self.step, self.total, recipe.warmup, recipe.lr)
+        rate = learning_rate(self.step, self.total, recipe.warmup, self.lr)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
         began = time.perf_counter()

@@ -103,6 +103,7 @@ class FinetuneRecipe:
         epochs, steps: length; steps, if given, count instead of epochs.
         batch_size: clips a step, on all devices together.
         lr: the highest learning rate, of the head; reached after the share ``warmup`` of the run, then a cosine to 0.
+            null is 3e-4 for a head that begins as a probe, 1e-3 for one that begins at random.
         weight_decay: of matrices; biases and norms have none.
         clip_norm: the longest gradient.
         ema_decay: of the average of the weights that is tested and exported; null averages over about the last
@@ -138,10 +139,10 @@ class FinetuneRecipe:
     spec_augment: SpecAugmentSection = field(default_factory=SpecAugmentSection)
     patch_dropout: tuple[int, int] = (0, 0)
     label_smoothing: float = 0.1
-    epochs: float = 30.0
+    epochs: float = 20.0
     steps: int | None = None
     batch_size: int = 32
-    lr: float = 1e-3
+    lr: float | None = None
     weight_decay: float = 0.05
     warmup: float = 0.1
     clip_norm: float = 3.0
