@@ -159,8 +159,8 @@ def multi_label(scores: dict[str, Any], name: str) -> bool:
 def finetuning_table(result: dict[str, Any]) -> str:
     lines = [
         "The bundled model fine-tuned, against the linear probe of the same model trained on the same clips; accuracy "
-        "in % with half the width of its 95 % bootstrap interval. The default settings were chosen among some twenty by "
-        "results on these same folds, so what they gain is likely less on other data; the probe chose nothing on them.",
+        "in % with half the width of its 95 % bootstrap interval. The default settings were chosen among some twenty "
+        "by results on these same folds, so on other data they likely gain less; the probe chose nothing on them.",
         "",
         "| set | tested | linear probe | fine-tuned | minutes of training |",
         "| --- | --- | ---: | ---: | ---: |",
