@@ -17,6 +17,7 @@ import soundfile
 import torch
 import torch.nn.functional as F
 from conftest import TINY, random_model
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import m2d_embed
@@ -399,6 +400,36 @@ def test_fine_tuning_begins_where_the_linear_probe_ends(recipe, tones, base, tab
         assert found == pytest.approx(scores.tolist(), abs=0.02)
 
 
+@pytest.mark.parametrize("settings", [(), ("lora.rank=2",), ("scene_pooling=mean_std", "head_start=random")])
+def test_the_head_normalises_with_statistics_of_whole_clips(recipe, tones, settings):
+    """Not with those of the crops it was trained on, which augmentation has changed."""
+    run = recipe(*settings)
+    finetune(run)
+    model = exported(run)
+    model.features = model.head_features()
+    clips = read_labelled(tones / "tones.csv")
+    trained, _ = clips.split(0)
+    scenes = np.stack([model.encode(clips.files[row]) for row in trained])
+    np.testing.assert_allclose(model.head.norm.running_mean, scenes.mean(axis=0), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(model.head.norm.running_var, scenes.var(axis=0), rtol=1e-2, atol=1e-4)
+    if settings[:1] == ("lora.rank=2",):
+        saved = load_file(run.folder / "adapter" / "head.safetensors")
+        assert torch.equal(saved["head.norm.running_mean"], model.head.norm.running_mean)
+
+
+def test_the_head_for_events_normalises_with_statistics_of_columns(recipe, events):
+    run = recipe("steps=1", data=events)
+    finetune(run)
+    model = exported(run)
+    model.features = model.head_features()
+    with events.open(newline="") as stream:
+        files = [row["file"] for row in csv.DictReader(stream) if row["fold"] != "0"]
+    audio = [torch.from_numpy(soundfile.read(events.parent / file, dtype="float32")[0]) for file in files]
+    with torch.no_grad():
+        columns = torch.cat([model.encode_frames(samples[None])[0] for samples in audio]).numpy()
+    np.testing.assert_allclose(model.head.norm.running_mean, columns.mean(axis=0), rtol=1e-3, atol=1e-3)
+
+
 def test_a_head_that_begins_at_random(recipe, capsys):
     finetune(recipe("steps=1", "head_start=random"))
     assert "begins as the linear probe" not in capsys.readouterr().err
@@ -601,7 +632,6 @@ def test_frozen_parts_stay_as_they_are(recipe, base):
 
 def test_adapters_are_merged_on_export(recipe, base):
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
-    from safetensors.torch import load_file
 
     run = recipe("steps=4", "lora.rank=2", "lora.targets=[qkv, fc2]")
     finetune(run)

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ from m2d_embed.finetune import evaluate, network
 from m2d_embed.finetune.augment import KeptPatches, frequency_warp, kept_patches, mixup, random_gain, spec_augment
 from m2d_embed.finetune.crops import Batch, EvaluationClips, TrainingClips, longest_frames
 from m2d_embed.finetune.export import ADAPTER_FOLDER, EXPORT_FOLDER, RESULTS_FILE, export, write_json
+from m2d_embed.finetune.head_statistics import take_statistics
 from m2d_embed.finetune.network import Classifier, build_classifier, merged_tensors
 from m2d_embed.finetune.optim import Average, layer_groups, loss_per_row, scaled_decay
 from m2d_embed.finetune.probe_start import probe_head
@@ -48,6 +50,7 @@ from m2d_embed.training.stop import Stop
 RECIPE_FILE = "recipe.yaml"
 PREDICTIONS_FILE = "predictions.csv"
 _EXTRA = "eval"
+_STATISTICS_OF = 2000  # clips at most, drawn by the seed: enough for a mean and a variance
 _RATES = {"probe": 3e-4, "random": 1e-3}  # of learning, by what the head begins as
 
 
@@ -313,7 +316,7 @@ class _Run:
 
     def _validation_score(self) -> tuple[str, float]:
         assert self.valid_clips is not None
-        model = self._as_model(self._merged(self.average.tensors))
+        model = self._as_model(self._with_statistics(self._merged(self.average.tensors)))
         predicted = evaluate.predict(model, self.valid_clips, self.task.per_column)
         return evaluate.main_score(self.task, self.valid_clips, predicted)
 
@@ -322,7 +325,8 @@ class _Run:
         outcome = Outcome(self.recipe.folder, self.recipe.folder / EXPORT_FOLDER, {}, {})
         if self.accelerator.is_main_process:
             averages = self._final_averages()
-            tensors = self._merged(averages)
+            tensors = self._with_statistics(self._merged(averages))
+            averages = averages | {name: tensor for name, tensor in tensors.items() if name.startswith("head.")}
             predicted: evaluate.Predictions = {}
             scores: dict[str, dict[str, Any]] = {}
             if self.test_clips is not None:
@@ -341,6 +345,19 @@ class _Run:
     def _merged(self, averages: dict[str, Tensor]) -> dict[str, Tensor]:
         """Averaged weights by the names of ``M2D.state_dict()``, on the CPU."""
         return _on_cpu(merged_tensors(self.network, averages))
+
+    def _with_statistics(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights by the names of ``M2D.state_dict()``, whose head normalises as whole training clips ask for."""
+        model = self._as_model(tensors)
+        take_statistics(model, self._clips_for_statistics, self.task.per_column)
+        return _on_cpu(model.state_dict())
+
+    @cached_property
+    def _clips_for_statistics(self) -> EvaluationClips:
+        rows = self.parts.train
+        if len(rows) > _STATISTICS_OF:
+            rows = np.sort(np.random.default_rng(self.recipe.seed).choice(rows, _STATISTICS_OF, replace=False))
+        return EvaluationClips(self.config, self.task.data, rows, self.recipe.eval_batch_size)
 
     def _final_averages(self) -> dict[str, Tensor]:
         """The averaged weights to export: those of the best epoch, or the last ones."""
