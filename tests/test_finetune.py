@@ -431,8 +431,16 @@ def test_the_head_for_events_normalises_with_statistics_of_columns(recipe, event
 
 
 def test_a_head_that_begins_at_random(recipe, capsys):
-    finetune(recipe("steps=1", "head_start=random"))
+    run = recipe("steps=1", "head_start=random", "lr=null")
+    finetune(run)
     assert "begins as the linear probe" not in capsys.readouterr().err
+    assert (results(run)["head_start"], results(run)["lr"]) == ("random", 1e-3)
+
+
+def test_the_rate_after_a_probe_is_lower(recipe):
+    run = recipe("steps=1", "lr=null")
+    finetune(run)
+    assert (results(run)["head_start"], results(run)["lr"]) == ("probe", 3e-4)
 
 
 def test_several_labels_a_clip(recipe, tones):

@@ -141,10 +141,10 @@ class _Run:
         self.notes = notes_on(self.task, self.fold)
         self.base = previous.extra["base"] if previous is not None else ""
         self.config = previous.config if previous is not None else ModelConfig()
-        self.network = self._build(previous)
-        self._read_clips()
         self.head_start = self._head_start()
         self.lr = recipe.lr or _RATES[self.head_start]
+        self.network = self._build(previous)
+        self._read_clips()
         if previous is None and self.head_start == "probe":
             self._begin_as_probe()
         self.per_epoch = max(1, round(len(self.train_clips) / recipe.batch_size))
@@ -388,6 +388,8 @@ class _Run:
             "scores": scores,
             "per_label": evaluate.per_label(self.task, predicted) if predicted else {},
             "best": self.best,
+            "head_start": self.head_start,
+            "lr": self.lr,
             "steps": self.step,
             "epochs": self.step / self.per_epoch,
             "training_seconds": round(self.seconds, 1),
