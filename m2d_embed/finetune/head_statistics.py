@@ -11,7 +11,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from m2d_embed.evaluate.labelled import Integers
 from m2d_embed.finetune.crops import EvaluationClips
+from m2d_embed.heads.tagging import TaggingHead
 from m2d_embed.model import M2D
 
 
@@ -24,19 +26,23 @@ def take_statistics(model: M2D, clips: EvaluationClips, per_column: bool) -> Non
         clips: to take them of.
         per_column: of the time columns, as for events; else of whole clips.
     """
-    norm = model.tagging_head().norm
     count, total, squares = 0, torch.zeros(()), torch.zeros(())
-    for seen in _seen(model, clips, per_column):
+    for _, seen in seen_by_head(model, clips, per_column):
         count, total, squares = count + len(seen), total + seen.sum(dim=0), squares + seen.square().sum(dim=0)
     mean = total / count
-    assert norm.running_mean is not None and norm.running_var is not None  # they are kept, by default
-    norm.running_mean.copy_(mean)
-    norm.running_var.copy_((squares / count - mean.square()).clamp_min(0))
+    set_statistics(model.tagging_head(), mean, (squares / count - mean.square()).clamp_min(0))
 
 
-def _seen(model: M2D, clips: EvaluationClips, per_column: bool) -> Iterator[Tensor]:
-    """What the head sees of clip after clip, (n, D) float64 on the CPU."""
+def set_statistics(head: TaggingHead, mean: Tensor, variance: Tensor) -> None:
+    """Have a head normalise with this mean and this variance, (D,) each."""
+    assert head.norm.running_mean is not None and head.norm.running_var is not None  # they are kept, by default
+    head.norm.running_mean.copy_(mean)
+    head.norm.running_var.copy_(variance)
+
+
+def seen_by_head(model: M2D, clips: EvaluationClips, per_column: bool) -> Iterator[tuple[Integers, Tensor]]:
+    """Rows of clips, and what the head sees of them, (n, D) float64 on the CPU: a row a clip, or a row a column."""
     model.features = model.head_features()
-    for _, log_mel in clips:
+    for rows, log_mel in clips:
         moved = log_mel.to(model.device)
-        yield (model.encode_frames(moved).flatten(0, 1) if per_column else model.scene(moved)).double().cpu()
+        yield rows, (model.encode_frames(moved).flatten(0, 1) if per_column else model.scene(moved)).double().cpu()

@@ -7,14 +7,13 @@ knows: "linear probing then fine-tuning" (LP-FT; Kumar et al., arXiv 2202.10054,
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from m2d_embed.evaluate.labelled import LabelledClips
 from m2d_embed.evaluate.linear_probe import STRENGTHS, choose_strength, fit_layer, rotate
 from m2d_embed.finetune.crops import EvaluationClips
+from m2d_embed.finetune.head_statistics import seen_by_head, set_statistics
 from m2d_embed.finetune.task import Parts
-from m2d_embed.heads.tagging import TaggingHead
 from m2d_embed.model import M2D
 
 
@@ -33,10 +32,13 @@ def probe_head(model: M2D, clips: EvaluationClips, labelled: LabelledClips, part
         The strength chosen, scikit-learn's ``C``.
     """
     head = model.tagging_head().cpu()
-    seen = _features(model, clips, len(labelled))
+    seen = torch.zeros(len(labelled), model.config.head_dim, dtype=torch.float64)
+    for rows, scenes in seen_by_head(model, clips, per_column=False):
+        seen[rows] = scenes
+    variance, mean = torch.var_mean(seen[parts.train], dim=0, correction=0)
+    set_statistics(head, mean, variance)
     known = np.concatenate([parts.train, parts.valid])
-    _set_statistics(head, seen[parts.train])
-    x = head.norm(torch.from_numpy(seen[known])).numpy()
+    x = head.norm(seen[known].float()).numpy()
     held_out = np.isin(known, labelled.hold_out(labelled.test_folds()[0] if fold is None else fold)[1])
     labels, count = labelled.labels, len(labelled.label_names)
     strength = choose_strength(rotate(x, x)[0], labels[known], held_out, STRENGTHS, count)
@@ -45,17 +47,3 @@ def probe_head(model: M2D, clips: EvaluationClips, labelled: LabelledClips, part
     head.linear.bias.copy_(torch.from_numpy(bias))
     head.to(model.device)
     return strength
-
-
-def _features(model: M2D, clips: EvaluationClips, count: int) -> npt.NDArray[np.float32]:
-    """(count, D) float32: what the head sees of each clip, zeros for those that are not among ``clips``."""
-    features = np.zeros((count, model.config.head_dim), np.float32)
-    model.features = model.head_features()
-    for rows, log_mel in clips:
-        features[rows] = model.scene(log_mel.to(model.device)).cpu().numpy()
-    return features
-
-
-def _set_statistics(head: TaggingHead, features: npt.NDArray[np.float32]) -> None:
-    head.norm.running_mean = torch.from_numpy(features.mean(axis=0, dtype=np.float64)).float()
-    head.norm.running_var = torch.from_numpy(features.var(axis=0, dtype=np.float64)).float()
