@@ -570,11 +570,6 @@ def masks(
     print(output)
 
 
-@corpus_app.callback()
-def _corpus() -> None:
-    """Keep ``debian`` a subcommand, though it is the only one."""
-
-
 @corpus_app.command()
 def debian(
     out: Annotated[Path, typer.Option("--out", help="Folder of the corpus; what is there already is kept.")],
@@ -592,16 +587,35 @@ def debian(
     from m2d_embed.pretrain.corpus import build_debian, read_package_list
 
     with tqdm(unit="package", disable=None) as bar:
+        names = read_package_list(packages) if packages else None
+        summary = build_debian(out, names, workers, _corpus_progress(bar))
+    _end_corpus(summary, out)
 
-        def on_progress(message: str, done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-            tqdm.write(message, file=sys.stderr)
 
-        summary = build_debian(out, read_package_list(packages) if packages else None, workers, on_progress)
-    _print_corpus(summary, out)
-    if summary.missing or summary.failed:
-        raise typer.Exit(1)
+@corpus_app.command()
+def github(
+    out: Annotated[Path, typer.Option("--out", help="Folder of the corpus; what is there already is kept.")],
+    repositories: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file with one repository a line: owner/name, commit, pattern of the sounds' paths, kind, licence, "
+            "files that state it, separated by tabs; by default the list of m2d-embed."
+        ),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Repositories fetched and converted at a time.")] = 2,
+) -> None:
+    """Build a training corpus from the sounds in public git repositories. Needs git and the extra 'pretrain'.
+
+    Effects and ambience of free licences, at fixed commits: animals, machines, weather, rooms. The folder may be that
+    of 'corpus debian', whose manifest then tells of both. Give the same command again after an interruption.
+    """
+    _require_extra("pretrain", "av")
+    from m2d_embed.pretrain.corpus import build_repositories, read_repository_list
+
+    with tqdm(unit="repository", disable=None) as bar:
+        wanted = read_repository_list(repositories) if repositories else None
+        summary = build_repositories(out, wanted, workers, _corpus_progress(bar))
+    _end_corpus(summary, out)
 
 
 def _version(show: bool) -> None:
@@ -702,9 +716,19 @@ def _parse_layers(text: str) -> tuple[int, ...]:
         raise ConfigError(f"--layers takes numbers separated by commas, not {text!r}.") from None
 
 
-def _print_corpus(summary: CorpusSummary, out: Path) -> None:
+def _corpus_progress(bar: tqdm[Any]) -> Callable[[str, int, int], None]:
+    def on_progress(message: str, done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+        tqdm.write(message, file=sys.stderr)
+
+    return on_progress
+
+
+def _end_corpus(summary: CorpusSummary, out: Path) -> None:
+    """Tell of a corpus; exit with 1 if something that was asked for is not in it."""
     kinds = ", ".join(f"{kind} {hours:.2f} h" for kind, hours in summary.hours.items())
-    print(f"{out / 'manifest.csv'}: {sum(summary.hours.values()):.2f} h from {len(summary.done)} packages ({kinds})")
+    print(f"{out / 'manifest.csv'}: {sum(summary.hours.values()):.2f} h from {len(summary.done)} sources ({kinds})")
     print(
         f"left out: {summary.duplicates} duplicates, {summary.silent} silent and {summary.too_short} very short "
         f"pieces, {len(summary.undecodable)} members that cannot be decoded"
@@ -716,6 +740,8 @@ def _print_corpus(summary: CorpusSummary, out: Path) -> None:
     ):
         for name, reason in reasons.items():
             print(f"{what}: {name}: {reason}", file=sys.stderr)
+    if summary.missing or summary.failed:
+        raise typer.Exit(1)
 
 
 def _read_index(file: Path, model: M2D) -> tuple[list[str], Any]:

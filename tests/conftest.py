@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,10 @@ from m2d_embed.model import M2D
 
 # Threads of small operations wait for one another: on a machine that does something else besides, for very long.
 torch.set_num_threads(1)
+
+# A shell has what it starts in the background ignore SIGINT, and all that this starts, too; some tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DATA = Path(__file__).parent / "data"
 SHARED = Path(__file__).parents[2] / "shared"

@@ -20,6 +20,7 @@ import soundfile
 
 from m2d_embed.errors import AudioError
 from m2d_embed.pretrain.corpus import CorpusError, build_debian, kind_of, read_package_list
+from m2d_embed.pretrain.corpus.containers import deb_entries
 from m2d_embed.pretrain.corpus.convert import read_sound, segment_names
 from m2d_embed.pretrain.corpus.licences import Licences
 from m2d_embed.pretrain.corpus.members import Member, Unreadable, audio_members, what_is
@@ -210,7 +211,7 @@ def found_in(deb, tmp_path):
     scratch.mkdir(exist_ok=True)
     return [
         (m.path, m.file.read_bytes()) if isinstance(m, Member) else m
-        for m in audio_members(deb, scratch)
+        for m in audio_members(deb_entries(deb), scratch)
         if isinstance(m, Unreadable) or m.format != "copyright"
     ]
 
@@ -475,7 +476,7 @@ def test_a_rerun_goes_on_where_a_killed_run_was(archive):
     (archive.out / "audio" / "b-game" / "stale.flac").write_bytes(b"old")
     assert archive.build("a-game", "b-game") == first
     assert [message for message, *_ in archive.messages] == [
-        "1 packages were done before, 0 are missing",
+        "1 were done before, 0 are missing",
         "b-game: 0.00 h",
     ]
     assert len(archive.downloads()) == 2, "a verified download is not repeated"

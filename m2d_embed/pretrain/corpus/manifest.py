@@ -1,7 +1,7 @@
 """What is done, package by package, and the manifest of it all.
 
-Duplicates are found here, over all packages in the order of their names: so the result does not depend on the order in
-which the packages were made, nor on the number of processes that made them.
+Duplicates are found here, over all packages in the order of their names, then all repositories: so the result does not
+depend on the order in which they were made, nor on the number of processes that made them.
 """
 
 from __future__ import annotations
@@ -31,18 +31,21 @@ _SAME_LENGTH = 0.25  # seconds; codecs add some silence
 class SoundRecord:
     """One sound of a package: its member, length in seconds, hash of its samples, and its segments' (file, seconds).
 
-    Files are relative to the corpus.
+    Files are relative to the corpus. ``kind`` and ``licence`` are those that its source states; where it is None, they
+    are told from names, and from the package's statement of licences.
     """
 
     member: str
     seconds: float
     sha256: str
     segments: list[tuple[str, float]]
+    kind: Kind | None = None
+    licence: str | None = None
 
 
 @dataclass(frozen=True)
 class PackageRecord:
-    """What became of one package.
+    """What became of one package, or of one repository, ``owner/name``.
 
     ``silent`` and ``too_short`` count segments left out; ``undecodable`` are members and what was wrong with each.
     """
@@ -113,12 +116,17 @@ def forget(out: Path, package: str) -> None:
 
 def audio_folder(out: Path, package: str) -> Path:
     """Where a package's segments lie."""
-    return out / "audio" / package
+    return out / "audio" / file_stem(package)
 
 
 def copyright_file(out: Path, package: str) -> Path:
     """Where a package's copyright file lies."""
-    return out / "copyright" / f"{package}.txt"
+    return out / "copyright" / f"{file_stem(package)}.txt"
+
+
+def file_stem(package: str) -> str:
+    """What files and folders of a package are called."""
+    return package.replace("/", "+")
 
 
 def write_manifest(out: Path) -> CorpusSummary:
@@ -130,7 +138,8 @@ def write_manifest(out: Path) -> CorpusSummary:
         CorpusError: if a record is damaged.
     """
     found = (PackageRecord.read(file) for file in sorted((out / "done").glob("*.json")))
-    records = [record for record in found if record is not None]
+    # Repositories after packages: what both have stays with the package.
+    records = sorted((r for r in found if r is not None), key=lambda r: "/" in r.package)
     kept, duplicates, lost = _without_duplicates(out, records)
     rows = [row for record in records if record.package not in lost for row in _rows(out, record, kept)]
     temporary = out / "manifest.csv.part"
@@ -215,11 +224,11 @@ def _rows(
     for sound in record.sounds:
         if (record.package, sound.member) not in kept:
             continue
-        kind = kind_of(record.package, sound.member)
-        licence = licences.of(sound.member) if licences else SEE_COPYRIGHT
+        kind = sound.kind or kind_of(record.package, sound.member)
+        licence = sound.licence or (licences.of(sound.member) if licences else SEE_COPYRIGHT)
         for name, seconds in sound.segments:
             yield name, f"{seconds:.3f}", kind, record.package, record.version, sound.member, licence
 
 
 def _record_file(out: Path, package: str) -> Path:
-    return out / "done" / f"{package}.json"
+    return out / "done" / f"{file_stem(package)}.json"

@@ -1,4 +1,4 @@
-"""A Debian package -> its audio members, those inside archives inside it as well.
+"""The files of a package or repository -> its audio members, those inside archives inside it as well.
 
 What a member is tells its first bytes, and its name only where a format has no such mark. Members are copied to files
 of our own naming in a scratch folder: no path of an archive is ever written to.
@@ -92,17 +92,17 @@ class Unreadable:
     reason: str
 
 
-def audio_members(deb: Path, scratch: Path) -> Iterator[Member | Unreadable]:
-    """Audio members of a package, and its copyright file.
+def audio_members(entries: Entries, scratch: Path) -> Iterator[Member | Unreadable]:
+    """Audio members of a package or repository, and a package's copyright file.
 
     Args:
-        deb: the package's file.
+        entries: its files.
         scratch: an empty folder for copies.
 
     Raises:
         CorpusError: if the package itself cannot be read.
     """
-    yield from _walk(containers.deb_entries(deb), "", scratch, 1)
+    yield from _walk(entries, "", scratch, 1)
 
 
 def what_is(path: str, head: bytes) -> str | None:

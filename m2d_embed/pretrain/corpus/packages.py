@@ -15,6 +15,8 @@ from importlib import resources
 from pathlib import Path
 from urllib.parse import unquote
 
+from m2d_embed.pretrain.corpus import containers
+from m2d_embed.pretrain.corpus.containers import Entries
 from m2d_embed.pretrain.corpus.errors import CorpusError
 
 _BUILT_IN = "debian-packages.tsv"
@@ -31,6 +33,20 @@ class Deb:
     url: str
     file_name: str
     sha256: str
+
+    def entries(self, downloads: Path) -> Entries:
+        """Download the package, unless ``downloads`` has it, and read its files; one is its statement of licences.
+
+        Raises:
+            CorpusError: if it cannot be downloaded, or is damaged.
+        """
+        yield from containers.deb_entries(download(self, downloads))
+
+    def statement(self, downloads: Path) -> None:
+        """Nothing apart from what is among the files."""
+
+    def kind_and_licence(self, member: str) -> None:
+        """Nothing: kinds are told from names, licences from the statement."""
 
 
 def read_package_list(file: Path | None = None) -> list[str]:
@@ -65,7 +81,7 @@ def check_names(packages: Sequence[str], where: str) -> list[str]:
     return list(dict.fromkeys(packages))
 
 
-def check_tools() -> None:
+def check_debian_tools() -> None:
     """Raise CorpusError if this machine lacks a program or a library that building the corpus needs."""
     for program in ("apt-get", "dpkg-deb"):
         if shutil.which(program) is None:
