@@ -14,17 +14,12 @@ from typing import Annotated
 import torch
 import typer
 
-from m2d_embed.checkpoints import WEIGHT_FILES, Checkpoint, load_checkpoint, write_native
+from benchmarks.pretraining.encoders import read_encoder
+from m2d_embed.checkpoints import Checkpoint, write_native
 from m2d_embed.config import ModelConfig
-from m2d_embed.hub import HubOptions, locate
 
 _MAY_DIFFER = ("name", "source", "license", "scene_pooling", "head", "clap")
 _ALIKE = [field.name for field in dataclasses.fields(ModelConfig) if field.name not in _MAY_DIFFER]
-
-
-def read_encoder(model: str) -> Checkpoint:
-    """The encoder of a model, as ``load_model`` finds it."""
-    return load_checkpoint(locate(model, [WEIGHT_FILES[torch.float32]], [], HubOptions()))
 
 
 def average(checkpoints: Sequence[Checkpoint]) -> Checkpoint:

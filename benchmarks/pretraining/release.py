@@ -16,7 +16,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.pretraining.average import average, read_encoder
+from benchmarks.pretraining.average import average
+from benchmarks.pretraining.encoders import read_encoder
 from benchmarks.pretraining.record import FOLDER as RECORDS
 from benchmarks.pretraining.targets import read_rows
 from benchmarks.render import CARD, on_cores, replace_section

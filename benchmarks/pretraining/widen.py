@@ -15,7 +15,7 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.pretraining.average import read_encoder
+from benchmarks.pretraining.encoders import read_encoder
 from m2d_embed.checkpoints import Checkpoint, write_native
 
 

@@ -148,8 +148,8 @@ def fetch(repository: Repository, downloads: Path) -> Path:
     for arguments in (("init", "--quiet", "--bare"), ("fetch", "--quiet", "--depth", "1", url, repository.commit)):
         result = _git(folder, *arguments)
         if result.returncode:
-            said = result.stderr.strip().splitlines() or [f"status {result.returncode} and no message"]
-            raise CorpusError(f"{repository.package}: git could not fetch {repository.commit} of {url}: {said[-1]}.")
+            said = (result.stderr.strip() or f"status {result.returncode} and no message").splitlines()[-1].rstrip(".")
+            raise CorpusError(f"{repository.package}: git could not fetch {repository.commit} of {url}: {said}.")
     return folder
 
 
