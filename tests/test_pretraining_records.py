@@ -200,13 +200,15 @@ def test_release_writes_a_model_that_loads_and_a_card(run, tmp_path, monkeypatch
         writer.writerow(["file", "seconds", "kind", "package", "licence"])
         writer.writerows([["a.flac", 7200, "music", "p1", "CC0"], ["b.flac", 1800, "speech", "p2", "GPL-2"]])
         writer.writerow(["c.flac", 1800, "speech", "p1", "GPL-2"])
+        writer.writerow(["d.flac", 3600, "speech", "scenes", "GPL-2 and CC0"])
     release.main(run, tmp_path / "manifest.csv")
     text = card.read_text()
     for part in (
         "| music | 2.0 | 1 | 1 |",
         "| speech | 1.0 | 2 | 2 |",
         "| all | 3.0 | 3 | 2 |",
-        "CC0 2.0 h, GPL-2 1.0 h",
+        "CC0 2.0 h, GPL-2 1.0 h, and 0 others",
+        "And 1.0 hours of scenes",
     ):
         assert part in text
     for part in (

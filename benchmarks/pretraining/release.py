@@ -19,6 +19,7 @@ import typer
 from benchmarks.pretraining.average import average
 from benchmarks.pretraining.encoders import read_encoder
 from benchmarks.pretraining.record import FOLDER as RECORDS
+from benchmarks.pretraining.scenes import PACKAGE as SCENES
 from benchmarks.pretraining.targets import read_rows
 from benchmarks.render import CARD, on_cores, replace_section
 from m2d_embed.checkpoints import WEIGHT_FILES, Checkpoint, write_native
@@ -41,7 +42,9 @@ def hours(rows: list[dict[str, str]], column: str) -> dict[str, float]:
 
 
 def data_section(rows: list[dict[str, str]]) -> str:
-    """What the corpus consists of: kinds, packages, licences."""
+    """What the corpus consists of: kinds, sources, licences; scenes made of it are told of apart."""
+    made = [row for row in rows if row["package"] == SCENES]
+    rows = [row for row in rows if row["package"] != SCENES]
     packages: dict[str, set[str]] = {}
     clips = Counter(row["kind"] for row in rows)
     for row in rows:
@@ -50,11 +53,14 @@ def data_section(rows: list[dict[str, str]]) -> str:
     licences = hours(rows, "licence")
     named = [f"{name} {length:.1f} h" for name, length in licences.items() if length >= _MANY]
     rest = len(licences) - len(named)
-    lines = ["| kind | hours | files | packages |", "| --- | ---: | ---: | ---: |"]
+    lines = ["| kind | hours | files | sources |", "| --- | ---: | ---: | ---: |"]
     lines += [f"| {kind} | {length:.1f} | {clips[kind]:,} | {len(packages[kind])} |" for kind, length in kinds.items()]
     total = sum(kinds.values())
     lines.append(f"| all | {total:.1f} | {len(rows):,} | {len({row['package'] for row in rows})} |")
-    lines += ["", f"Licences, by what each package states of a file: {', '.join(named)}, and {rest} others."]
+    lines += ["", f"Licences, by what each source states of a file: {', '.join(named)}, and {rest} others."]
+    if made:
+        length = sum(hours(made, "kind").values())
+        lines += ["", f"And {length:.1f} hours of scenes made of these sounds (`benchmarks/pretraining/scenes.py`)."]
     return "\n".join(lines)
 
 
@@ -134,7 +140,8 @@ def main(
     *_, recipe = averaged = [str(read_yaml(folder / "recipe.yaml")["name"]) for folder in runs]
     rows = read_rows(manifest)
     stages = {name: json.loads((RECORDS / f"{name}.json").read_text()) for name in [*(after or []), recipe]}
-    source = _SOURCE.format(recipe=recipe, hours=sum(hours(rows, "kind").values()))
+    recorded = [row for row in rows if row["package"] != SCENES]
+    source = _SOURCE.format(recipe=recipe, hours=sum(hours(recorded, "kind").values()))
     exported = run / "export"
     trained = average([read_encoder(str(folder / "export")) for folder in runs])
     kept = blocks or trained.config.depth
