@@ -41,10 +41,14 @@ def hours(rows: list[dict[str, str]], column: str) -> dict[str, float]:
     return dict(sorted(counted.items(), key=lambda item: -item[1]))
 
 
+def recorded(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The rows of a manifest that are recordings, not scenes made of them."""
+    return [row for row in rows if row["package"] != SCENES]
+
+
 def data_section(rows: list[dict[str, str]]) -> str:
     """What the corpus consists of: kinds, sources, licences; scenes made of it are told of apart."""
-    made = [row for row in rows if row["package"] == SCENES]
-    rows = [row for row in rows if row["package"] != SCENES]
+    made, rows = [row for row in rows if row["package"] == SCENES], recorded(rows)
     packages: dict[str, set[str]] = {}
     clips = Counter(row["kind"] for row in rows)
     for row in rows:
@@ -140,8 +144,7 @@ def main(
     *_, recipe = averaged = [str(read_yaml(folder / "recipe.yaml")["name"]) for folder in runs]
     rows = read_rows(manifest)
     stages = {name: json.loads((RECORDS / f"{name}.json").read_text()) for name in [*(after or []), recipe]}
-    recorded = [row for row in rows if row["package"] != SCENES]
-    source = _SOURCE.format(recipe=recipe, hours=sum(hours(recorded, "kind").values()))
+    source = _SOURCE.format(recipe=recipe, hours=sum(hours(recorded(rows), "kind").values()))
     exported = run / "export"
     trained = average([read_encoder(str(folder / "export")) for folder in runs])
     kept = blocks or trained.config.depth

@@ -1,7 +1,7 @@
 """Training corpora made from public sources: Debian packages and git repositories. Needs the extra ``pretrain``.
 
-Data flows one way: ``packages, repositories -> containers -> members -> convert -> build``, and ``kinds``, ``licences
--> manifest``.
+Data flows one way: ``lists -> packages, repositories (by git) -> containers -> members -> convert -> build``, and
+``kinds``, ``licences -> manifest``.
 """
 
 from m2d_embed.pretrain.corpus.build import Progress, build_debian, build_repositories

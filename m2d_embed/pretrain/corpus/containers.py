@@ -8,14 +8,13 @@ from __future__ import annotations
 import functools
 import io
 import mmap
-import os
 import struct
 import subprocess
 import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -76,31 +75,6 @@ def deb_entries(file: Path) -> Entries:
             errors.seek(0)
             said = errors.read().decode(errors="replace").strip() or broken
             raise CorpusError(f"{file}: not a Debian package that can be read ({said}).") from broken
-
-
-def git_paths(folder: Path, commit: str) -> list[str]:
-    """Paths of the regular files of a commit, in the order of git; no symbolic links, no submodules.
-
-    Raises:
-        CorpusError: if git cannot read it.
-    """
-    listed = _git(folder, "ls-tree", "-r", "-z", "--full-tree", commit)
-    paths = []
-    for line in listed.split(b"\0")[:-1]:
-        attributes, _, path = line.partition(b"\t")
-        if attributes.startswith(b"100"):
-            paths.append(path.decode("utf-8", "surrogateescape"))
-    return paths
-
-
-def git_entries(folder: Path, commit: str, paths: Sequence[str]) -> Entries:
-    """Files of a commit in a git folder.
-
-    Raises:
-        CorpusError: if git cannot read one.
-    """
-    for path in paths:
-        yield path, io.BytesIO(_git(folder, "cat-file", "blob", f"{commit}:{path}"))
 
 
 def tar_entries(file: Path) -> Entries:
@@ -170,15 +144,6 @@ def soundfont_entries(file: Path) -> Entries:
             ending = "ogg" if kind & _SF_VORBIS else "wav"
             data = io.BytesIO(sample if kind & _SF_VORBIS else _wav(sample, rate))
             yield f"{number:04d}-{_text(name)}.{ending}", data
-
-
-def _git(folder: Path, *arguments: str) -> bytes:
-    command = ["git", "--git-dir", str(folder), *arguments]
-    result = subprocess.run([os.fsencode(a) for a in command], capture_output=True, check=False)
-    if result.returncode:
-        said = result.stderr.decode(errors="replace").strip() or f"status {result.returncode}"
-        raise CorpusError(f"{folder}: git cannot read {arguments[-1]!r} ({said}).")
-    return result.stdout
 
 
 def _tar_stream(stream: IO[bytes]) -> Entries:

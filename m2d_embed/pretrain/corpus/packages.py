@@ -11,13 +11,13 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from urllib.parse import unquote
 
 from m2d_embed.pretrain.corpus import containers
 from m2d_embed.pretrain.corpus.containers import Entries
 from m2d_embed.pretrain.corpus.errors import CorpusError
+from m2d_embed.pretrain.corpus.lists import read_lines
 
 _BUILT_IN = "debian-packages.tsv"
 _NAME = re.compile(r"[a-z0-9][a-z0-9+.-]+")  # Debian policy 5.6.7
@@ -58,13 +58,8 @@ def read_package_list(file: Path | None = None) -> list[str]:
     Raises:
         CorpusError: if the file cannot be read, names no package, or has a line that does not begin with one.
     """
-    name = _BUILT_IN if file is None else str(file)
-    try:
-        text = (resources.files(__package__) / _BUILT_IN if file is None else file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CorpusError(f"{name}: this list of packages cannot be read ({error}).") from error
-    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
-    return check_names([line.split("\t")[0].strip() for line in lines], name)
+    name, lines = read_lines(file, _BUILT_IN)
+    return check_names([line.split("\t")[0].strip() for _, line in lines], name)
 
 
 def check_names(packages: Sequence[str], where: str) -> list[str]:

@@ -1,25 +1,20 @@
-"""Public git repositories: the list of those with sounds of a clear licence, fetched at the commits that it names.
-
-A commit's hash is that of all it holds, and git checks what it fetches against it. Nothing of a repository is ever
-checked out, so none of its hooks, filters or paths take effect.
-"""
+"""Public git repositories with sounds of a clear licence: the list, and what to take of each at the commit it names."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import re
 import shutil
-import subprocess
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path, PurePosixPath
 
-from m2d_embed.pretrain.corpus import containers
+from m2d_embed.pretrain.corpus import git
 from m2d_embed.pretrain.corpus.containers import Entries
 from m2d_embed.pretrain.corpus.errors import CorpusError
 from m2d_embed.pretrain.corpus.kinds import KINDS, Kind
+from m2d_embed.pretrain.corpus.lists import read_lines
+from m2d_embed.pretrain.corpus.manifest import file_stem
 
 _BUILT_IN = "repositories.tsv"
 _HOST = "https://github.com"
@@ -70,12 +65,12 @@ class Repository:
         Raises:
             CorpusError: if it cannot be fetched, or has no file of one of its parts.
         """
-        folder = fetch(self, downloads)
-        paths = [path for path in containers.git_paths(folder, self.commit) if self.part_of(path)]
+        folder = self._fetched(downloads)
+        paths = [path for path in git.list_paths(folder, self.commit) if self.part_of(path)]
         for part in self.parts:
             if not any(part.under.search(path) for path in paths):
                 raise CorpusError(f"{self.package}: no file's path has {part.under.pattern!r} in it.")
-        yield from containers.git_entries(folder, self.commit, paths)
+        yield from git.read_files(folder, self.commit, paths)
 
     def statement(self, downloads: Path) -> str:
         """The text of the files that state the licences.
@@ -83,9 +78,9 @@ class Repository:
         Raises:
             CorpusError: if one is not there.
         """
-        folder = fetch(self, downloads)
+        folder = self._fetched(downloads)
         texts = []
-        for path, stream in containers.git_entries(folder, self.commit, self.licence_files):
+        for path, stream in git.read_files(folder, self.commit, self.licence_files):
             texts.append(f"{path}:\n\n{stream.read().decode('utf-8', 'replace').strip()}\n")
         return "\n".join(texts)
 
@@ -93,6 +88,14 @@ class Repository:
         """What the list says of a member; of one in an archive, what it says of that archive."""
         parts = (self.part_of(str(path)) for path in (member, *PurePosixPath(member).parents))
         return next(((part.kind, part.licence) for part in parts if part), None)
+
+    def _fetched(self, downloads: Path) -> Path:
+        folder = downloads / f"{file_stem(self.package)}.git"
+        try:
+            git.fetch_commit(f"{_HOST}/{self.package}.git", self.commit, folder)
+        except CorpusError as error:
+            raise CorpusError(f"{self.package}: {error}") from error
+        return folder
 
 
 def read_repository_list(file: Path | None = None) -> list[Repository]:
@@ -108,16 +111,12 @@ def read_repository_list(file: Path | None = None) -> list[Repository]:
     Raises:
         CorpusError: if the file cannot be read, names no repository, or has a line that says something else.
     """
-    name = _BUILT_IN if file is None else str(file)
-    try:
-        text = (resources.files(__package__) / _BUILT_IN if file is None else file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CorpusError(f"{name}: this list of repositories cannot be read ({error}).") from error
+    name, lines = read_lines(file, _BUILT_IN)
     found: dict[str, Repository] = {}
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip() and not line.startswith("#"):
-            read = _parse(line, f"{name}, line {number}")
-            found[read.package] = _merged(found.get(read.package, read), read, f"{name}, line {number}")
+    for number, line in lines:
+        where = f"{name}, line {number}"
+        read = _parse(line, where)
+        found[read.package] = _merged(found.get(read.package, read), read, where)
     if not found:
         raise CorpusError(f"{name}: no repository is named.")
     return list(found.values())
@@ -129,34 +128,6 @@ def check_git_tools() -> None:
         raise CorpusError("git was not found: this corpus is made of git repositories; install it.")
     if importlib.util.find_spec("av") is None:
         raise CorpusError("PyAV is needed for this corpus: pip install 'm2d-embed[pretrain]'.")
-
-
-def fetch(repository: Repository, downloads: Path) -> Path:
-    """Fetch the one commit that is wanted of a repository, unless it is there.
-
-    Returns:
-        Its git folder.
-
-    Raises:
-        CorpusError: if git cannot fetch it.
-    """
-    folder = downloads / f"{repository.package.replace('/', '+')}.git"
-    if folder.is_dir() and _git(folder, "cat-file", "-e", f"{repository.commit}^{{tree}}").returncode == 0:
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    url = f"{_HOST}/{repository.package}.git"
-    for arguments in (("init", "--quiet", "--bare"), ("fetch", "--quiet", "--depth", "1", url, repository.commit)):
-        result = _git(folder, *arguments)
-        if result.returncode:
-            said = (result.stderr.strip() or f"status {result.returncode} and no message").splitlines()[-1].rstrip(".")
-            raise CorpusError(f"{repository.package}: git could not fetch {repository.commit} of {url}: {said}.")
-    return folder
-
-
-def _git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "LC_ALL": "C.UTF-8", "GIT_TERMINAL_PROMPT": "0"}  # an error rather than a question
-    command = ["git", "--git-dir", str(folder), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)
 
 
 def _parse(line: str, where: str) -> Repository:
