@@ -598,8 +598,8 @@ def github(
     repositories: Annotated[
         Path | None,
         typer.Option(
-            help="A file with one repository a line: owner/name, commit, pattern of the sounds' paths, kind, licence, "
-            "files that state it, separated by tabs; by default the list of m2d-embed."
+            help="A YAML list of repositories: their names, commits, files that state the licences, and sounds by "
+            "folder, kind and licence; by default the list of m2d-embed (repositories.yaml of pretrain/corpus)."
         ),
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Repositories fetched and converted at a time.")] = 2,

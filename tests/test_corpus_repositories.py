@@ -9,6 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 import soundfile
+import yaml
 from typer.testing import CliRunner
 
 from m2d_embed.cli import app
@@ -55,17 +56,24 @@ class Host:
         self.git(tree, "commit", "-q", "-m", "sounds")
         return self.git(tree, "rev-parse", "HEAD")
 
-    def list(self, *rows):
-        file = self.folder.parent / "list.tsv"
-        file.write_text("# comment\n" + "".join("\t".join(row) + "\n" for row in rows))
+    def list(self, *repositories):
+        file = self.folder.parent / "list.yaml"
+        file.write_text("# comment\n" + yaml.safe_dump(repositories))
         return file
 
-    def build(self, *rows, workers=1):
-        return build_repositories(self.out, read_repository_list(self.list(*rows)), workers)
+    def build(self, *repositories, workers=1):
+        return build_repositories(self.out, read_repository_list(self.list(*repositories)), workers)
 
     def rows(self):
         with (self.out / "manifest.csv").open(newline="") as stream:
             return list(csv.DictReader(stream))
+
+
+def listed(name, commit, *sounds, licence_files=("LICENSE",)):
+    """A row of a list; effects of CC0 in the whole repository unless ``sounds`` say otherwise."""
+    everything = {"folder": "", "kind": "effects", "licence": "CC0-1.0"}
+    parts = [everything | part for part in sounds or [{}]]
+    return {"repository": name, "commit": commit, "licence_files": list(licence_files), "sounds": parts}
 
 
 @pytest.fixture
@@ -83,16 +91,18 @@ def test_a_repository_becomes_a_corpus_at_the_commit_that_is_named(host):
             "LICENSE": b"CC0",
             "beds/LICENSE.txt": b"by \xff someone",
             "animals/cow.wav": sound(300),
+            "animals/calves/calf.wav": sound(350),
+            "animals/pig.ogg": sound(450),
             "animals/dogs.zip": archive.getvalue(),
             "beds/sea.wav": sound(200),
             "music/song.wav": sound(400),
         },
     )
     host.add("a-b/C.d", {"animals/cow.wav": sound(700), "animals/new.wav": sound(800)})
-    summary = host.build(
-        ("a-b/C.d", first, r"^animals/.*\.(wav|zip)$", "effects", "CC0-1.0", "LICENSE"),
-        ("a-b/C.d", first, "^beds/", "ambience", "CC-BY-4.0", "LICENSE, beds/LICENSE.txt"),
-    )
+    animals = {"folder": "animals", "only": ["*.wav", "*.zip"], "without": ["calves/*"]}
+    beds = {"folder": "beds", "kind": "ambience", "licence": "CC-BY-4.0"}
+    files = ["LICENSE", "beds/LICENSE.txt"]
+    summary = host.build(listed("a-b/C.d", first, animals, beds, licence_files=files))
     assert [(row["member"], row["kind"], row["licence"]) for row in host.rows()] == [
         ("animals/cow.wav", "effects", "CC0-1.0"),
         ("animals/dogs.zip/bark.wav", "effects", "CC0-1.0"),
@@ -117,27 +127,27 @@ def test_links_and_submodules_are_not_followed(host, tmp_path):
     host.add("a/b", {"LICENSE": b"CC0", "x.wav": sound()})
     (tree / "link.wav").symlink_to(tmp_path / "secret.wav")
     commit = host.add("a/b", {})
-    host.build(("a/b", commit, "wav", "effects", "CC0-1.0", "LICENSE"))
+    host.build(listed("a/b", commit))
     assert [row["member"] for row in host.rows()] == ["x.wav"]
 
 
 def test_what_is_there_is_neither_fetched_nor_made_again_until_the_list_changes(host):
     commit = host.add("a/b", {"LICENSE": b"CC0", "x.wav": sound(300), "y.wav": sound(400)})
-    row = ("a/b", commit, "x", "effects", "CC0-1.0", "LICENSE")
+    row = listed("a/b", commit, {"only": ["x.wav"]})
     host.build(row)
     [made] = (host.out / "audio").rglob("*.flac")
     before = made.stat().st_mtime_ns
     (host.folder / "a").rename(host.folder / "away")
     host.build(row)
     assert made.stat().st_mtime_ns == before
-    host.build(("a/b", commit, "x|y", "ambience", "CC0-1.0", "LICENSE"))
+    host.build(listed("a/b", commit, {"kind": "ambience"}))
     assert [(row["member"], row["kind"]) for row in host.rows()] == [("x.wav", "ambience"), ("y.wav", "ambience")]
 
 
 def test_what_a_package_has_stays_with_the_package(host):
     """Whatever the names: upper case sorts before lower."""
     commit = host.add("AA/bb", {"LICENSE": b"CC0", "x.wav": sound(300), "y.wav": sound(400)})
-    row = ("AA/bb", commit, "wav", "effects", "CC0-1.0", "LICENSE")
+    row = listed("AA/bb", commit)
     host.build(row)
     record = (host.out / "done" / "AA+bb.json").read_text()
     as_package = record.replace('"AA/bb"', '"game-data"').replace("audio/AA+bb", "audio/game-data")
@@ -152,11 +162,7 @@ def test_what_a_package_has_stays_with_the_package(host):
 def test_a_repository_that_fails_is_named_and_the_others_are_made(host):
     good = host.add("a/good", {"LICENSE": b"CC0", "x.wav": sound(300), "broken.wav": b"RIFF    WAVEno"})
     host.add("a/older", {"LICENSE": b"CC0", "x.wav": sound(400)})
-    rows = [
-        ("a/absent", good, "x", "effects", "CC0-1.0", "LICENSE"),
-        ("a/good", good, "wav", "effects", "CC0-1.0", "LICENSE"),
-        ("a/older", "0" * 40, "x", "effects", "CC0-1.0", "LICENSE"),
-    ]
+    rows = [listed("a/absent", good), listed("a/good", good), listed("a/older", "0" * 40)]
     summary = host.build(*rows, workers=2)
     assert summary.done == ("a/good",) and list(summary.undecodable) == ["a/good: broken.wav"]
     assert summary.failed.keys() == {"a/absent", "a/older"}
@@ -165,46 +171,75 @@ def test_a_repository_that_fails_is_named_and_the_others_are_made(host):
 
 
 @pytest.mark.parametrize(
-    ("under", "licence_file", "message"),
-    [("no such place", "LICENSE", "'no such place'"), ("x.wav", "COPYING", "COPYING")],
+    ("sounds", "licence_file", "message"),
+    [
+        ({"folder": "no such place"}, "LICENSE", "folder 'no such place' has no file *"),
+        ({"only": ["*.ogg", "*.mp3"]}, "LICENSE", "folder '' has no file *.ogg or *.mp3"),
+        ({}, "COPYING", "COPYING"),
+    ],
 )
-def test_a_list_that_does_not_fit_a_repository(host, under, licence_file, message):
+def test_a_list_that_does_not_fit_a_repository(host, sounds, licence_file, message):
     commit = host.add("a/b", {"LICENSE": b"CC0", "x.wav": sound()})
-    failed = host.build(("a/b", commit, under, "effects", "CC0-1.0", licence_file)).failed
+    failed = host.build(listed("a/b", commit, sounds, licence_files=[licence_file])).failed
     assert message in failed["a/b"]
     assert not (host.out / "done").exists() and not host.rows()
 
 
 def test_the_command_and_its_exit_status(host):
     commit = host.add("a/b", {"LICENSE": b"CC0", "x.wav": sound()})
-    row = ("a/b", commit, "x", "effects", "CC0-1.0", "LICENSE")
+    row = listed("a/b", commit)
     call = ["corpus", "github", "--out", str(host.out), "--workers", "1", "--repositories"]
     result = CliRunner().invoke(app, [*call, str(host.list(row))])
     assert result.exit_code == 0, result.output
     assert "from 1 sources" in result.output
-    result = CliRunner().invoke(app, [*call, str(host.list(row, ("a/c", *row[1:])))])
+    result = CliRunner().invoke(app, [*call, str(host.list(row, listed("a/c", commit)))])
     assert result.exit_code == 1
 
 
+C = "0" * 40
+
+
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("row", "message"),
     [
-        ("a/b\t{c}\tx\teffects\tCC0", "6 columns"),
-        ("a/b\t{c}\tx\teffects\t\tLICENSE", "6 columns"),
-        ("../b\t{c}\tx\teffects\tCC0\tLICENSE", "OWNER/NAME"),
-        ("a/..\t{c}\tx\teffects\tCC0\tLICENSE", "OWNER/NAME"),
-        ("-a/b\t{c}\tx\teffects\tCC0\tLICENSE", "OWNER/NAME"),
-        ("a/b\tmain\tx\teffects\tCC0\tLICENSE", "40 hexadecimal"),
-        ("a/b\t{c}\t(x\teffects\tCC0\tLICENSE", "regular expression"),
-        ("a/b\t{c}\tx\tbirds\tCC0\tLICENSE", "none of the kinds"),
-        ("# nothing", "no repository"),
-        ("a/b\t{c}\tx\teffects\tCC0\tLICENSE\na/b\t{d}\ty\teffects\tCC0\tLICENSE", "line 2: a/b has another commit"),
+        ("a/b", "a mapping of repository, commit, licence_files, sounds is expected"),
+        ({"repository": "a/b"}, "key 'commit' is missing"),
+        (listed("../b", C), "OWNER/NAME"),
+        (listed("a/..", C), "OWNER/NAME"),
+        (listed("-a/b", C), "OWNER/NAME"),
+        (listed("a/b", "main"), "40 hexadecimal"),
+        (listed("a/b", 10), "'commit' must be str"),
+        (listed("a/b", C, licence_files=[]), "no file is named that states the licences"),
+        (listed("a/b", C) | {"sounds": []}, "no sounds are named"),
+        (listed("a/b", C, {"kind": "birds"}), "'kind' must be Literal"),
+        (listed("a/b", C, {"licence": " "}), "licence is empty"),
+        (listed("a/b", C, {"folder": "/etc"}), "folder '/etc' is not in the repository"),
+        (listed("a/b", C, {"folder": "x/../.."}), "is not in the repository"),
+        (listed("a/b", C, {"only": "*.wav"}), "'only' must be tuple"),
+        (listed("a/b", C, {"pattern": "*.wav"}), "unknown key 'pattern'"),
     ],
 )
-def test_lists_that_cannot_be(tmp_path, line, message):
-    file = tmp_path / "list.tsv"
-    file.write_text(line.format(c="0" * 40, d="1" * 40))
-    with pytest.raises(CorpusError, match=r"list\.tsv") as caught:
+def test_rows_that_cannot_be(tmp_path, row, message):
+    file = tmp_path / "list.yaml"
+    file.write_text(yaml.safe_dump([listed("a/good", C), row]))
+    with pytest.raises(CorpusError, match=r"list\.yaml, repository 2: ") as caught:
+        read_repository_list(file)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("# nothing", "a list of repositories is expected"),
+        ("a/b: {}", "a list of repositories is expected"),
+        ("[a", "not valid YAML"),
+        (yaml.safe_dump([listed("a/b", C), listed("a/c", C), listed("a/b", C)]), "a/b is named twice"),
+    ],
+)
+def test_lists_that_cannot_be(tmp_path, text, message):
+    file = tmp_path / "list.yaml"
+    file.write_text(text)
+    with pytest.raises(CorpusError, match=r"list\.yaml: ") as caught:
         read_repository_list(file)
     assert message in str(caught.value)
 
@@ -212,7 +247,7 @@ def test_lists_that_cannot_be(tmp_path, line, message):
 def test_the_list_that_comes_with_the_package():
     repositories = read_repository_list()
     assert len({repository.package for repository in repositories}) == len(repositories) > 20
-    assert all(part.licence and part.kind in KINDS for r in repositories for part in r.parts)
+    assert all(part.licence and part.kind in KINDS for r in repositories for part in r.sounds)
     assert not any(word in r.package.lower() for r in repositories for word in ("esc-50", "emodb", "spoken-digit"))
 
 

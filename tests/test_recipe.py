@@ -110,6 +110,10 @@ def test_yaml_cannot_make_objects(write):
         load_recipe(write(MINIMAL + "about: !!python/object/apply:os.getcwd []\n"))
 
 
+def test_what_begins_like_a_number_is_text(write):
+    assert load_recipe(write(MINIMAL.replace("source: sounds", "source: 7e0f32"))).data.source == "7e0f32"
+
+
 def test_text_of_overrides_is_taken_as_it_is(write, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     for value, wanted in (

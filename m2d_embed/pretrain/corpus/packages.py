@@ -17,7 +17,7 @@ from urllib.parse import unquote
 from m2d_embed.pretrain.corpus import containers
 from m2d_embed.pretrain.corpus.containers import Entries
 from m2d_embed.pretrain.corpus.errors import CorpusError
-from m2d_embed.pretrain.corpus.lists import read_lines
+from m2d_embed.pretrain.corpus.lists import read_list
 
 _BUILT_IN = "debian-packages.tsv"
 _NAME = re.compile(r"[a-z0-9][a-z0-9+.-]+")  # Debian policy 5.6.7
@@ -58,8 +58,9 @@ def read_package_list(file: Path | None = None) -> list[str]:
     Raises:
         CorpusError: if the file cannot be read, names no package, or has a line that does not begin with one.
     """
-    name, lines = read_lines(file, _BUILT_IN)
-    return check_names([line.split("\t")[0].strip() for _, line in lines], name)
+    name, text = read_list(file, _BUILT_IN)
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    return check_names([line.split("\t")[0].strip() for line in lines], name)
 
 
 def check_names(packages: Sequence[str], where: str) -> list[str]:

@@ -7,42 +7,77 @@ import importlib.util
 import re
 import shutil
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
+from m2d_embed.config import from_dict
+from m2d_embed.errors import ConfigError
 from m2d_embed.pretrain.corpus import git
 from m2d_embed.pretrain.corpus.containers import Entries
 from m2d_embed.pretrain.corpus.errors import CorpusError
-from m2d_embed.pretrain.corpus.kinds import KINDS, Kind
-from m2d_embed.pretrain.corpus.lists import read_lines
+from m2d_embed.pretrain.corpus.kinds import Kind
+from m2d_embed.pretrain.corpus.lists import read_list
 from m2d_embed.pretrain.corpus.manifest import file_stem
+from m2d_embed.training.settings import parse_yaml, require
 
-_BUILT_IN = "repositories.tsv"
+_BUILT_IN = "repositories.yaml"
 _HOST = "https://github.com"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]*/[A-Za-z0-9_][A-Za-z0-9._-]*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_FIELDS = 6
 
 
 @dataclass(frozen=True)
 class Part:
-    """Sounds of a repository: those whose paths ``under`` is found in, all of one kind and one statement of licence."""
+    """Files in a folder of a repository, all of one kind and one statement of licence.
 
-    under: re.Pattern[str]
+    ``only`` and ``without`` are shell patterns of paths in the folder, as ``fnmatch.fnmatchcase`` understands them:
+    ``*`` stands for slashes, too. The folder ``""`` is the whole repository.
+    """
+
+    folder: str
     kind: Kind
     licence: str
+    only: tuple[str, ...] = ("*",)
+    without: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        require(bool(self.licence.strip()), "licence is empty")
+        place = PurePosixPath(self.folder)
+        require(not place.is_absolute() and ".." not in place.parts, f"folder {self.folder!r} is not in the repository")
+
+    def has(self, path: str) -> bool:
+        """Whether a file of the repository is one of these."""
+        place = PurePosixPath(path)
+        if not place.is_relative_to(self.folder):
+            return False
+        name = str(place.relative_to(self.folder))
+        return _fits(name, self.only) and not _fits(name, self.without)
 
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository, ``owner/name``, at a commit; its first part that a path fits counts.
+    """A repository, ``owner/name``, at a commit; its first part that has a path counts.
 
     ``licence_files`` are the paths in it that state the licences.
     """
 
-    package: str
+    repository: str
     commit: str
-    parts: tuple[Part, ...]
     licence_files: tuple[str, ...]
+    sounds: tuple[Part, ...]
+
+    def __post_init__(self) -> None:
+        name = self.repository
+        is_name = _NAME.fullmatch(name) and not name.endswith((".git", "/.."))
+        require(bool(is_name), f"{name!r} is not a repository's OWNER/NAME")
+        require(bool(_COMMIT.fullmatch(self.commit)), f"{name}: {self.commit!r} is not 40 hexadecimal digits")
+        require(bool(self.licence_files), f"{name}: no file is named that states the licences")
+        require(bool(self.sounds), f"{name}: no sounds are named")
+
+    @property
+    def package(self) -> str:
+        """What the manifest calls it."""
+        return self.repository
 
     @property
     def version(self) -> str:
@@ -52,12 +87,11 @@ class Repository:
     @property
     def sha256(self) -> str:
         """Of all that is to be taken, so that a list that has changed is followed."""
-        said = [(part.under.pattern, part.kind, part.licence) for part in self.parts]
-        return hashlib.sha256(repr((self.commit, said, self.licence_files)).encode()).hexdigest()
+        return hashlib.sha256(repr(self).encode()).hexdigest()
 
     def part_of(self, path: str) -> Part | None:
         """The part that a path in the repository is of; None if it is not to be taken."""
-        return next((part for part in self.parts if part.under.search(path)), None)
+        return next((part for part in self.sounds if part.has(path)), None)
 
     def entries(self, downloads: Path) -> Entries:
         """Fetch the repository, unless ``downloads`` has it, and read the files of its parts.
@@ -67,9 +101,9 @@ class Repository:
         """
         folder = self._fetched(downloads)
         paths = [path for path in git.list_paths(folder, self.commit) if self.part_of(path)]
-        for part in self.parts:
-            if not any(part.under.search(path) for path in paths):
-                raise CorpusError(f"{self.package}: no file's path has {part.under.pattern!r} in it.")
+        for part in self.sounds:
+            if not any(map(part.has, paths)):
+                raise CorpusError(f"{self.package}: folder {part.folder!r} has no file {' or '.join(part.only)}.")
         yield from git.read_files(folder, self.commit, paths)
 
     def statement(self, downloads: Path) -> str:
@@ -99,27 +133,27 @@ class Repository:
 
 
 def read_repository_list(file: Path | None = None) -> list[Repository]:
-    """Repositories of a tab-separated file; ``#`` begins a comment line.
-
-    The columns are owner/name, commit (40 hexadecimal digits), a regular expression to be found in the paths of the
-    sounds, their kind, their licence, and the files that state it, separated by commas. Lines on one repository must
-    have one commit.
+    """Repositories of a YAML list of mappings, the fields of ``Repository`` and of ``Part``.
 
     Args:
         file: the list; None is the one that comes with this package.
 
     Raises:
-        CorpusError: if the file cannot be read, names no repository, or has a line that says something else.
+        CorpusError: if the file cannot be read, names no repository or one twice, or says something else.
     """
-    name, lines = read_lines(file, _BUILT_IN)
-    found: dict[str, Repository] = {}
-    for number, line in lines:
-        where = f"{name}, line {number}"
-        read = _parse(line, where)
-        found[read.package] = _merged(found.get(read.package, read), read, where)
-    if not found:
-        raise CorpusError(f"{name}: no repository is named.")
-    return list(found.values())
+    name, text = read_list(file, _BUILT_IN)
+    try:
+        rows = parse_yaml(text, name)
+        if not isinstance(rows, list) or not rows:
+            raise CorpusError(f"{name}: a list of repositories is expected.")
+        found = [_repository(row, f"{name}, repository {number}") for number, row in enumerate(rows, start=1)]
+    except ConfigError as error:
+        raise CorpusError(str(error)) from error
+    names = [repository.package for repository in found]
+    twice = [package for package in dict.fromkeys(names) if names.count(package) > 1]
+    if twice:
+        raise CorpusError(f"{name}: {', '.join(twice)} is named twice; give one repository all its sounds.")
+    return found
 
 
 def check_git_tools() -> None:
@@ -130,30 +164,15 @@ def check_git_tools() -> None:
         raise CorpusError("PyAV is needed for this corpus: pip install 'm2d-embed[pretrain]'.")
 
 
-def _parse(line: str, where: str) -> Repository:
-    fields = [field.strip() for field in line.split("\t")]
-    if len(fields) != _FIELDS or not all(fields):
-        raise CorpusError(f"{where}: {_FIELDS} columns separated by tabs are expected, none empty: {line!r}.")
-    name, commit, under, kind, licence, licence_files = fields
-    if not _NAME.fullmatch(name) or name.endswith((".git", "/..")):
-        raise CorpusError(f"{where}: {name!r} is not a repository's OWNER/NAME.")
-    if not _COMMIT.fullmatch(commit):
-        raise CorpusError(f"{where}: {commit!r} is not a commit's 40 hexadecimal digits.")
-    kinds = [known for known in KINDS if known == kind]
-    if not kinds:
-        raise CorpusError(f"{where}: {kind!r} is none of the kinds {', '.join(KINDS)}.")
+def _repository(row: object, where: str) -> Repository:
+    if not isinstance(row, dict):
+        raise CorpusError(f"{where}: a mapping of {', '.join(Repository.__dataclass_fields__)} is expected.")
     try:
-        pattern = re.compile(under)
-    except re.error as error:
-        raise CorpusError(f"{where}: {under!r} is not a regular expression ({error}).") from error
-    files = tuple(path.strip() for path in licence_files.split(","))
-    return Repository(name, commit, (Part(pattern, kinds[0], licence),), files)
+        repository: Repository = from_dict(Repository, row)
+    except ConfigError as error:
+        raise CorpusError(f"{where}: {str(error).rstrip('.')}.") from error
+    return repository
 
 
-def _merged(first: Repository, second: Repository, where: str) -> Repository:
-    if first is second:
-        return first
-    if first.commit != second.commit:
-        raise CorpusError(f"{where}: {second.package} has another commit here than before, {first.commit}.")
-    files = tuple(dict.fromkeys([*first.licence_files, *second.licence_files]))
-    return Repository(first.package, first.commit, first.parts + second.parts, files)
+def _fits(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
