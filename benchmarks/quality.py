@@ -1,4 +1,4 @@
-"""How good embeddings are: probes of several models on labelled sets, in one table.
+r"""How good embeddings are: probes of several models on labelled sets, in one table.
 
     python -m benchmarks.quality ../shared/data/*/metadata.csv     # writes benchmarks/quality.json
     python -m benchmarks.render                                    # puts it into the README
@@ -6,12 +6,18 @@
 Rows are the bundled model, also with the mean alone as its scene embedding, log-mel statistics, random weights, and
 whatever ``--model`` (any that ``load_model`` loads) and ``--module`` (any importable HEAR module) name; columns the
 labelled sets, each a CSV or a folder of labels as ``m2d-embed probe`` takes them. A set of the file ``metadata.csv`` is
-named by its folder.
+named by its folder. After a change of the bundled model its rows alone are measured anew, and all others kept:
+
+    python -m benchmarks.quality ../shared/data/*/metadata.csv --again "m2d-embed, bundled" \
+        --again "m2d-embed, bundled, mean alone"
+
+Rows end in the JSON one after the other, each with the machine that measured it.
 """
 
 import importlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +38,8 @@ from m2d_embed.evaluate.scores import Score, score_predictions
 from m2d_embed.model import M2D
 
 RESULT = Path(__file__).with_suffix(".json")
+SCORES = "scores in % with 95 % intervals"
+MACHINES = "machines"  # by row
 BASELINES = {
     "log-mel mean and std": "benchmarks.hear.logmel_stats",
     "random weights": "benchmarks.hear.random_weights",
@@ -86,43 +94,77 @@ def shown(path: Path) -> str:
     return f"DATA/{set_name(path)}/{path.name}" if path.name == "metadata.csv" else f"DATA/{path.name}"
 
 
+def known_rows(models: Sequence[str], modules: Sequence[str]) -> dict[str, Callable[[], Embed]]:
+    """What makes the embeddings of each row."""
+    bundled = "m2d-embed, bundled"
+    return {
+        bundled: partial(embed_by_model, ""),
+        f"{bundled}, mean alone": partial(embed_by_model, "", FeatureConfig(scene_pooling="mean")),
+        **{row: partial(embed_by_module, name) for row, name in BASELINES.items()},
+        **{name: partial(embed_by_model, name) for name in models},
+        **{name: partial(embed_by_module, name) for name in modules},
+    }
+
+
+def rows_to_keep(earlier: Mapping[str, Any], again: Sequence[str], rows: Sequence[str], sets: object) -> dict[str, Any]:
+    """What an earlier run measured of the rows that are not to be measured again.
+
+    Raises:
+        ConfigError: if there is no such row, the earlier run lacks one of the others, or it was of other sets.
+    """
+    unknown = [row for row in again if row not in rows]
+    if unknown:
+        raise ConfigError(f"--again {unknown[0]!r}: the rows are {', '.join(map(repr, rows))}.")
+    kept = {row: earlier.get(SCORES, {}).get(row) for row in rows if row not in again}
+    missing = [row for row, scores in kept.items() if scores is None]
+    if missing:
+        raise ConfigError(f"--again: nothing was measured yet of {', '.join(missing)}; measure all rows first.")
+    if kept and earlier["sets"] != sets:
+        raise ConfigError(f"--again: the other rows are of {earlier['sets']}, not of {sets}; measure all rows.")
+    return kept
+
+
 def main(
     data: Annotated[list[Path], typer.Argument(help="Labelled sets: CSV files or folders of labels.")],
     model: Annotated[list[str] | None, typer.Option(help="A further model that load_model loads; repeatable.")] = None,
     module: Annotated[list[str] | None, typer.Option(help="A further HEAR module; repeatable.")] = None,
     probe: Annotated[list[str] | None, typer.Option(help="linear, knn, mlp; all of them by default.")] = None,
+    again: Annotated[list[str] | None, typer.Option(help="Measure this row, keep all others; repeatable.")] = None,
     output: Annotated[Path, typer.Option(help="The JSON to write.")] = RESULT,
 ) -> None:
     """Probe, print, and write the JSON."""
     names = [set_name(path) for path in data]
     if len(set(names)) < len(names):
         raise ConfigError(f"two sets have one name: {', '.join(names)}; rename a CSV.")
-    rows: dict[str, Embed] = {"m2d-embed, bundled": embed_by_model("")}
-    rows["m2d-embed, bundled, mean alone"] = embed_by_model("", FeatureConfig(scene_pooling="mean"))
-    rows |= {row: embed_by_module(name) for row, name in BASELINES.items()}
-    rows |= {name: embed_by_model(name) for name in model or ()}
-    rows |= {name: embed_by_module(name) for name in module or ()}
-    sets: dict[str, Any] = {}
-    scores: dict[str, dict[str, Any]] = {row: {} for row in rows}
-    for path, name in zip(data, names, strict=True):
-        clips = read_labelled(path)
-        hashes = hash_files(clips.files)
-        check_duplicates(clips.files, clips.folds, hashes, path)
-        folds = clips.test_folds()
-        sets[name] = {"clips": len(clips), "labels": len(clips.label_names), "test folds": len(folds)}
-        for row, embed in rows.items():
-            scores[row][name] = measure(embed, clips, hashes, probe or PROBES)
-            print(f"{name}, {row}: {scores[row][name]}")
+    rows = known_rows(model or (), module or ())
+    clips = {name: read_labelled(path) for name, path in zip(names, data, strict=True)}
+    hashes = {name: hash_files(of.files) for name, of in clips.items()}
+    for name, path in zip(names, data, strict=True):
+        check_duplicates(clips[name].files, clips[name].folds, hashes[name], path)
+    sets = {
+        name: {"clips": len(of), "labels": len(of.label_names), "test folds": len(of.test_folds())}
+        for name, of in clips.items()
+    }
+    earlier = json.loads(output.read_text()) if again and output.is_file() else {}
+    scores: dict[str, Any] = rows_to_keep(earlier, again, list(rows), sets) if again else {}
+    machines = dict(earlier.get(MACHINES, {}))
     further = [f"--model {name}" for name in model or ()] + [f"--module {name}" for name in module or ()]
     chosen = [f"--probe {name}" for name in probe or ()]
     command = " ".join(["python -m benchmarks.quality", *map(shown, data), *further, *chosen])
-    result = {
-        "command": command,
-        "machine": machine(),
-        "sets": sets,
-        "scores in % with 95 % intervals": scores,
-    }
-    output.write_text(json.dumps(result, indent=1) + "\n")
+    for row in again or rows:
+        embed = rows[row]()
+        scores[row] = {name: measure(embed, clips[name], hashes[name], probe or PROBES) for name in names}
+        machines[row] = machine()
+        print(f"{row}: {scores[row]}")
+        done = [name for name in rows if name in scores]
+        result = {
+            **earlier,
+            "command": command,
+            "sets": sets,
+            MACHINES: {name: machines[name] for name in done},
+            SCORES: {name: scores[name] for name in done},
+        }
+        output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.hear.report import comparison, tables
+from benchmarks.quality import SCORES
 
 PROBES = {"linear": "linear", "mlp": "MLP of the HEAR protocol", "knn": "kNN"}
 HEADLINE = {False: "accuracy", True: "mAP"}  # by whether clips have any number of labels
@@ -126,7 +127,7 @@ def short_run_table(result: dict[str, Any]) -> str:
 
 
 def quality_table(result: dict[str, Any]) -> str:
-    sets, scores = result["sets"], result["scores in % with 95 % intervals"]
+    sets, scores = result["sets"], result[SCORES]
     probes = [probe for probe in PROBES if probe in next(iter(next(iter(scores.values())).values()))]
     heads = [f"{name}, {HEADLINE[multi_label(scores, name)]}" for name in sets]
     described = "; ".join(

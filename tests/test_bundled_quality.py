@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import DATA, SHARED
 
-from benchmarks.quality import RESULT
+from benchmarks.quality import RESULT, SCORES
 from m2d_embed import M2D
 from m2d_embed.evaluate.labelled import read_labelled
 from m2d_embed.evaluate.probes import linear_probe_accuracy
@@ -15,7 +15,7 @@ CLOSE = 1.0  # percent: other processors round otherwise, and a clip or two go o
 
 
 def published(name):
-    scores = json.loads(RESULT.read_text())["scores in % with 95 % intervals"]
+    scores = json.loads(RESULT.read_text())[SCORES]
     return {row: sets[name]["linear"]["accuracy"][0] for row, sets in scores.items()}
 
 
