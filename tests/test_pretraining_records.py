@@ -4,14 +4,18 @@ import csv
 import json
 import shutil
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 
 import m2d_embed
 from benchmarks import render
-from benchmarks.pretraining import record, release, trials
+from benchmarks.pretraining import blocks, record, release, trials
+from benchmarks.pretraining.encoders import read_encoder
 from m2d_embed.checkpoints import Checkpoint, write_native
-from m2d_embed.config import ModelConfig
+from m2d_embed.config import FeatureConfig, ModelConfig
+from m2d_embed.evaluate.labelled import read_labelled
 from m2d_embed.model import M2D
 
 RECIPE = {
@@ -163,10 +167,9 @@ def test_trials_stop_when_a_run_is_stopped(tmp_path, monkeypatch):
     assert done == ["adamw"]
 
 
-def test_probes_of_a_model(run, tmp_path):
-    import numpy as np
-    import soundfile
-
+@pytest.fixture
+def tones(tmp_path):
+    """A folder with one labelled set: high tones and low ones."""
     data = tmp_path / "data" / "tones"
     data.mkdir(parents=True)
     rows = ["file,label,split"]
@@ -175,9 +178,37 @@ def test_probes_of_a_model(run, tmp_path):
         soundfile.write(data / f"{number}.wav", np.sin(2 * np.pi * (300 + 2000 * (number % 2)) * time), 16_000)
         rows.append(f"{number}.wav,{'high' if number % 2 else 'low'},{number // 10}")
     (data / "metadata.csv").write_text("\n".join(rows))
-    found = record.probes(run / "export", tmp_path / "data")
+    return data.parent
+
+
+def test_probes_of_a_model(run, tones):
+    found = record.probes(run / "export", tones)
     assert list(found) == ["tones"]
     assert found["tones"][0] == 100.0
+
+
+def test_probes_by_blocks_kept(run, tones, tmp_path, monkeypatch):
+    monkeypatch.setattr(blocks, "FOLDER", tmp_path)
+    monkeypatch.setenv("M2D_EMBED_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(SystemExit, match=r"mine\.json: no such record"):
+        blocks.main(run, tones, [1])
+    (tmp_path / "mine.json").write_text(json.dumps({"about": "a trial"}))
+    blocks.main(run, tones, [2, 1, 2])
+    kept = json.loads((tmp_path / "mine.json").read_text())
+    assert kept == {"about": "a trial", blocks.BY_BLOCKS: {"1": {"tones": 100.0}, "2": {"tones": 100.0}}}
+
+
+def test_scenes_by_blocks_are_those_of_shorter_models(run, tones, tmp_path, monkeypatch):
+    monkeypatch.setenv("M2D_EMBED_CACHE", str(tmp_path / "cache"))
+    clips = read_labelled(tones / "tones" / "metadata.csv")
+    features = FeatureConfig(layers=(0, 1), layer_pooling="concat", scene_pooling="mean_std")
+    both = blocks.scenes_by_blocks(M2D.from_pretrained(str(run / "export"), features=features), clips)
+    for count, scenes in enumerate(both, start=1):
+        shorter = tmp_path / f"first-{count}"
+        shorter.mkdir()
+        release.write_weights(release.first_blocks(read_encoder(str(run / "export")), count), "x", shorter)
+        alone = M2D.from_pretrained(str(shorter)).encode(clips.files)
+        np.testing.assert_allclose(scenes, alone, atol=5e-3)  # kept in float16
 
 
 def test_release_writes_a_model_that_loads_and_a_card(run, tmp_path, monkeypatch):
@@ -234,10 +265,12 @@ def test_release_writes_a_model_that_loads_and_a_card(run, tmp_path, monkeypatch
         "loss.png",
         "model.safetensors",
     ]
-    assert "blocks trained" not in text
+    assert "blocks trained" not in text and "blocks kept" not in text
     assert "A later stage" not in text
     before = {**kept, "crops": 999_000}
     (tmp_path / "runs" / "first.json").write_text(json.dumps(before))
+    by_blocks = {"1": {"a": 50.0, "b": 90.0}, "2": {"a": 40.04, "b": 90.0}}
+    (tmp_path / "runs" / "mine.json").write_text(json.dumps({**kept, blocks.BY_BLOCKS: by_blocks}))
     release.main(run, tmp_path / "manifest.csv", ["first"], blocks=1)
     shorter = m2d_embed.load_model(str(card.parent))
     assert (shorter.config.depth, len(shorter.encoder.blocks)) == (1, 1)
@@ -246,6 +279,8 @@ def test_release_writes_a_model_that_loads_and_a_card(run, tmp_path, monkeypatch
     assert torch.nn.functional.cosine_similarity(a, b).min() > 0.9999
     text = card.read_text()
     assert f"Of the {original.config.depth} blocks trained, the first 1 are kept." in text
+    assert "| blocks kept | a | b | mean |" in text
+    assert "| 1 | 50.0 | 90.0 | 70.0 |\n| 2 | 40.0 | 90.0 | 65.0 |" in text
     assert text.index("[`first`]") < text.index("999,000 in all") < text.index("[`mine`]") < text.index("6,400 in all")
     assert "A later stage begins with the encoder of the one before." in text
     assert "`m2d-embed pretrain first` and `m2d-embed pretrain mine`" in text

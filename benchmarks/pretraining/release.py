@@ -1,6 +1,7 @@
 """Bundle what a run made: ``weights/`` with the model in float16, its configuration, loss curve and model card.
 
 python -m benchmarks.pretraining.record runs/NAME ../shared/data
+python -m benchmarks.pretraining.blocks runs/NAME ../shared/data --keep 8 --keep 9
 python -m benchmarks.pretraining.release runs/NAME joined/manifest.csv --after FIRST --mean-with runs/FIRST --blocks 9
 python -m benchmarks.quality --model ../shared/seed-weights ../shared/data/*/metadata.csv
 python -m benchmarks.render                        # puts the probes into the card, too
@@ -17,6 +18,7 @@ import torch
 import typer
 
 from benchmarks.pretraining.average import average
+from benchmarks.pretraining.blocks import BY_BLOCKS
 from benchmarks.pretraining.encoders import read_encoder
 from benchmarks.pretraining.record import FOLDER as RECORDS
 from benchmarks.pretraining.scenes import PACKAGE as SCENES
@@ -96,6 +98,7 @@ def training_section(stages: dict[str, dict[str, Any]], averaged: list[str], tra
     begun = "\n\nA later stage begins with the encoder of the one before." if len(stages) > 1 else ""
     mean = f"\n\nThe weights are the mean of those of {_listed(averaged)}." if len(averaged) > 1 else ""
     left = "" if kept == trained else f"\n\nOf the {trained} blocks trained, the first {kept} are kept."
+    left += blocks_table(list(stages.values())[-1].get(BY_BLOCKS, {}))
     commands = _listed([f"m2d-embed pretrain {recipe}" for recipe in stages])
     return f"""{runs}{begun}{mean}{left}
 
@@ -104,6 +107,26 @@ def training_section(stages: dict[str, dict[str, Any]], averaged: list[str], tra
 {commands}
 do it again, with the commands that the recipes name. What else was tried is in
 [benchmarks/pretraining](../benchmarks/pretraining/README.md)."""
+
+
+def blocks_table(found: dict[str, dict[str, float]]) -> str:
+    """Accuracies by blocks kept, as a paragraph and a table; nothing if none were measured."""
+    if not found:
+        return ""
+    sets = list(next(iter(found.values())))
+    lines = [
+        "",
+        "",
+        "The last run's encoder, cut after some of its blocks (linear probes of mean and standard deviation, "
+        "bfloat16, accuracy in %):",
+        "",
+        f"| blocks kept | {' | '.join(sets)} | mean |",
+        f"| ---: |{' ---: |' * len(sets)} ---: |",
+    ]
+    for count, scores in found.items():
+        cells = [scores[name] for name in sets]
+        lines.append(f"| {count} | {' | '.join(f'{cell:.1f}' for cell in [*cells, sum(cells) / len(cells)])} |")
+    return "\n".join(lines)
 
 
 def _listed(names: list[str]) -> str:
