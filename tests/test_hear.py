@@ -47,7 +47,7 @@ def test_the_device_of_the_audio_is_honoured(noise):
 @pytest.mark.parametrize(
     ("options", "scene", "frame"),
     [
-        ({"layers": [2, 5, 8]}, 1920, 960),
+        ({"layers": [2, 4, 7]}, 1920, 960),
         ({"layers": [3, -1], "layer_pooling": "concat"}, 3840, 1920),
         ({"layers": 5}, 1920, 960),
         ({"layers": np.arange(3)}, 1920, 960),
