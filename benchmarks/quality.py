@@ -106,11 +106,13 @@ def known_rows(models: Sequence[str], modules: Sequence[str]) -> dict[str, Calla
     }
 
 
-def rows_to_keep(earlier: Mapping[str, Any], again: Sequence[str], rows: Sequence[str], sets: object) -> dict[str, Any]:
+def rows_to_keep(
+    earlier: Mapping[str, Any], again: Sequence[str], rows: Sequence[str], sets: object, probes: Sequence[str]
+) -> dict[str, Any]:
     """What an earlier run measured of the rows that are not to be measured again.
 
     Raises:
-        ConfigError: if there is no such row, the earlier run lacks one of the others, or it was of other sets.
+        ConfigError: if there is no such row, the earlier run lacks another row, or was of other sets or probes.
     """
     unknown = [row for row in again if row not in rows]
     if unknown:
@@ -121,7 +123,22 @@ def rows_to_keep(earlier: Mapping[str, Any], again: Sequence[str], rows: Sequenc
         raise ConfigError(f"--again: nothing was measured yet of {', '.join(missing)}; measure all rows first.")
     if kept and earlier["sets"] != sets:
         raise ConfigError(f"--again: the other rows are of {earlier['sets']}, not of {sets}; measure all rows.")
+    for row, scores in kept.items():
+        for name, found in scores.items():
+            done = found.keys() & PROBES
+            if done != set(probes):
+                raise ConfigError(
+                    f"--again: {row!r} has {', '.join(sorted(done))} of {name}; name the same with --probe, "
+                    f"not {', '.join(probes)}, or measure all rows."
+                )
     return kept
+
+
+def write(result: Mapping[str, Any], output: Path) -> None:
+    """Write the JSON whole or not at all: measuring a row takes minutes."""
+    partial_file = output.with_name(f"{output.name}.partial")
+    partial_file.write_text(json.dumps(result, indent=1) + "\n")
+    partial_file.replace(output)
 
 
 def main(
@@ -145,15 +162,16 @@ def main(
         name: {"clips": len(of), "labels": len(of.label_names), "test folds": len(of.test_folds())}
         for name, of in clips.items()
     }
+    probes = probe or PROBES
     earlier = json.loads(output.read_text()) if again and output.is_file() else {}
-    scores: dict[str, Any] = rows_to_keep(earlier, again, list(rows), sets) if again else {}
+    scores: dict[str, Any] = rows_to_keep(earlier, again, list(rows), sets, probes) if again else {}
     machines = dict(earlier.get(MACHINES, {}))
     further = [f"--model {name}" for name in model or ()] + [f"--module {name}" for name in module or ()]
     chosen = [f"--probe {name}" for name in probe or ()]
     command = " ".join(["python -m benchmarks.quality", *map(shown, data), *further, *chosen])
     for row in again or rows:
         embed = rows[row]()
-        scores[row] = {name: measure(embed, clips[name], hashes[name], probe or PROBES) for name in names}
+        scores[row] = {name: measure(embed, clips[name], hashes[name], probes) for name in names}
         machines[row] = machine()
         print(f"{row}: {scores[row]}")
         done = [name for name in rows if name in scores]
@@ -161,10 +179,10 @@ def main(
             **earlier,
             "command": command,
             "sets": sets,
-            MACHINES: {name: machines[name] for name in done},
+            MACHINES: {name: machines[name] for name in done if name in machines},
             SCORES: {name: scores[name] for name in done},
         }
-        output.write_text(json.dumps(result, indent=1) + "\n")
+        write(result, output)
 
 
 if __name__ == "__main__":

@@ -196,6 +196,8 @@ def test_probes_by_blocks_kept(run, tones, tmp_path, monkeypatch):
     blocks.main(run, tones, [2, 1, 2])
     kept = json.loads((tmp_path / "mine.json").read_text())
     assert kept == {"about": "a trial", blocks.BY_BLOCKS: {"1": {"tones": 100.0}, "2": {"tones": 100.0}}}
+    with pytest.raises(SystemExit, match=r"--keep 3: the encoder of .* has 2 blocks"):
+        blocks.main(run, tones, [1, 3])
 
 
 def test_scenes_by_blocks_are_those_of_shorter_models(run, tones, tmp_path, monkeypatch):

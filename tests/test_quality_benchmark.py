@@ -36,7 +36,7 @@ def measured(labelled, tmp_path):
     return output
 
 
-def test_all_rows_and_one_of_them_again(labelled, measured):
+def test_all_rows_and_one_of_them_again(labelled, measured, tmp_path):
     first = json.loads(measured.read_text())
     assert list(first[SCORES]) == list(first[MACHINES]) == ROWS
     assert first["sets"] == {"some": {"clips": 12, "labels": 2, "test folds": 3}}
@@ -51,6 +51,7 @@ def test_all_rows_and_one_of_them_again(labelled, measured):
     changed = json.loads(measured.read_text())
     changed[SCORES][BUNDLED]["some"]["knn"]["accuracy"] = [0.0, 0.0, 0.0]
     changed[SCORES]["random weights"]["some"]["knn"]["accuracy"] = [1.0, 1.0, 1.0]
+    del changed[MACHINES]["log-mel mean and std"]
     changed[MACHINES]["random weights"] = {"cpu": "another"}
     changed["note"] = "by hand"
     measured.write_text(json.dumps(changed))
@@ -60,6 +61,8 @@ def test_all_rows_and_one_of_them_again(labelled, measured):
     assert second[SCORES][BUNDLED] == first[SCORES][BUNDLED]
     assert second[SCORES]["random weights"] == changed[SCORES]["random weights"]
     assert second[MACHINES]["random weights"] == {"cpu": "another"} != second[MACHINES][BUNDLED]
+    assert "log-mel mean and std" not in second[MACHINES]
+    assert sorted(file.name for file in tmp_path.glob("quality*")) == ["quality.json"]
 
 
 def test_rows_done_before_an_interruption_are_there(labelled, tmp_path, monkeypatch):
@@ -81,6 +84,8 @@ def test_what_cannot_be_measured_again(labelled, measured):
         quality.main([labelled], model=["x"], again=[BUNDLED], output=measured)
     with pytest.raises(ConfigError, match=r"nothing was measured yet of m2d-embed, bundled, mean alone, log-mel"):
         quality.main([labelled], again=[BUNDLED], output=measured.with_name("absent.json"))
+    with pytest.raises(ConfigError, match=r"'m2d-embed, bundled, mean alone' has knn of some; .*, not linear, knn,"):
+        quality.main([labelled], probe=["linear", "knn"], again=[BUNDLED], output=measured)
     labelled.write_text("".join(labelled.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(ConfigError, match=r"measure all rows"):
         quality.main([labelled], again=[BUNDLED], output=measured)

@@ -85,6 +85,13 @@ def test_files_stay_relative_to_their_folder(corpus, tmp_path):
         select.main(tmp_path / "elsewhere" / "out.csv", [corpus])
 
 
+def test_does_not_write_over_what_it_reads(corpus):
+    before = corpus.read_text()
+    with pytest.raises(SystemExit, match=r"would be lost"):
+        select.main(corpus, [corpus], one_in=["music=3"])
+    assert corpus.read_text() == before
+
+
 def test_nothing_left(corpus, tmp_path):
     with pytest.raises(SystemExit, match=r"no clip is left"):
         select.main(tmp_path / "out.csv", [corpus], source=select.Source.SCENES)

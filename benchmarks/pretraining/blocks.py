@@ -43,6 +43,9 @@ def main(
     if not file.is_file():
         raise SystemExit(f"{file}: no such record; python -m benchmarks.pretraining.record {run} makes it.")
     counts = sorted(set(keep))
+    depth = M2D.from_pretrained(str(run / "export")).config.depth
+    if counts[-1] > depth:
+        raise SystemExit(f"--keep {counts[-1]}: the encoder of {run} has {depth} blocks.")
     layers = tuple(count - 1 for count in counts)
     features = FeatureConfig(layers=layers, layer_pooling="concat", scene_pooling="mean_std")
     model = M2D.from_pretrained(str(run / "export"), dtype="bf16", features=features)

@@ -59,6 +59,8 @@ def main(
     for manifest in manifests:
         if manifest.resolve().parent != folder:
             raise SystemExit(f"{output} must be in the folder of {manifest}, to which its files are relative.")
+        if manifest.resolve() == output.resolve():
+            raise SystemExit(f"{output} would be lost: write the chosen clips to another manifest.")
     rows = {row["file"]: row for manifest in manifests for row in read_rows(manifest)}
     divisor = divisors(one_in or [], {row["kind"] for row in rows.values()})
     unwanted = set() if without is None else overlapping(without)
