@@ -720,12 +720,35 @@ def test_an_additional_task_begins_on_a_full_checkpoint_without_it(recipe, optio
         torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-6)
 
 
+def test_starting_with_the_predictor_and_a_new_head(recipe, options):
+    task = ["objective=m2d_as", *options("m2d_as")]
+    first = recipe(*task, "training.steps=2", output="first")
+    pretrain(first)
+    before, file = final_state(first.folder).model, run_state.latest(first.folder)
+    still = ["training.steps=1", "training.base_lr=1e-12", "training.ema_decay=[1, 1]", "training.seed=5"]
+    second = recipe(*task, f"start={{model: {file}, parts: predictor}}", *still, output="b")
+    pretrain(second)
+    after = final_state(second.folder).model
+    assert after.keys() == before.keys()
+    for name, tensor in before.items():
+        part, _, rest = name.partition(".")
+        if part in ("encoder", "predictor"):
+            torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-6)
+        elif part == "target":
+            torch.testing.assert_close(after[name], before[f"encoder.{rest}"], rtol=0, atol=1e-6)
+    assert not torch.allclose(after["offline.weight"], before["offline.weight"], atol=1e-3)
+    assert not torch.allclose(
+        after["target.blocks.0.mlp.fc1.weight"], before["target.blocks.0.mlp.fc1.weight"], atol=1e-6
+    )
+
+
 def test_a_start_that_does_not_fit_is_named(recipe):
     exported = pretrain(recipe("training.steps=1", output="first"))
     with pytest.raises(ConfigError, match="depth is 3, but tiny-run has 2"):
         pretrain(recipe(f"start.model={exported}", "model.depth=3", output="a"))
-    with pytest.raises(CheckpointError, match="encoder alone"):
-        pretrain(recipe(f"start={{model: {exported}, parts: all}}", output="b"))
+    for parts in ("predictor", "all"):
+        with pytest.raises(CheckpointError, match="encoder alone"):
+            pretrain(recipe(f"start={{model: {exported}, parts: {parts}}}", output="b"))
     ours = run_state.latest(exported.parent)
     with pytest.raises(CheckpointError, match=r"predictor\.mask_token has shape .*start\.parts=encoder"):
         pretrain(recipe(f"start={{model: {ours}, parts: all}}", "predictor.dim=24", output="c"))

@@ -1,6 +1,8 @@
 """Offline targets: windows around the times that the features stand for, and one file of features a clip."""
 
 import csv
+import sys
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ HOP = 7680.0
 
 
 class Loudness:
-    """Stands in for YAMNet: the "embedding" of a window is its sum and its length."""
+    """Stands in for YAMNet: the "embedding" of a window is its sum and length, a layer's activations its quarters."""
 
     def set_tensor(self, index, window):
         self.window = window
@@ -22,12 +24,31 @@ class Loudness:
         self.said = np.array([[self.window.sum(), self.window.shape[1]]], np.float32)
 
     def get_tensor(self, index):
-        return self.said
+        quarters = self.window.reshape(1, 2, 2, -1).astype(np.float32)
+        return {1: self.said, 12: quarters, 13: -quarters}[index]
 
 
 @pytest.fixture
 def loudness(monkeypatch):
-    monkeypatch.setattr(yamnet_features, "interpreter", lambda model: (Loudness(), 0, 1))
+    monkeypatch.setattr(yamnet_features, "interpreter", lambda model, layers: (Loudness(), 0, [1, *layers]))
+
+
+class Interpreter:
+    """A TFLite interpreter of a model that names its tensors as YAMNet's does, fused operations after semicolons."""
+
+    def __init__(self, model_path, num_threads, experimental_preserve_all_tensors):
+        assert experimental_preserve_all_tensors
+
+    def allocate_tensors(self):
+        pass
+
+    def get_input_details(self):
+        return [{"index": 7}]
+
+    def get_tensor_details(self):
+        layers = [f"f/layer{n}/pointwise_conv/relu/Relu;f/layer{n + 1}/pointwise_conv/bn/Bn" for n in (2, 12, 13)]
+        names = ["f/global_average_pooling2d/Mean", "f/global_average_pooling2d/Mean/reduction_indices", *layers]
+        return [{"name": name, "index": place} for place, name in enumerate(names)]
 
 
 @pytest.mark.parametrize("samples", [1, 4000, 7680, 30_000])
@@ -47,6 +68,36 @@ def test_features_of_a_clip(loudness, tmp_path):
     assert found.dtype == np.float16
     assert found[:, 1].tolist() == [15_600] * 3
     assert found[1, 0] > found[0, 0]
+
+
+def test_features_with_the_means_of_layers(loudness, tmp_path):
+    audio = np.linspace(0, 1, 30_000, dtype=np.float32)
+    alone = yamnet_features.embed(audio, tmp_path, HOP)
+    found = yamnet_features.embed(audio, tmp_path, HOP, (13, 12))
+    assert found.shape == (4, 2 + 2 * 3900) and found.dtype == np.float16
+    np.testing.assert_array_equal(found[:, :2], alone)
+    window = list(yamnet_features.windows(audio, HOP))[2]
+    expected = window.reshape(4, 3900).mean(axis=0)
+    np.testing.assert_allclose(found[2, 3902:], expected, atol=1e-3)
+    np.testing.assert_allclose(found[2, 2:3902], -expected, atol=1e-3)
+
+
+def test_places_in_yamnet(monkeypatch):
+    litert, module = ModuleType("ai_edge_litert"), ModuleType("ai_edge_litert.interpreter")
+    module.Interpreter = Interpreter
+    monkeypatch.setitem(sys.modules, "ai_edge_litert", litert)
+    monkeypatch.setitem(sys.modules, "ai_edge_litert.interpreter", module)
+    uncached = yamnet_features.interpreter.__wrapped__
+    assert uncached("yamnet.tflite", ())[1:] == (7, [0])
+    assert uncached("yamnet.tflite", (13, 2))[1:] == (7, [0, 4, 2])
+    with pytest.raises(SystemExit, match=r"has 0 tensors whose name ends in /layer14/pointwise_conv.*is it YAMNet"):
+        uncached("yamnet.tflite", (14,))
+
+
+def test_layers_that_yamnet_lacks(tmp_path):
+    manifest, yamnet = tmp_path / "manifest.csv", tmp_path / "yamnet.tflite"
+    with pytest.raises(SystemExit, match=r"--layer: YAMNet's are 2 to 14"):
+        yamnet_features.main(manifest, yamnet, tmp_path / "features", layer=[12, 15])
 
 
 def test_files_and_manifest(loudness, tmp_path, monkeypatch):

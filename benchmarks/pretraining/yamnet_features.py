@@ -5,7 +5,8 @@
     m2d-embed pretrain ... objective=m2d_s data.source=features/manifest.csv data.feature_hop_ms=480
 
 Writes a ``.npy`` (frames, 1024) float16 a clip, a frame every ``--hop`` milliseconds, and a manifest with the column
-``features``. Files that are there already are kept, so a run that was stopped goes on.
+``features``. Files that are there already are kept, so a run that was stopped goes on. ``--layer 12 --layer 13`` append
+the mean activations of those layers: linear probes read more from them than from the embedding, which is after them.
 """
 
 import os
@@ -27,23 +28,29 @@ from m2d_embed.audio import load_audio
 _RATE = 16_000
 _WINDOW = 15_600  # samples that YAMNet hears at a time
 _EMBEDDING = "global_average_pooling2d/Mean"
+_ACTIVATION = "/layer{}/pointwise_conv/relu/Relu"
+_LAYERS = range(2, 15)  # of depthwise and pointwise convolutions; the embedding is the mean over the last one
 
 Floats = npt.NDArray[np.float32]
 
 
 @cache
-def interpreter(model: Path) -> tuple[Any, int, int]:
-    """YAMNet in one thread, and the places of its input and of its embedding."""
+def interpreter(model: Path, layers: tuple[int, ...]) -> tuple[Any, int, list[int]]:
+    """YAMNet in one thread, and the places of its input, of its embedding and of the activations of some layers."""
     from ai_edge_litert.interpreter import Interpreter
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that all tensors are kept takes memory: a few MB here
         yamnet = Interpreter(model_path=str(model), num_threads=1, experimental_preserve_all_tensors=True)
     yamnet.allocate_tensors()
-    places = [tensor["index"] for tensor in yamnet.get_tensor_details() if tensor["name"].endswith(_EMBEDDING)]
-    if len(places) != 1:
-        raise SystemExit(f"{model}: has {len(places)} tensors whose name ends in {_EMBEDDING}; is it YAMNet?")
-    return yamnet, yamnet.get_input_details()[0]["index"], places[0]
+    names = {tensor["name"]: tensor["index"] for tensor in yamnet.get_tensor_details()}
+    wanted = []
+    for name in (_EMBEDDING, *map(_ACTIVATION.format, layers)):
+        places = [place for fused, place in names.items() if fused.split(";")[0].endswith(name)]
+        if len(places) != 1:
+            raise SystemExit(f"{model}: has {len(places)} tensors whose name ends in {name}; is it YAMNet?")
+        wanted += places
+    return yamnet, yamnet.get_input_details()[0]["index"], wanted
 
 
 def windows(audio: Floats, hop: float) -> Iterator[Floats]:
@@ -55,20 +62,22 @@ def windows(audio: Floats, hop: float) -> Iterator[Floats]:
         yield padded[start : start + _WINDOW]
 
 
-def embed(audio: Floats, model: Path, hop: float) -> npt.NDArray[np.float16]:
-    """(frames, 1024) of a clip."""
-    yamnet, given, wanted = interpreter(model)
+def embed(audio: Floats, model: Path, hop: float, layers: tuple[int, ...] = ()) -> npt.NDArray[np.float16]:
+    """(frames, 1024 and as many as the layers have channels) of a clip."""
+    yamnet, given, wanted = interpreter(model, layers)
     rows = []
     for window in windows(audio, hop):
         yamnet.set_tensor(given, window[None])
         yamnet.invoke()
-        rows.append(yamnet.get_tensor(wanted).reshape(-1).astype(np.float16))
+        tensors = [yamnet.get_tensor(place) for place in wanted]
+        means = [tensor.reshape(-1, tensor.shape[-1]).mean(axis=0) for tensor in tensors]  # over time and frequency
+        rows.append(np.concatenate(means).astype(np.float16))
     return np.stack(rows)
 
 
-def _write(job: tuple[Job, Path, float]) -> None:
-    clip, model, hop = job
-    save(clip.target, embed(load_audio(clip.source, _RATE), model, hop))
+def _write(job: tuple[Job, Path, float, tuple[int, ...]]) -> None:
+    clip, model, hop, layers = job
+    save(clip.target, embed(load_audio(clip.source, _RATE), model, hop, layers))
 
 
 def main(
@@ -76,10 +85,14 @@ def main(
     model: Path,
     output: Path,
     hop: Annotated[float, typer.Option(help="Milliseconds between frames.")] = 480.0,
+    layer: Annotated[list[int] | None, typer.Option(help="Append its activations; 2 to 14, repeatable.")] = None,
     processes: int = os.cpu_count() or 1,
 ) -> None:
     """Embed every file of a manifest."""
-    jobs = [(job, model, hop * _RATE / 1000) for job in todo(manifest, output)]
+    layers = tuple(layer or ())
+    if any(number not in _LAYERS for number in layers):
+        raise SystemExit(f"--layer: YAMNet's are {_LAYERS.start} to {_LAYERS.stop - 1}.")
+    jobs = [(job, model, hop * _RATE / 1000, layers) for job in todo(manifest, output)]
     with get_context("spawn").Pool(processes) as pool:
         for _ in tqdm(pool.imap_unordered(_write, jobs, chunksize=8), total=len(jobs), unit="clip"):
             pass

@@ -74,11 +74,12 @@ class StartSection:
     """What the weights start from; fresh ones if ``model`` is empty.
 
     ``model`` is anything that ``load_model`` takes, a full upstream ``.pth``, or a checkpoint of a run of ours.
-    ``parts`` "encoder" takes the encoder alone; "all" the predictor and the target network too, which must be there.
+    ``parts`` "encoder" takes the encoder alone; "predictor" the predictor too, for an additional task with other
+    targets, whose head is new; "all" also the target network and such heads. What is asked for must be there.
     """
 
     model: str = ""
-    parts: Literal["encoder", "all"] = "encoder"
+    parts: Literal["encoder", "predictor", "all"] = "encoder"
 
 
 @dataclass(frozen=True)

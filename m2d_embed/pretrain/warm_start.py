@@ -55,7 +55,7 @@ def read_start(section: StartSection) -> Start | None:
 
     Raises:
         ModelNotFoundError: if the name leads nowhere.
-        CheckpointError: if it cannot be read, or holds no predictor where all parts are asked for.
+        CheckpointError: if it cannot be read, or holds no predictor where more than the encoder is asked for.
     """
     if not section.model:
         return None
@@ -66,7 +66,7 @@ def read_start(section: StartSection) -> Start | None:
     location = hub.locate(section.model, [WEIGHT_FILES[torch.float32]], [], hub.HubOptions())
     checkpoint = load_checkpoint(location)
     tensors = {name: t for name, t in checkpoint.tensors.items() if name.startswith("encoder.")}
-    if section.parts == "all":
+    if section.parts != "encoder":
         if location.release is not None:
             raise CheckpointError(
                 f"start.model {section.model}: a release is kept without its predictor; "
@@ -91,7 +91,8 @@ def our_names(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def apply_start(objective: Objective, start: Start, parts: str) -> None:
     """Load a checkpoint into an objective whose other weights are fresh.
 
-    A target network that is not loaded becomes a copy of the encoder; the head of an additional task may be new, too.
+    A target network that is not loaded becomes a copy of the encoder; of "all" parts the head of an additional task may
+    be new, too, where the checkpoint has none.
     Positions of another window are rebuilt if they are the fixed ones, else interpolated.
 
     Raises:
@@ -100,7 +101,12 @@ def apply_start(objective: Objective, start: Start, parts: str) -> None:
     expected = objective.state_dict()
     held = {name.partition(".")[0] for name in start.tensors}
     fresh = {part for part in _MAY_BE_FRESH if part not in held}
-    wanted = [n for n in expected if n.startswith("encoder.") or (parts == "all" and n.partition(".")[0] not in fresh)]
+    wanted_parts = {
+        "encoder": {"encoder"},
+        "predictor": {"encoder", "predictor"},
+        "all": {name.partition(".")[0] for name in expected} - fresh,
+    }[parts]
+    wanted = [name for name in expected if name.partition(".")[0] in wanted_parts]
     tensors = dict(start.tensors)
     for name in [n for n in wanted if n.endswith("pos_embed")]:
         fixed, grids = expected[name].cpu(), (start.config.grid_size, objective.encoder.grid_size)
@@ -114,10 +120,10 @@ def apply_start(objective: Objective, start: Start, parts: str) -> None:
     ]
     if problems:
         more = f", and {len(problems) - 4} more" if len(problems) > 4 else ""
-        hint = " Set start.parts=encoder to take the encoder alone." if parts == "all" else ""
+        hint = " Set start.parts=encoder to take the encoder alone." if parts != "encoder" else ""
         raise CheckpointError(f"{start.origin}: does not fit the run: {'; '.join(problems[:4])}{more}.{hint}")
     objective.load_state_dict({name: tensors[name] for name in wanted}, strict=False)
-    if parts == "encoder" or "target" in fresh:
+    if "target" not in wanted_parts:
         objective.reset_target()
     left = sorted(held - {name.partition(".")[0] for name in wanted})
     log.info("started from %s%s", start.origin, f"; left out: {', '.join(left)}" if left else "")
