@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from benchmarks.pretraining import yamnet_features
+from benchmarks.pretraining import probe_features, yamnet_features
 from benchmarks.pretraining.targets import todo
 
 HOP = 7680.0
@@ -132,6 +132,44 @@ def test_files_and_manifest(loudness, tmp_path, monkeypatch):
     yamnet_features.main(corpus / "manifest.csv", tmp_path / "yamnet.tflite", output, hop=480.0, processes=1)
     assert (output / rows[0]["features"]).stat().st_mtime_ns == before
     assert (output / rows[1]["features"]).exists()
+
+
+def test_seconds_of_a_set_without_that_column(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.zeros(8_000), 16_000)
+    (tmp_path / "metadata.csv").write_text("file,label\na.wav,x\n")
+    [job] = todo(tmp_path / "metadata.csv", tmp_path / "features")
+    assert job.seconds == 0.5
+
+
+@pytest.fixture
+def features_of_labelled(tmp_path):
+    """Of 20 clips: two values that tell nothing, then three whose means over time tell the two labels apart."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for clip in range(20):
+        (tmp_path / f"{clip}.wav").touch()
+        frames = rng.standard_normal((4 + clip % 3, 5)).astype(np.float16)
+        frames[:, 2:] += 10 * (clip % 2)
+        np.save(tmp_path / f"{clip}.npy", frames)
+        rows.append(f"{clip}.wav,{'ab'[clip % 2]},{clip // 2 % 2},{clip}.npy")
+    manifest = tmp_path / "manifest.csv"
+    manifest.write_text("\n".join(["file,label,fold,features", *rows]) + "\n")
+    return manifest
+
+
+def test_probes_of_features_and_their_parts(features_of_labelled, capsys):
+    probe_features.main(features_of_labelled, part=[2, 3])
+    first, second, joint = capsys.readouterr().out.splitlines()
+    assert first.startswith("values 0 to 1: ") and float(first.split()[-2]) < 90
+    assert second == "values 2 to 4: 100.0 %"
+    assert joint == "values 0 to 4: 100.0 %"
+    probe_features.main(features_of_labelled)
+    assert capsys.readouterr().out == "values 0 to 4: 100.0 %\n"
+
+
+def test_parts_that_do_not_add_up(features_of_labelled):
+    with pytest.raises(SystemExit, match=r"--part: the parts have 4 values together, a frame has 5"):
+        probe_features.main(features_of_labelled, part=[1, 3])
 
 
 @pytest.mark.parametrize("file", ["/corpus/audio/a.wav", "../corpus/audio/a.wav", "audio/../../a.wav"])

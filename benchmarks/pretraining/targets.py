@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import soundfile
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,15 @@ def read_rows(manifest: Path) -> list[dict[str, str]]:
 def todo(manifest: Path, output: Path) -> list[Job]:
     """The clips of a manifest whose features are not there yet. SystemExit if files lie elsewhere than below it."""
     jobs = [
-        Job(manifest.parent / row["file"], float(row["seconds"]), output / _features(row))
+        Job(manifest.parent / row["file"], _seconds(manifest.parent, row), output / _features(row))
         for row in read_rows(manifest)
     ]
     return [job for job in jobs if not job.target.exists()]
+
+
+def _seconds(folder: Path, row: dict[str, str]) -> float:
+    """As the manifest says; labelled sets have no such column."""
+    return float(row["seconds"]) if "seconds" in row else float(soundfile.info(folder / row["file"]).duration)
 
 
 def save(target: Path, features: npt.NDArray[Any]) -> None:
