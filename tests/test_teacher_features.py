@@ -100,6 +100,21 @@ def test_layers_that_yamnet_lacks(tmp_path):
         yamnet_features.main(manifest, yamnet, tmp_path / "features", layer=[12, 15])
 
 
+def test_a_folder_has_features_of_one_kind(tmp_path):
+    output = tmp_path / "features"
+    yamnet_features.claim(output, 480.0, (12,))
+    yamnet_features.claim(output, 480.0, (12,))
+    for hop, layers in ((480.0, ()), (480.0, (12, 13)), (240.0, (12,))):
+        with pytest.raises(SystemExit, match=r"has features of .*'layers': \[12\].*choose another folder"):
+            yamnet_features.claim(output, hop, layers)
+    earlier = tmp_path / "earlier"  # by a version that had no layers
+    earlier.mkdir()
+    (earlier / "manifest.csv").touch()
+    with pytest.raises(SystemExit, match=r"of the embedding alone"):
+        yamnet_features.claim(earlier, 480.0, (12,))
+    yamnet_features.claim(earlier, 480.0, ())
+
+
 def test_files_and_manifest(loudness, tmp_path, monkeypatch):
     class Here:
         """A pool of this process, where the stand-in is."""

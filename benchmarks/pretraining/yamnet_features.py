@@ -9,6 +9,7 @@ Writes a ``.npy`` (frames, 1024) float16 a clip, a frame every ``--hop`` millise
 the mean activations of those layers: linear probes read more from them than from the embedding, which is after them.
 """
 
+import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -75,6 +76,20 @@ def embed(audio: Floats, model: Path, hop: float, layers: tuple[int, ...] = ()) 
     return np.stack(rows)
 
 
+def claim(output: Path, hop: float, layers: tuple[int, ...]) -> None:
+    """Say in a folder what its features are. SystemExit if those that it has are others, which would be kept."""
+    file = output / "yamnet.json"
+    asked = {"hop": hop, "layers": list(layers)}
+    if file.is_file():
+        there = json.loads(file.read_text())
+        if there != asked:
+            raise SystemExit(f"{output}: has features of {there}, not of {asked}; choose another folder.")
+    elif layers and (output / "manifest.csv").is_file():
+        raise SystemExit(f"{output}: has features of the embedding alone; choose another folder.")
+    output.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(asked) + "\n")
+
+
 def _write(job: tuple[Job, Path, float, tuple[int, ...]]) -> None:
     clip, model, hop, layers = job
     save(clip.target, embed(load_audio(clip.source, _RATE), model, hop, layers))
@@ -92,6 +107,7 @@ def main(
     layers = tuple(layer or ())
     if any(number not in _LAYERS for number in layers):
         raise SystemExit(f"--layer: YAMNet's are {_LAYERS.start} to {_LAYERS.stop - 1}.")
+    claim(output, hop, layers)
     jobs = [(job, model, hop * _RATE / 1000, layers) for job in todo(manifest, output)]
     with get_context("spawn").Pool(processes) as pool:
         for _ in tqdm(pool.imap_unordered(_write, jobs, chunksize=8), total=len(jobs), unit="clip"):
