@@ -27,6 +27,7 @@ RECIPE = {
     "masking": {"mask_ratio": 0.6},
     "predictor": {"dim": 192, "depth": 2},
     "offline": {"weights": [1.0, 2.0], "teacher": ""},
+    "start": {"model": "", "parts": "encoder"},
     "training": {
         "steps": 200,
         "effective_batch": 32,
@@ -268,8 +269,10 @@ def test_release_writes_a_model_that_loads_and_a_card(run, tmp_path, monkeypatch
         "model.safetensors",
     ]
     assert "blocks trained" not in text and "blocks kept" not in text
-    assert "A later stage" not in text
+    assert "from scratch;" in text and "begins with" not in text
     before = {**kept, "crops": 999_000}
+    start = {"model": "first/step-1.ckpt", "parts": "predictor"}
+    kept = {**kept, "settings": {**kept["settings"], "start": start}}
     (tmp_path / "runs" / "first.json").write_text(json.dumps(before))
     by_blocks = {"1": {"a": 50.0, "b": 90.0}, "2": {"a": 40.04, "b": 90.0}}
     (tmp_path / "runs" / "mine.json").write_text(json.dumps({**kept, blocks.BY_BLOCKS: by_blocks}))
@@ -284,7 +287,8 @@ def test_release_writes_a_model_that_loads_and_a_card(run, tmp_path, monkeypatch
     assert "| blocks kept | a | b | mean |" in text
     assert "| 1 | 50.0 | 90.0 | 70.0 |\n| 2 | 40.0 | 90.0 | 65.0 |" in text
     assert text.index("[`first`]") < text.index("999,000 in all") < text.index("[`mine`]") < text.index("6,400 in all")
-    assert "A later stage begins with the encoder of the one before." in text
+    begun = text.index("begins with the encoder and predictor of the stage before;")
+    assert text.index("from scratch;") < text.index("[`mine`]") < begun
     assert "`m2d-embed pretrain first` and `m2d-embed pretrain mine`" in text
     assert "The weights are the mean" not in text
     other = run.with_name("other")

@@ -32,6 +32,7 @@ from m2d_embed.training.settings import read_yaml
 _SOURCE = "m2d_embed.pretrain, recipe {recipe}: {hours:.0f} h of free audio, teachers YAMNet and Resemblyzer"
 _LICENCE = "Apache-2.0"
 _SCENE_POOLING: ScenePooling = "mean_std"  # benchmarks.quality shows both
+_BEGUN = {"encoder": "encoder", "predictor": "encoder and predictor", "all": "encoder, predictor and head"}
 _MANY = 0.05  # hours of audio under a licence that is named by itself
 
 
@@ -75,10 +76,13 @@ def stage(recipe: str, record: dict[str, Any]) -> str:
     settings, machine = record["settings"], record["machine"]
     training, predictor = settings["training"], settings["predictor"]
     pixels, offline = settings["offline"]["weights"]
+    start = settings["start"]
+    begun = f"begins with the {_BEGUN[start['parts']]} of the stage before;" if start["model"] else "from scratch;"
     optimizer = "Muon and AdamW" if training.get("optimizer") == "muon" else "AdamW"
     batch, last = training["effective_batch"], record["curve"][-1]
     lines = [
         f"* [`{recipe}`](../m2d_embed/pretrain/recipes/{recipe}.yaml): objective `{settings['objective']}`,",
+        begun,
         f"{settings['masking']['mask_ratio']:.0%} of the patches masked at random;",
         f"the loss is {pixels:g} x pixels + {offline:g} x offline targets;",
         f"a predictor of {predictor['depth']} layers, {predictor['dim']}-d;",
@@ -95,12 +99,11 @@ def stage(recipe: str, record: dict[str, Any]) -> str:
 def training_section(stages: dict[str, dict[str, Any]], averaged: list[str], trained: int, kept: int) -> str:
     """The runs that made the encoder, by their recipes and in order; which of them it is the mean of; blocks kept."""
     runs = "\n".join(stage(recipe, record) for recipe, record in stages.items())
-    begun = "\n\nA later stage begins with the encoder of the one before." if len(stages) > 1 else ""
     mean = f"\n\nThe weights are the mean of those of {_listed(averaged)}." if len(averaged) > 1 else ""
     left = "" if kept == trained else f"\n\nOf the {trained} blocks trained, the first {kept} are kept."
     left += blocks_table(list(stages.values())[-1].get(BY_BLOCKS, {}))
     commands = _listed([f"m2d-embed pretrain {recipe}" for recipe in stages])
-    return f"""{runs}{begun}{mean}{left}
+    return f"""{runs}{mean}{left}
 
 ![loss](loss.png)
 
