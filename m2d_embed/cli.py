@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from m2d_embed import __version__, registry
 from m2d_embed.audio import find_audio, load_audio
-from m2d_embed.config import FeatureConfig
+from m2d_embed.config import FeatureConfig, resolve_layers
 from m2d_embed.errors import AudioError, ConfigError, M2DEmbedError, ModelNotFoundError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -102,7 +102,9 @@ Model = Annotated[str, typer.Option("--model", "-m", help="Which model; the bund
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps ... By default a GPU if there is one.")]
 Dtype = Annotated[Precision | None, typer.Option(help="Precision of the matrices.", show_default="fp32 on the CPU")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Windows encoded at a time, at most.")]
-Layers = Annotated[str, typer.Option(help="Transformer blocks to read, e.g. -1 or 6,9,11.")]
+Layers = Annotated[
+    str | None, typer.Option(help="Transformer blocks to read, e.g. -1 or 6,9,11.", show_default="the model's own")
+]
 Concat = Annotated[bool, typer.Option("--concat", help="Concatenate several layers; else they are averaged.")]
 Flat = Annotated[bool, typer.Option("--flat", help="Average the patches of a column instead of stacking.")]
 Scenes = Annotated[
@@ -122,7 +124,7 @@ def embed(
     kind: Annotated[Kind, typer.Option(help="One embedding a clip, or one every hop with its time.")] = Kind.scene,
     model: Model = "",
     hop_ms: Annotated[float | None, typer.Option(help="Step of timestamps; the model's own by default.")] = None,
-    layers: Layers = "-1",
+    layers: Layers = None,
     concat: Concat = False,
     flat: Flat = False,
     scene_pooling: Scenes = None,
@@ -364,7 +366,7 @@ def export(
     ] = ExportKind.scene,
     model: Model = "",
     hop_ms: Annotated[float | None, typer.Option(help="Step of timestamps; the model's own by default.")] = None,
-    layers: Layers = "-1",
+    layers: Layers = None,
     concat: Concat = False,
     flat: Flat = False,
     scene_pooling: Scenes = None,
@@ -432,7 +434,7 @@ def probe(
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many clips, some of every label.")] = None,
     draw_map: Annotated[bool, typer.Option("--map", help="Also write map.html: all clips to see and hear.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of what is drawn: folds, if the data has none, the MLP ...")] = 0,
-    layers: Layers = "-1",
+    layers: Layers = None,
     concat: Concat = False,
     flat: Flat = False,
     scene_pooling: Scenes = None,
@@ -687,6 +689,7 @@ def _facts(model: M2D) -> dict[str, Any]:
         "encoder": f"{config.depth} layers x {config.embed_dim} d, {config.num_heads} heads",
         "window": f"{mels} mels x {frames} frames ({frames * config.frame_ms / 1000:.2f} s)",
         "patch": f"{patch_mels} mels x {patch_frames} frames ({config.column_ms:g} ms)",
+        "layers read": ", ".join(map(str, resolve_layers(model.features.blocks(config), config.depth))),
         "scene embedding": model.scene_embedding_size,
         "timestamp embedding": f"{model.timestamp_embedding_size}, every {config.column_ms:g} ms",
     }
@@ -698,10 +701,10 @@ def _facts(model: M2D) -> dict[str, Any]:
 
 
 def _features(
-    layers: str, concat: bool, flat: bool, scene_pooling: Pooling | None, hop_ms: float | None = None
+    layers: str | None, concat: bool, flat: bool, scene_pooling: Pooling | None, hop_ms: float | None = None
 ) -> FeatureConfig:
     return FeatureConfig(
-        layers=_parse_layers(layers),
+        layers=_parse_layers(layers) if layers is not None else None,
         layer_pooling="concat" if concat else "mean",
         flat=flat,
         hop_ms=hop_ms,

@@ -87,7 +87,8 @@ class ModelConfig:
 
     ``input_size`` and ``patch_size`` are (mels, frames); ``norm_stats`` the mean and standard deviation of the
     training data's log-mel. ``n_fft`` (= window length) and ``hop_length`` are in samples, ``f_min`` and
-    ``f_max`` in Hz. ``scene_pooling`` is how its scene embeddings are made unless a ``FeatureConfig`` says otherwise.
+    ``f_max`` in Hz. ``layers`` are the blocks that its embeddings are made of, and ``scene_pooling`` is how its scene
+    embeddings are made of those of time columns, unless a ``FeatureConfig`` says otherwise.
 
     Raises:
         ConfigError: if the values contradict one another; it names the field.
@@ -107,6 +108,7 @@ class ModelConfig:
     f_min: float = 50.0
     f_max: float = 8_000.0
     norm_stats: tuple[float, float] = (-7.1, 4.2)
+    layers: tuple[int, ...] = (-1,)
     scene_pooling: ScenePooling = "mean"
     head: HeadConfig | None = None
     clap: ClapConfig | None = None
@@ -123,6 +125,7 @@ class ModelConfig:
         _require(self.embed_dim % self.num_heads == 0, f"embed_dim {self.embed_dim} is not a multiple of num_heads")
         _require(self.embed_dim % 4 == 0, f"embed_dim {self.embed_dim} is not a multiple of 4")
         _require(0 <= self.f_min < self.f_max <= self.sample_rate / 2, "need 0 <= f_min < f_max <= sample_rate / 2")
+        resolve_layers(self.layers, self.depth)
         _require(self.mlp_ratio > 0, f"mlp_ratio must be positive, not {self.mlp_ratio}")
         _require(
             len(self.norm_stats) == 2 and all(map(math.isfinite, self.norm_stats)),
@@ -206,18 +209,23 @@ class ModelConfig:
 class FeatureConfig:
     """Which features an embedding is made of.
 
-    ``layers`` are transformer blocks, 0 the first and -1 the last, each read through the model's final norm;
-    several are combined by ``layer_pooling``, ``"mean"`` or ``"concat"``. ``flat`` averages the patches of a time
-    column (``d`` values) where the default stacks them (``F * d``). ``hop_ms`` is the step of timestamp embeddings;
-    None is the model's own, one patch. ``scene_pooling`` makes a scene embedding of frame features: ``"mean"`` over
-    time, or ``"mean_std"``, followed by the standard deviation over time; None is the model's own.
+    ``layers`` are transformer blocks, 0 the first and -1 the last, each read through the model's final norm; None is
+    the model's own choice. Several are combined by ``layer_pooling``, ``"mean"`` or ``"concat"``. ``flat`` averages the
+    patches of a time column (``d`` values) where the default stacks them (``F * d``). ``hop_ms`` is the step of
+    timestamp embeddings; None is the model's own, one patch. ``scene_pooling`` makes a scene embedding of frame
+    features: ``"mean"`` over time, or ``"mean_std"``, followed by the standard deviation over time; None is the
+    model's own.
     """
 
-    layers: tuple[int, ...] = (-1,)
+    layers: tuple[int, ...] | None = None
     layer_pooling: Literal["mean", "concat"] = "mean"
     flat: bool = False
     hop_ms: float | None = None
     scene_pooling: ScenePooling | None = None
+
+    def blocks(self, config: ModelConfig) -> tuple[int, ...]:
+        """Which transformer blocks are read."""
+        return config.layers if self.layers is None else self.layers
 
     def pooling(self, config: ModelConfig) -> ScenePooling:
         """How frame features become a scene embedding."""
@@ -230,7 +238,7 @@ class FeatureConfig:
     def frame_dim(self, config: ModelConfig) -> int:
         """Size of one frame feature."""
         per_layer = config.embed_dim * (1 if self.flat else config.grid_size[0])
-        return per_layer * (len(self.layers) if self.layer_pooling == "concat" else 1)
+        return per_layer * (len(self.blocks(config)) if self.layer_pooling == "concat" else 1)
 
     def hop_frames(self, config: ModelConfig) -> int:
         """Step between timestamp embeddings in log-mel frames, a divisor of the patch's.
@@ -251,7 +259,7 @@ class FeatureConfig:
     def check(self, config: ModelConfig) -> None:
         """Raise ConfigError if these features cannot be had from a model of this configuration."""
         self.hop_frames(config)
-        resolve_layers(self.layers, config.depth)
+        resolve_layers(self.blocks(config), config.depth)
         _require(
             self.layer_pooling in ("mean", "concat"),
             f'layer_pooling is "mean" or "concat", not {self.layer_pooling!r}',

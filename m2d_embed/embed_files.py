@@ -135,7 +135,7 @@ def job_settings(model: M2D, kind: Kind) -> dict[str, Any]:
         "weights": _fingerprint(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "kind": kind,
-        "layers": list(features.layers),
+        "layers": list(features.blocks(model.config)),
         "layer_pooling": features.layer_pooling,
         "flat": features.flat,
         "hop_ms": features.hop_ms,

@@ -206,7 +206,7 @@ class _Graph(nn.Module):
         self.kind = kind
         self.config = model.config
         self.features = model.head_features() if kind == "tags" else model.features
-        self.layers = resolve_layers(self.features.layers, self.config.depth)
+        self.layers = resolve_layers(self.features.blocks(self.config), self.config.depth)
         self.hop_frames = self.features.hop_frames(self.config) if kind == "timestamps" else self.config.patch_size[1]
         self.frontend = deepcopy(model.frontend)
         self.register_buffer("kernels", fourier_kernels(model.frontend.window))
@@ -348,7 +348,8 @@ def _outputs(model: M2D, kind: Kind) -> dict[str, tuple[str, ...]]:
 
 def _metadata(model: M2D, kind: Kind, features: FeatureConfig) -> dict[str, str]:
     config = model.config
-    settings = dataclasses.asdict(features) | {"scene_pooling": features.pooling(config)}
+    settings = dataclasses.asdict(features)
+    settings |= {"layers": features.blocks(config), "scene_pooling": features.pooling(config)}
     settings |= {"norm_stats": config.norm_stats, "input_size": config.input_size, "patch_size": config.patch_size}
     facts = {
         "model": config.name,

@@ -23,7 +23,7 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     hop_ms: float | None = None,
-    layers: int | Sequence[int] = -1,
+    layers: int | Sequence[int] | None = None,
     layer_pooling: Literal["mean", "concat"] = "mean",
     flat: bool = False,
     scene_pooling: ScenePooling | None = None,
@@ -39,7 +39,8 @@ def load_model(
             half-precision file if it has one. Embeddings are float32 whatever it is.
         hop_ms: step between timestamp embeddings in ms; None is the model's own, one patch. A finer one, e.g. 40 for
             a model of 160 ms, costs as many times the work.
-        layers: the transformer block to read, or several; 0 is the first, -1 the last.
+        layers: the transformer block to read, or several; 0 is the first, -1 the last. None is the model's own choice:
+            the last, or of the bundled model the last four.
         layer_pooling: how several layers are combined, "mean" or "concat".
         scene_pooling: how a scene embedding is made of those of its time columns: "mean" over time, or "mean_std",
             followed by the standard deviation, twice as many values. None is the model's own choice.
@@ -59,7 +60,7 @@ def load_model(
     from m2d_embed.model import M2D  # here, as it costs a fifth of a second that `import m2d_embed` need not take
 
     features = FeatureConfig(
-        layers=_as_layers(layers),
+        layers=None if layers is None else _as_layers(layers),
         layer_pooling=layer_pooling,
         flat=flat,
         hop_ms=hop_ms,

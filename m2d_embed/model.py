@@ -192,7 +192,7 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
         Returns:
             (N, T, D) float32.
         """
-        return frame_features(self._encode_windows(log_mel, features.layers), features).float()
+        return frame_features(self._encode_windows(log_mel, features.blocks(self.config)), features).float()
 
     def most_windows(self, frames: int) -> int:
         """How many windows of so many frames (whole patches) are encoded in one call at most."""
@@ -243,7 +243,7 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
     def head_features(self) -> FeatureConfig:
         """The features the tagging head was trained on."""
         head = self.tagging_head().config
-        return FeatureConfig(flat=head.features == "flat", scene_pooling=head.scene_pooling)
+        return FeatureConfig(layers=(-1,), flat=head.features == "flat", scene_pooling=head.scene_pooling)
 
     def encode_audio_clap(self, x: Tensor) -> Tensor:
         """Audio in the joint space of a CLAP checkpoint, (B, joint) float32, not normalised.
@@ -497,7 +497,7 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
 
     def _frames(self, log_mel: Tensor, features: FeatureConfig, shift: int = 0) -> Tensor:
         """(B, 1, mels, frames) -> (B, T, D), leaving out the first ``shift`` frames."""
-        return frame_features(self._patches(log_mel, features.layers, shift), features)
+        return frame_features(self._patches(log_mel, features.blocks(self.config), shift), features)
 
     def _patches(self, log_mel: Tensor, layers: Sequence[int], shift: int = 0) -> list[Tensor]:
         """Encode window by window and join the kept columns: one (B, F, T, d) float32 tensor a layer."""

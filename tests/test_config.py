@@ -235,6 +235,18 @@ def test_a_configuration_without_scene_pooling_means_the_mean(tmp_path):
         ModelConfig.from_json(tmp_path / "config.json")
 
 
+def test_layers_of_the_model():
+    own = ModelConfig(depth=4, layers=(1, -1))
+    assert FeatureConfig().blocks(own) == (1, -1)
+    assert FeatureConfig(layers=(2,)).blocks(own) == (2,)
+    assert FeatureConfig().blocks(ModelConfig()) == (-1,)
+    assert ModelConfig.parse_json(own.to_json(), "config.json") == own
+    with pytest.raises(ConfigError, match="layer 4 does not exist; this model's run from 0 to 3"):
+        ModelConfig(depth=4, layers=(4,))
+    with pytest.raises(ConfigError, match="layers is empty"):
+        ModelConfig(layers=())
+
+
 def test_unknown_pooling():
     with pytest.raises(ConfigError, match='scene_pooling is "mean" or "mean_std", not \'max\''):
         FeatureConfig(scene_pooling="max").check(ModelConfig())

@@ -99,6 +99,7 @@ CASES = {
     "uneven window": (UNEVEN, FeatureConfig()),
     "mean and std": (UNEVEN, FeatureConfig(scene_pooling="mean_std")),
     "uneven window, fine hop": (UNEVEN, FeatureConfig(hop_ms=20)),
+    "layers of the model": (replace(UNEVEN, layers=(0, 1)), FeatureConfig()),
     "16x4, layers": (
         replace(SMALL, input_size=(80, 70), patch_size=(16, 4)),
         FeatureConfig(layers=(0, -1), layer_pooling="concat", flat=True),

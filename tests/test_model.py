@@ -51,6 +51,21 @@ def test_features_are_made_of_the_patches(tiny, noise):
     torch.testing.assert_close(tiny.scene(audio), torch.cat([tiny(audio).mean(1), spread], dim=-1))
 
 
+def test_layers_of_the_model_itself(noise):
+    """Those of its configuration, unless the features name others; a head reads the last, which it was trained on."""
+    model = random_model(replace(TINY, layers=(0, 2), head=HeadConfig(("a", "b"), multi_label=False)))
+    audio = noise(0.5, batch=2)
+    first, last = model.intermediates(audio, [0, 2])
+    torch.testing.assert_close(model(audio), (first + last) / 2)
+    torch.testing.assert_close(torch.from_numpy(model.encode(list(audio.numpy()))), model.scene(audio))
+    torch.testing.assert_close(model.logits(audio), model.head(last.mean(1)))
+    model.features = FeatureConfig(layers=(-1,))
+    assert torch.equal(model(audio), last)
+    model.features = FeatureConfig(layer_pooling="concat")
+    assert torch.equal(model(audio), torch.cat([first, last], dim=-1))
+    assert model.timestamp_embedding_size == 2 * last.shape[-1]
+
+
 def test_the_standard_deviation_of_a_single_column_is_zero_and_has_a_gradient(tiny, noise):
     tiny.features = FeatureConfig(scene_pooling="mean_std")
     audio = noise(0.1, batch=2).requires_grad_()

@@ -290,7 +290,14 @@ def test_release_writes_a_model_that_loads_and_a_card(run, tmp_path, monkeypatch
     begun = text.index("begins with the encoder and predictor of the stage before;")
     assert text.index("from scratch;") < text.index("[`mine`]") < begun
     assert "`m2d-embed pretrain first` and `m2d-embed pretrain mine`" in text
-    assert "The weights are the mean" not in text
+    assert "The weights are the mean" not in text and "Embeddings are" not in text
+    release.main(run, tmp_path / "manifest.csv", ["first"], layer=[0, -1])
+    several = m2d_embed.load_model(str(card.parent))
+    assert several.config.layers == (0, -1)
+    both = torch.stack(original.intermediates(audio, [0, 1])).mean(dim=0)
+    a, b = m2d_embed.get_scene_embeddings(audio, several).chunk(2, dim=1)[0], both.mean(dim=1)
+    assert torch.nn.functional.cosine_similarity(a, b).min() > 0.9999
+    assert "Embeddings are the mean of blocks 1, 2, each after the final norm." in card.read_text()
     other = run.with_name("other")
     shutil.copytree(run, other)
     (other / "recipe.yaml").write_text(json.dumps({**RECIPE, "name": "first"}))

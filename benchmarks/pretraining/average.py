@@ -18,7 +18,7 @@ from benchmarks.pretraining.encoders import read_encoder
 from m2d_embed.checkpoints import Checkpoint, write_native
 from m2d_embed.config import ModelConfig
 
-_MAY_DIFFER = ("name", "source", "license", "scene_pooling", "head", "clap")
+_MAY_DIFFER = ("name", "source", "license", "layers", "scene_pooling", "head", "clap")
 _ALIKE = [field.name for field in dataclasses.fields(ModelConfig) if field.name not in _MAY_DIFFER]
 
 

@@ -28,7 +28,7 @@ BY_BLOCKS = "linear probe by blocks kept, accuracy in %"
 def scenes_by_blocks(model: M2D, clips: LabelledClips) -> list[Vectors]:
     """Scene embeddings of the layers that a model's features are made of, each (clips, 2 x values of a frame)."""
     joint = embed_cached(model, clips.files, hash_files(clips.files), show_progress=True)
-    layers = len(model.features.layers)
+    layers = len(model.features.blocks(model.config))
     parts = np.split(joint, 2 * layers, axis=1)  # means of every layer, then standard deviations
     return [np.concatenate([parts[layer], parts[layers + layer]], axis=1) for layer in range(layers)]
 

@@ -2,7 +2,7 @@
 
 python -m benchmarks.pretraining.record runs/NAME ../shared/data
 python -m benchmarks.pretraining.blocks runs/NAME ../shared/data --keep 8 --keep 9
-python -m benchmarks.pretraining.release runs/NAME joined/manifest.csv --after FIRST --mean-with runs/FIRST --blocks 9
+python -m benchmarks.pretraining.release runs/NAME joined/manifest.csv --after FIRST --blocks 9 --layer -2 --layer -1
 python -m benchmarks.quality --model ../shared/seed-weights ../shared/data/*/metadata.csv
 python -m benchmarks.render                        # puts the probes into the card, too
 """
@@ -25,7 +25,7 @@ from benchmarks.pretraining.scenes import PACKAGE as SCENES
 from benchmarks.pretraining.targets import read_rows
 from benchmarks.render import CARD, on_cores, replace_section
 from m2d_embed.checkpoints import WEIGHT_FILES, Checkpoint, write_native
-from m2d_embed.config import ScenePooling
+from m2d_embed.config import ScenePooling, resolve_layers
 from m2d_embed.registry import BUNDLED_NAME
 from m2d_embed.training.settings import read_yaml
 
@@ -96,11 +96,18 @@ def stage(recipe: str, record: dict[str, Any]) -> str:
     return "\n  ".join(lines)
 
 
-def training_section(stages: dict[str, dict[str, Any]], averaged: list[str], trained: int, kept: int) -> str:
-    """The runs that made the encoder, by their recipes and in order; which of them it is the mean of; blocks kept."""
+def training_section(
+    stages: dict[str, dict[str, Any]], averaged: list[str], trained: int, kept: int, layers: tuple[int, ...]
+) -> str:
+    """The runs that made the encoder, by their recipes and in order; which of them it is the mean of; blocks kept, and
+    those that embeddings are made of.
+    """
     runs = "\n".join(stage(recipe, record) for recipe, record in stages.items())
     mean = f"\n\nThe weights are the mean of those of {_listed(averaged)}." if len(averaged) > 1 else ""
     left = "" if kept == trained else f"\n\nOf the {trained} blocks trained, the first {kept} are kept."
+    if len(layers) > 1:
+        numbers = ", ".join(str(number + 1) for number in resolve_layers(layers, kept))
+        left += f"\n\nEmbeddings are the mean of blocks {numbers}, each after the final norm."
     left += blocks_table(list(stages.values())[-1].get(BY_BLOCKS, {}))
     commands = _listed([f"m2d-embed pretrain {recipe}" for recipe in stages])
     return f"""{runs}{mean}{left}
@@ -142,13 +149,18 @@ def first_blocks(checkpoint: Checkpoint, count: int) -> Checkpoint:
     """An encoder without its last blocks; the final norm stays."""
     dropped = [f"encoder.blocks.{index}." for index in range(count, checkpoint.config.depth)]
     tensors = {name: t for name, t in checkpoint.tensors.items() if not name.startswith(tuple(dropped))}
-    return Checkpoint(dataclasses.replace(checkpoint.config, depth=count), tensors)
+    return Checkpoint(dataclasses.replace(checkpoint.config, depth=count, layers=(-1,)), tensors)
 
 
-def write_weights(checkpoint: Checkpoint, source: str, folder: Path) -> None:
-    """An encoder as ``model.safetensors`` in float16, and its configuration."""
+def write_weights(checkpoint: Checkpoint, source: str, folder: Path, layers: tuple[int, ...] = (-1,)) -> None:
+    """An encoder as ``model.safetensors`` in float16, and its configuration, which says what its embeddings are of."""
     config = dataclasses.replace(
-        checkpoint.config, name=BUNDLED_NAME, source=source, license=_LICENCE, scene_pooling=_SCENE_POOLING
+        checkpoint.config,
+        name=BUNDLED_NAME,
+        source=source,
+        license=_LICENCE,
+        layers=layers,
+        scene_pooling=_SCENE_POOLING,
     )
     write_native(folder, Checkpoint(config, checkpoint.tensors), [torch.float16])
     (folder / WEIGHT_FILES[torch.float16]).replace(folder / WEIGHT_FILES[torch.float32])
@@ -161,6 +173,10 @@ def main(
         list[str] | None, typer.Option(help="Recipe of a stage before, the first first; repeatable.")
     ] = None,
     blocks: Annotated[int | None, typer.Option(min=1, help="Keep only the encoder's first so many blocks.")] = None,
+    layer: Annotated[
+        list[int] | None,
+        typer.Option(help="Block whose features, averaged, embeddings are; repeatable; by default the last."),
+    ] = None,
     mean_with: Annotated[
         list[Path] | None, typer.Option(help="A run whose weights are averaged with this one's; repeatable.")
     ] = None,
@@ -176,11 +192,12 @@ def main(
     kept = blocks or trained.config.depth
     if kept > trained.config.depth:
         raise SystemExit(f"--blocks {kept}: {exported} has {trained.config.depth}.")
-    write_weights(first_blocks(trained, kept), source, CARD.parent)
+    layers = tuple(layer or (-1,))
+    write_weights(first_blocks(trained, kept), source, CARD.parent, layers)
     shutil.copyfile(exported / "loss.png", CARD.parent / "loss.png")
     card = CARD.read_text(encoding="utf-8")
     card = replace_section(card, "data", data_section(rows))
-    card = replace_section(card, "training", training_section(stages, averaged, trained.config.depth, kept))
+    card = replace_section(card, "training", training_section(stages, averaged, trained.config.depth, kept, layers))
     CARD.write_text(card, encoding="utf-8")
 
 

@@ -70,11 +70,12 @@ class AR_M2DEmbed(BaseAudioRepr):  # noqa: N801  # EVAR finds it by this name
 
     def __init__(self, cfg: Mapping[str, Any]):
         super().__init__(cfg=cfg)
+        layers = cfg.get("output_layers")
         self.model = load_model(
             cfg.get("weight_file") or "",
             device="cpu",  # EVAR moves it
-            layers=cfg.get("output_layers", -1),
-            layer_pooling="concat",
+            layers=layers,
+            layer_pooling="mean" if layers is None else "concat",
             flat=cfg.get("flat_features", False),
             scene_pooling="mean",  # EVAR pools frames itself, and has one size for both
         )

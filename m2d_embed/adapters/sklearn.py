@@ -43,7 +43,8 @@ class M2DFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimat
 
     Args:
         model: which one, as for ``load_model``; "" is the bundled one.
-        layers: the transformer block to read, or several, which are averaged; -1 is the last.
+        layers: the transformer block to read, or several, which are averaged; -1 is the last; None is the model's
+            own.
         flat: average the patches of a time column instead of stacking them.
         scene_pooling: "mean" over time, or "mean_std", followed by the standard deviation; None is the model's own.
         batch_size: windows encoded at a time, at most.
@@ -54,7 +55,7 @@ class M2DFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimat
     def __init__(
         self,
         model: str | os.PathLike[str] = "",
-        layers: int | Sequence[int] = -1,
+        layers: int | Sequence[int] | None = None,
         flat: bool = False,
         scene_pooling: ScenePooling | None = None,
         batch_size: int = 32,
