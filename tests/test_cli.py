@@ -275,7 +275,15 @@ def test_convert_and_info(tmp_path, tagger):
 
 def test_info_of_the_bundled_model():
     shown = run("info").stdout
-    for part in (BUNDLED_NAME, "bundled with m2d-embed", "16000 Hz", "960", "Apache-2.0", "tiny-cpu-teachers"):
+    for part in (
+        BUNDLED_NAME,
+        "bundled with m2d-embed",
+        "16000 Hz",
+        "6, 7, 8, 9",
+        "960",
+        "Apache-2.0",
+        "tiny-cpu-teachers",
+    ):
         assert part in shown
 
 
