@@ -1,4 +1,7 @@
-"""Transformer blocks as a CPU runs them fastest: weights laid out once for oneDNN, few passes over memory, int8.
+"""Transformer blocks as a CPU runs them fastest: kernels of our own, or weights laid out once for oneDNN; int8.
+
+Blocks go through the kernels of ``native`` where these were compiled, suit the processor and fit the shape. What
+follows is about the others, which oneDNN runs.
 
 A matrix product spends a good part of its time on rearranging the weights, in every call anew (``benchmarks/speed.py``
 measures products with weights as they are and rearranged before, and whole models). The rearranged copies belong to
@@ -15,11 +18,14 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Callable, Iterator
-from typing import Literal, Protocol, cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from m2d_embed import native
+from m2d_embed.native import BlockLike, NativeBlock
 
 _MOST_PACKED = 280_000_000  # bytes of copies; beyond it the second layers of MLPs, the last first, stay as they are
 _SAMPLES = 16  # elements of a matrix that are compared to find out whether it has changed
@@ -28,30 +34,6 @@ _LARGEST = 127
 _HIDDEN_BYTES = 8 << 20  # of float32 between the layers of an int8 MLP: what the processor's cache can hold
 _SMALLEST_SCALE = 1e-12
 _FEW_SCORES = 30_000  # of attention: as many as a single clip of 1 to 3 s has
-
-
-class AttentionLike(Protocol):
-    """What is read of a block's attention."""
-
-    num_heads: int
-    qkv: nn.Linear
-    proj: nn.Linear
-
-
-class MlpLike(Protocol):
-    """What is read of a block's MLP."""
-
-    fc1: nn.Linear
-    fc2: nn.Linear
-
-
-class BlockLike(Protocol):
-    """What is read of a block: everything but the packed matrices is read anew in every call."""
-
-    norm1: nn.LayerNorm
-    norm2: nn.LayerNorm
-    attn: AttentionLike
-    mlp: MlpLike
 
 
 Product = Callable[[Tensor], Tensor]
@@ -73,8 +55,8 @@ def can_pack(x: Tensor) -> bool:
 
 
 def supports_int8() -> bool:
-    """Whether this machine multiplies int8 matrices fast and without overflow (AVX-512 VNNI)."""
-    return _HAS_KERNELS and bool(torch.cpu._is_vnni_supported())
+    """Whether this machine multiplies int8 matrices fast and without overflow (AVX-512 VNNI or AMX)."""
+    return "int8" in native.available() or (_HAS_KERNELS and bool(torch.cpu._is_vnni_supported()))
 
 
 class PackedBlocks:
@@ -95,7 +77,11 @@ class PackedBlocks:
         self._views = [_spread(layer.weight) for layer in self._layers]
         self._samples = torch.cat(self._views)
         self.blocks: list[PackedBlock]
-        if quantize:
+        kind = _kind(blocks, quantize)
+        if all(native.fits(block, kind) for block in _as_blocks(blocks)):
+            scratch = native.Scratch()
+            self.blocks = [NativeBlock(block, kind, scratch) for block in _as_blocks(blocks)]
+        elif quantize:
             self.blocks = [_QuantizedBlock(block) for block in _as_blocks(blocks)]
         else:
             whole = len(blocks) - _num_too_large(blocks)
@@ -122,6 +108,12 @@ def have_packable_dtypes(blocks: nn.ModuleList) -> bool:
     matrices = {layer.weight.dtype for layer in _layers(blocks)}
     norms = {p.dtype for module in blocks.modules() if isinstance(module, nn.LayerNorm) for p in module.parameters()}
     return matrices in ({torch.float32}, {torch.bfloat16}) and norms <= {torch.float32}
+
+
+def _kind(blocks: nn.ModuleList, quantize: bool) -> native.Kind:
+    if quantize:
+        return "int8"
+    return "bf16" if next(_layers(blocks)).weight.dtype == torch.bfloat16 else "fp32"
 
 
 def is_unhooked(module: nn.Module | None) -> bool:

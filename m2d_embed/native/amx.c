@@ -1,0 +1,692 @@
+// Transformer blocks on Intel's matrix unit (AMX): bfloat16 or int8 products, all else in float32.
+//
+// A block takes few passes over memory: what is between two matrix products (normalisation, GELU, softmax, rounding) is
+// done while the values are in the cache, and written in the order in which the next product reads it.
+//
+// A tile is 16 rows of 64 bytes. Of a product A B the unit reads
+//   A tiles: 16 rows of 32 bf16 (64 int8) consecutive values along the inner dimension;
+//   B tiles: 16 rows, each 2 bf16 (4 int8) consecutive values along the inner dimension for each of 16 columns.
+// All matrices here are arrays of such tiles, [row or column tile][step along the inner dimension]. Rows are tokens;
+// every window begins with a new tile, and rows beyond its tokens hold zeros or what comes of zeros.
+
+#include <immintrin.h>
+#include <stddef.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "teams.h"
+
+enum {
+  TILE = 1024,         // bytes
+  ROWS = 16,           // of a tile
+  PAIR = 32,           // columns that are computed together, two tiles
+  MOST_DIM = 4096,     // of x
+  HIDDEN_BYTES = 1280 << 10,  // of an MLP between its layers: what a core's own cache (2 MB) can hold beside the weights
+  CHUNK_ROWS = 384,    // tokens that go through a block together: more reuse of the weights, less of the cache
+};
+
+#define INLINE static inline __attribute__((always_inline))
+
+typedef struct {
+  uint8_t palette, start_row, reserved[14];
+  uint16_t bytes_per_row[16];
+  uint8_t rows[16];
+} __attribute__((aligned(64))) TileConfig;
+
+static void configure_tiles(void) {
+  TileConfig config = {.palette = 1};
+  for (int i = 0; i < 8; i++) config.bytes_per_row[i] = 64, config.rows[i] = ROWS;
+  _tile_loadconfig(&config);
+}
+
+// Ask the kernel for the use of tiles, for the whole process; 0 if it is granted.
+int m2d_request_amx(void) {
+  enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
+  return (int)syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA);
+}
+
+// --- vectors ----------------------------------------------------------------------------------------------------------
+
+INLINE __m512 load_bf16(const uint16_t *p) {
+  __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
+// 32 values as bf16, `low` first.
+INLINE __m512i as_bf16(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
+
+INLINE __m512 load_bias(const Linear *linear, int64_t column) {
+  if (!linear->bias) return _mm512_setzero_ps();
+  if (linear->bias_is_bf16) return load_bf16((const uint16_t *)linear->bias + column);
+  return _mm512_loadu_ps((const float *)linear->bias + column);
+}
+
+// 2^t for t <= 0, to 3e-6.
+INLINE __m512 exp2_of(__m512 t) {
+  __m512 whole = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __m512 rest = _mm512_sub_ps(t, whole);  // in [-0.5, 0.5]
+  __m512 p = _mm512_set1_ps(0.009570100f);
+  p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(0.055917859f));
+  p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(0.24024744f));
+  p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(0.69312179f));
+  p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(0.99999928f));
+  return _mm512_scalef_ps(p, whole);
+}
+
+// x * Phi(x) to 3e-5 max(1, |x|), less than what rounding to bf16 changes in values above 0.02. Phi is one of 32 parabolas,
+// each 0.26 wide, fitted at Chebyshev nodes; their coefficients are looked up by the lowest five bits of a number.
+INLINE __m512 gelu(__m512 x) {
+  static const float coefficients[3][32] __attribute__((aligned(64))) = {
+      {0.5f,          0.499108702f,  0.49310115f,   0.483281225f,  0.47881344f,   0.492108881f,  0.531585276f,
+       0.596771419f,  0.678538322f,  0.763551772f,  0.839752138f,  0.899934351f,  0.942391694f,  0.969395339f,
+       0.984981477f,  0.993185461f,  0.00286167557f, 0.00681451662f, 0.0150185032f, 0.0306046419f, 0.0576083101f,
+       0.100065663f,  0.160247847f,  0.236448243f,  0.321461678f,  0.403228581f,  0.468414754f,  0.507891119f,
+       0.52118659f,   0.516718805f,  0.50689888f,   0.500891328f},
+      {0.398101121f,  0.410916626f,  0.44191727f,   0.472665071f,  0.483080268f,  0.460829705f,  0.405889362f,
+       0.32881403f,   0.244873583f,  0.167790934f,  0.105933651f,  0.0617139153f, 0.0332221352f, 0.0165469851f,
+       0.00763383973f, 0.00326530216f, 0.0012960668f, 0.00326530216f, 0.00763383973f, 0.0165469851f, 0.0332221352f,
+       0.0617139153f, 0.105933651f,  0.167790934f,  0.244873583f,  0.32881403f,   0.405889362f,  0.460829705f,
+       0.483080268f,  0.472665071f,  0.44191727f,   0.410916626f},
+      {0.0f,          -0.0499838591f, -0.0903473198f, -0.114489488f, -0.120549962f, -0.111235507f, -0.0921074152f,
+       -0.0693130195f, -0.0477621369f, -0.0302842446f, -0.0177279338f, -0.00960368849f, -0.0048229997f,
+       -0.00224839803f, -0.00097399106f, -0.000392390415f, 0.000147112762f, 0.000392390415f, 0.00097399106f,
+       0.00224839803f, 0.0048229997f, 0.00960368849f, 0.0177279338f, 0.0302842446f, 0.0477621369f, 0.0693130195f,
+       0.0921074152f, 0.111235507f,  0.120549962f,  0.114489488f,  0.0903473198f, 0.0499838591f}};
+  __m512 c = _mm512_max_ps(_mm512_min_ps(x, _mm512_set1_ps(4.02974f)), _mm512_set1_ps(-4.28974f));
+  // Adding 1.5 * 2^23 leaves c / 0.26, rounded to a whole number, in the lowest bits.
+  __m512i which = _mm512_castps_si512(_mm512_fmadd_ps(c, _mm512_set1_ps(1 / 0.26f), _mm512_set1_ps(12582912.0f)));
+  __m512 p[3];
+  for (int i = 0; i < 3; i++) {
+    p[i] = _mm512_permutex2var_ps(_mm512_load_ps(coefficients[i]), which, _mm512_load_ps(coefficients[i] + 16));
+  }
+  return _mm512_mul_ps(x, _mm512_fmadd_ps(_mm512_fmadd_ps(p[2], c, p[1]), c, p[0]));
+}
+
+// 16 x 16 values of 4 bytes, transposed.
+INLINE void transpose(const uint8_t from[16][64], uint8_t *to) {
+  __m512i r[16], a[16];
+  for (int i = 0; i < 16; i++) r[i] = _mm512_load_si512(from[i]);
+  for (int i = 0; i < 8; i++) {
+    a[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    a[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; i++) {
+    r[4 * i] = _mm512_unpacklo_epi64(a[4 * i], a[4 * i + 2]);
+    r[4 * i + 1] = _mm512_unpackhi_epi64(a[4 * i], a[4 * i + 2]);
+    r[4 * i + 2] = _mm512_unpacklo_epi64(a[4 * i + 1], a[4 * i + 3]);
+    r[4 * i + 3] = _mm512_unpackhi_epi64(a[4 * i + 1], a[4 * i + 3]);
+  }
+  for (int i = 0; i < 4; i++) {  // r[4 * g + i] has, in its lane l, columns 4 l + i of rows 4 g to 4 g + 3
+    __m512i x = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x44), y = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xee);
+    __m512i z = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x44), w = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xee);
+    _mm512_storeu_si512(to + 64 * i, _mm512_shuffle_i32x4(x, z, 0x88));
+    _mm512_storeu_si512(to + 64 * (i + 4), _mm512_shuffle_i32x4(x, z, 0xdd));
+    _mm512_storeu_si512(to + 64 * (i + 8), _mm512_shuffle_i32x4(y, w, 0x88));
+    _mm512_storeu_si512(to + 64 * (i + 12), _mm512_shuffle_i32x4(y, w, 0xdd));
+  }
+}
+
+// The sum or the greatest of each of 16 vectors, as one vector. It changes v.
+INLINE __m512 reduce(__m512 v[16], int greatest) {
+#define COMBINE(a, b) (greatest ? _mm512_max_ps(a, b) : _mm512_add_ps(a, b))
+  for (int i = 0; i < 8; i++) {
+    v[i] = COMBINE(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+  }
+  for (int i = 0; i < 4; i++) {
+    __m512d a = _mm512_castps_pd(v[2 * i]), b = _mm512_castps_pd(v[2 * i + 1]);
+    v[i] = COMBINE(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  for (int count = 2; count >= 1; count /= 2) {
+    for (int i = 0; i < count; i++) {
+      v[i] = COMBINE(_mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0x88), _mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0xdd));
+    }
+  }
+  return v[0];
+#undef COMBINE
+}
+
+// --- scratch ----------------------------------------------------------------------------------------------------------
+
+typedef struct {
+  int64_t dim, hidden, heads, head_dim;
+  int64_t tokens, token_tiles, token_steps;  // of a window; a step of the product with V is 32 tokens
+  int64_t windows;                           // of a chunk
+  int64_t members;                           // of a team, at most
+  int64_t rows, hidden_rows;                 // of a chunk, and of what of it goes through the MLP together
+  int64_t attention_bytes;                   // for each member of a team
+  int quantized;
+} Shape;
+
+typedef struct {
+  uint8_t *rounded;        // A tiles of norm1, of attention, of norm2
+  uint8_t *q, *k, *v;      // for each window and head: A tiles, B tiles, B tiles
+  uint8_t *hidden;         // A tiles
+  uint8_t *unquantized;    // bf16, in the order of A tiles, before it is rounded to int8
+  float *row_scales;       // int8: what a step of each row of A is worth
+  uint8_t *attention;      // for each member of the team: scores and weights of 32 queries
+} Scratch;
+
+static Shape shape_of(const Call *call) {
+  const Block *block = call->block;
+  Shape s = {.dim = block->dim, .hidden = block->hidden, .heads = block->heads, .quantized = block->quantized};
+  s.head_dim = s.dim / s.heads;
+  s.tokens = call->tokens;
+  s.token_tiles = rounded_up(s.tokens, ROWS) / ROWS;
+  s.token_steps = (s.token_tiles + 1) / 2;
+  s.windows = at_least(1, CHUNK_ROWS / (s.token_tiles * ROWS));
+  int64_t teams = num_teams(call->windows, call->threads);
+  s.windows = at_most(s.windows, (call->windows + teams - 1) / teams);
+  s.members = (call->threads + teams - 1) / teams;
+  s.rows = s.windows * s.token_tiles * ROWS;
+  s.hidden_rows = at_most(s.rows, at_least(2 * ROWS, HIDDEN_BYTES / (2 * s.hidden) / (2 * ROWS) * (2 * ROWS)));
+  s.attention_bytes = 2 * ROWS * s.token_steps * PAIR * (4 + 2);
+  return s;
+}
+
+static uint8_t *take(uint8_t **next, int64_t bytes) {
+  uint8_t *taken = *next;
+  *next += rounded_up(bytes, 64);
+  return taken;
+}
+
+static int64_t lay_out(const Shape *s, uint8_t *base, Scratch *scratch) {
+  uint8_t *next = base;
+  scratch->rounded = take(&next, s->rows * s->dim * 2);
+  scratch->q = take(&next, s->rows * s->dim * 2);
+  scratch->k = take(&next, s->rows * s->dim * 2);
+  scratch->v = take(&next, s->windows * s->token_steps * 2 * ROWS * s->dim * 2);
+  scratch->hidden = take(&next, s->hidden_rows * s->hidden * 2);
+  scratch->unquantized = take(&next, s->quantized ? at_least(s->rows * s->dim, s->hidden_rows * s->hidden) * 2 : 0);
+  scratch->row_scales = (float *)take(&next, s->quantized ? s->rows * 4 : 0);
+  scratch->attention = take(&next, s->members * s->attention_bytes);
+  return next - base;
+}
+
+// Bytes of scratch for a call.
+int64_t m2d_amx_scratch(const Call *call) {
+  Shape shape = shape_of(call);
+  Scratch scratch;
+  return num_teams(call->windows, call->threads) * lay_out(&shape, NULL, &scratch);
+}
+
+// --- products ---------------------------------------------------------------------------------------------------------
+
+// Where a layer's output goes.
+typedef enum { TO_HEADS, TO_RESIDUAL, TO_HIDDEN } Destination;
+
+typedef struct {
+  const Call *call;
+  const Shape *shape;
+  const Scratch *scratch;
+  Team team;
+  float *x;         // of the chunk's first window
+  int64_t windows;  // of this chunk
+} Chunk;
+
+enum { ROW_PAIRS = ROWS / 2 };
+
+// A product of 32 rows and 32 columns whose sums are known, and which is finished bit by bit beside the next product: the
+// matrix unit and the vector units work at the same time.
+typedef struct {
+  float c[2][2][ROWS][16];  // [row tile][column tile], float32 or int32
+  uint8_t keys[ROWS][64];   // before they are transposed
+  float bias[PAIR];
+  const float *row_scales, *column_scales;  // int8: of the first row, of the first column
+  int done, total;                          // pairs of rows
+  int part;                                 // 0 query, 1 key, 2 value
+  struct {
+    uint8_t *to, *to_high;  // A or B tiles; of values, those of the second 16 columns
+    float *x;
+    int valid;              // rows of x
+    int ends;               // half of a tile of values is left over
+  } halves[2];              // the row tiles
+} __attribute__((aligned(64))) Pending;
+
+// `tile` is that of the chunk; of the hidden values only the rows from `first_tile` on are kept.
+INLINE void prepare(Pending *p, const Chunk *chunk, const Linear *linear, Destination destination, int64_t tile,
+                    int64_t first_tile, int row_tiles, int64_t pair) {
+  const Shape *s = chunk->shape;
+  const Scratch *scratch = chunk->scratch;
+  p->done = 0, p->total = row_tiles * ROW_PAIRS;
+  _mm512_store_ps(p->bias, load_bias(linear, pair * PAIR));
+  _mm512_store_ps(p->bias + 16, load_bias(linear, pair * PAIR + 16));
+  p->row_scales = scratch->row_scales + tile * ROWS, p->column_scales = linear->scales + pair * PAIR;
+  for (int i = 0; i < row_tiles; i++, tile++) {
+    int64_t window = tile / s->token_tiles, token_tile = tile % s->token_tiles;
+    if (destination == TO_RESIDUAL) {
+      p->halves[i].x = chunk->x + (window * s->tokens + token_tile * ROWS) * s->dim + pair * PAIR;
+      p->halves[i].valid = (int)at_most(ROWS, s->tokens - token_tile * ROWS);
+    } else if (destination == TO_HIDDEN) {
+      uint8_t *hidden = s->quantized ? scratch->unquantized : scratch->hidden;
+      p->halves[i].to = hidden + ((tile - first_tile) * (s->hidden / PAIR) + pair) * TILE;
+    } else {
+      int64_t column = pair * PAIR % s->dim, steps = s->head_dim / PAIR;
+      int64_t head = window * s->heads + column / s->head_dim, step = column % s->head_dim / PAIR;
+      p->part = (int)(pair * PAIR / s->dim);
+      if (p->part < 2) {
+        uint8_t *to = p->part == 0 ? scratch->q : scratch->k;
+        p->halves[i].to = to + ((head * s->token_tiles + token_tile) * steps + step) * TILE;
+      } else {
+        int64_t to_next = s->token_steps * TILE;
+        p->halves[i].to = scratch->v + (head * (s->head_dim / ROWS) + 2 * step) * to_next + token_tile / 2 * TILE +
+                          token_tile % 2 * (TILE / 2);
+        p->halves[i].to_high = p->halves[i].to + to_next;
+        p->halves[i].ends = token_tile % 2 == 0 && token_tile == s->token_tiles - 1;
+      }
+    }
+  }
+}
+
+INLINE void finish_heads(Pending *p, int i, int r, const __m512 low[2], const __m512 high[2]) {
+  uint8_t *to = p->halves[i].to;
+  if (p->part == 0) {
+    _mm512_store_si512(to + 64 * r, as_bf16(low[0], high[0]));
+    _mm512_store_si512(to + 64 * r + 64, as_bf16(low[1], high[1]));
+  } else if (p->part == 1) {
+    _mm512_store_si512(p->keys[r], as_bf16(low[0], high[0]));
+    _mm512_store_si512(p->keys[r + 1], as_bf16(low[1], high[1]));
+    if (r + 2 == ROWS) transpose(p->keys, to);
+  } else {
+    const __m512i interleaved = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
+                                                 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    uint8_t *to_high = p->halves[i].to_high;
+    _mm512_store_si512(to + 32 * r, _mm512_permutexvar_epi16(interleaved, as_bf16(low[0], low[1])));
+    _mm512_store_si512(to_high + 32 * r, _mm512_permutexvar_epi16(interleaved, as_bf16(high[0], high[1])));
+    if (p->halves[i].ends) {  // the weights there are 0, but 0 * NaN is not
+      _mm512_store_si512(to + TILE / 2 + 32 * r, _mm512_setzero_si512());
+      _mm512_store_si512(to_high + TILE / 2 + 32 * r, _mm512_setzero_si512());
+    }
+  }
+}
+
+INLINE void finish_residual(Pending *p, int i, int r, int64_t dim, const __m512 low[2], const __m512 high[2]) {
+  float *x = p->halves[i].x + r * dim;
+  for (int j = 0; j < 2 && r + j < p->halves[i].valid; j++, x += dim) {
+    _mm512_storeu_ps(x, _mm512_add_ps(_mm512_loadu_ps(x), low[j]));
+    _mm512_storeu_ps(x + 16, _mm512_add_ps(_mm512_loadu_ps(x + 16), high[j]));
+  }
+}
+
+INLINE void finish_hidden(Pending *p, int i, int r, const __m512 low[2], const __m512 high[2]) {
+  uint8_t *to = p->halves[i].to + 64 * r;
+  for (int j = 0; j < 2; j++) _mm512_store_si512(to + 64 * j, as_bf16(gelu(low[j]), gelu(high[j])));
+}
+
+// The next two rows.
+INLINE void finish_rows(Pending *p, int64_t dim, Destination destination, int is_int8) {
+  int i = p->done / ROW_PAIRS, r = p->done % ROW_PAIRS * 2;
+  __m512 low[2], high[2], bias_low = _mm512_load_ps(p->bias), bias_high = _mm512_load_ps(p->bias + 16);
+  for (int j = 0; j < 2; j++) {
+    low[j] = _mm512_load_ps(p->c[i][0][r + j]), high[j] = _mm512_load_ps(p->c[i][1][r + j]);
+    if (is_int8) {
+      __m512 scale = _mm512_set1_ps(p->row_scales[ROWS * i + r + j]);
+      low[j] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_castps_si512(low[j])), scale);
+      high[j] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_castps_si512(high[j])), scale);
+      low[j] = _mm512_fmadd_ps(low[j], _mm512_loadu_ps(p->column_scales), bias_low);
+      high[j] = _mm512_fmadd_ps(high[j], _mm512_loadu_ps(p->column_scales + 16), bias_high);
+    } else {
+      low[j] = _mm512_add_ps(low[j], bias_low), high[j] = _mm512_add_ps(high[j], bias_high);
+    }
+  }
+  if (destination == TO_HEADS) finish_heads(p, i, r, low, high);
+  if (destination == TO_RESIDUAL) finish_residual(p, i, r, dim, low, high);
+  if (destination == TO_HIDDEN) finish_hidden(p, i, r, low, high);
+  p->done++;
+}
+
+// Stride of sums that are kept as tiles one after the other.
+enum { SUMS_ROW = 64, SUMS_COLUMN_TILE = TILE, SUMS_ROW_TILE = 2 * TILE };
+
+// Up to 32 rows of A times 32 columns of B -> c, whose column tiles are `column_tile` bytes apart, row tiles `row_tile`.
+// A comes from further away than B, which is used again soon: the streaming load leaves B in the nearest cache. What goes
+// on beside it is the work of `beside`, once for each step.
+#define MULTIPLY(a, row_tiles, b, steps, is_int8, c, row, column_tile, row_tile, beside)                \
+  do {                                                                                                  \
+    const uint8_t *a_ = (a), *a1_ = a_ + ((row_tiles) - 1) * (steps) * TILE;                            \
+    const uint8_t *b_ = (b), *b1_ = b_ + (steps) * TILE;                                                \
+    uint8_t *c_ = (uint8_t *)(c);                                                                       \
+    __asm__ volatile("" ::: "memory"); /* the loads of tiles are not known to read memory */            \
+    _tile_zero(0);                                                                                      \
+    _tile_zero(1);                                                                                      \
+    _tile_zero(2);                                                                                      \
+    _tile_zero(3);                                                                                      \
+    for (int64_t k_ = 0; k_ < (steps); k_++) {                                                          \
+      _tile_stream_loadd(4, a_ + k_ * TILE, 64);                                                        \
+      _tile_loadd(6, b_ + k_ * TILE, 64);                                                               \
+      if (is_int8) _tile_dpbssd(0, 4, 6); else _tile_dpbf16ps(0, 4, 6);                                 \
+      _tile_loadd(7, b1_ + k_ * TILE, 64);                                                              \
+      if (is_int8) _tile_dpbssd(1, 4, 7); else _tile_dpbf16ps(1, 4, 7);                                 \
+      if ((row_tiles) == 2) {                                                                           \
+        _tile_stream_loadd(5, a1_ + k_ * TILE, 64);                                                     \
+        if (is_int8) _tile_dpbssd(2, 5, 6); else _tile_dpbf16ps(2, 5, 6);                               \
+        if (is_int8) _tile_dpbssd(3, 5, 7); else _tile_dpbf16ps(3, 5, 7);                               \
+      }                                                                                                 \
+      beside;                                                                                           \
+    }                                                                                                   \
+    _tile_stored(0, c_, row);                                                                           \
+    _tile_stored(1, c_ + (column_tile), row);                                                           \
+    if ((row_tiles) == 2) {                                                                             \
+      _tile_stored(2, c_ + (row_tile), row);                                                            \
+      _tile_stored(3, c_ + (row_tile) + (column_tile), row);                                            \
+    }                                                                                                   \
+  } while (0)
+
+// The next 32 columns of B are asked for while these are used: they are far away, in memory or a cache that cores share.
+typedef struct {
+  const uint8_t *next, *stop;
+  int64_t lines;  // for each step
+} Ahead;
+
+INLINE void fetch(Ahead *ahead) {
+  for (int64_t i = 0; i < ahead->lines && ahead->next < ahead->stop; i++, ahead->next += 64) {
+    _mm_prefetch(ahead->next, _MM_HINT_T1);
+  }
+}
+
+INLINE void product(const uint8_t *a, int row_tiles, const uint8_t *b, int64_t steps, int is_int8, Pending *next,
+                    Pending *last, Ahead *ahead, int64_t dim, Destination destination) {
+  MULTIPLY(a, row_tiles, b, steps, is_int8, next->c, SUMS_ROW, SUMS_COLUMN_TILE, SUMS_ROW_TILE, {
+    fetch(ahead);
+    if (last->done < last->total) finish_rows(last, dim, destination, is_int8);
+  });
+  while (last->done < last->total) finish_rows(last, dim, destination, is_int8);
+}
+
+// A layer for the rows of so many tiles, the first of which is `first_tile` of the chunk: a are their A tiles.
+INLINE void layer(const Chunk *chunk, const Linear *linear, const uint8_t *a, int64_t first_tile, int64_t tiles,
+                  int64_t inner, int64_t outer, Destination destination, int is_int8) {
+  Pending turns[2];
+  turns[0].done = turns[0].total = turns[1].done = turns[1].total = 0;
+  int turn = 0;
+  int64_t steps = inner / (is_int8 ? 64 : 32), dim = chunk->shape->dim;
+  Share pairs = share_of(chunk->team, outer / PAIR);
+  const uint8_t *weight = linear->weight, *stop = weight + pairs.stop * 2 * steps * TILE;
+  int64_t lines = (2 * steps * TILE / 64 + steps * ((tiles + 1) / 2) - 1) / (steps * ((tiles + 1) / 2));
+  for (int64_t pair = pairs.first; pair < pairs.stop; pair++) {
+    const uint8_t *b = weight + pair * 2 * steps * TILE;
+    Ahead ahead = {b + 2 * steps * TILE, stop, lines};
+    for (int64_t tile = 0; tile < tiles; tile += 2) {
+      Pending *next = &turns[turn], *last = &turns[1 - turn];
+      int row_tiles = tile + 1 < tiles ? 2 : 1;
+      if (row_tiles == 2) {
+        product(a + tile * steps * TILE, 2, b, steps, is_int8, next, last, &ahead, dim, destination);
+      } else {
+        product(a + tile * steps * TILE, 1, b, steps, is_int8, next, last, &ahead, dim, destination);
+      }
+      prepare(next, chunk, linear, destination, first_tile + tile, first_tile, row_tiles, pair);
+      turn = 1 - turn;
+    }
+  }
+  for (Pending *last = &turns[1 - turn]; last->done < last->total;) finish_rows(last, dim, destination, is_int8);
+}
+
+// --- what is between products ------------------------------------------------------------------------------------------
+
+// Round 64 values to int8: to = value / step.
+INLINE void round_to_int8(const __m512 values[4], __m512 reciprocal, uint8_t *to) {
+  for (int i = 0; i < 4; i++) {
+    __m512i levels = _mm512_cvtps_epi32(_mm512_mul_ps(values[i], reciprocal));
+    _mm_store_si128((__m128i *)(to + 16 * i), _mm512_cvtsepi32_epi8(levels));
+  }
+}
+
+// What a step of int8 is worth if `largest` is 127 of them.
+INLINE __m512 steps_of(__m512 largest) {
+  return _mm512_mul_ps(_mm512_max_ps(largest, _mm512_set1_ps(1e-12f)), _mm512_set1_ps(1.0f / 127.0f));
+}
+
+INLINE __m512 normalized(__m512 x, const Norm *norm, int64_t column, __m512 mean, __m512 factor) {
+  x = _mm512_mul_ps(_mm512_sub_ps(x, mean), factor);
+  if (norm->weight) x = _mm512_mul_ps(x, _mm512_loadu_ps(norm->weight + column));
+  return norm->bias ? _mm512_add_ps(x, _mm512_loadu_ps(norm->bias + column)) : x;
+}
+
+// Up to 16 rows of x, normalised, as a row tile of A; what is missing is 0.
+INLINE void norm_tile(const float *x, int64_t rows, const Norm *norm, int64_t dim, uint8_t *to, int is_int8, float *scales) {
+  float means[ROWS], factors[ROWS], reciprocals[ROWS];
+  __m512 v[ROWS];
+  for (int r = 0; r < ROWS; r++) {
+    v[r] = _mm512_setzero_ps();
+    if (r >= rows) continue;
+    for (int64_t i = 0; i < dim; i += 16) v[r] = _mm512_add_ps(v[r], _mm512_loadu_ps(x + r * dim + i));
+  }
+  __m512 share = _mm512_set1_ps(1.0f / dim);
+  _mm512_storeu_ps(means, _mm512_mul_ps(reduce(v, 0), share));
+  for (int r = 0; r < ROWS; r++) {
+    v[r] = _mm512_setzero_ps();
+    if (r >= rows) continue;
+    __m512 mean = _mm512_set1_ps(means[r]);
+    for (int64_t i = 0; i < dim; i += 16) {
+      __m512 centred = _mm512_sub_ps(_mm512_loadu_ps(x + r * dim + i), mean);
+      v[r] = _mm512_fmadd_ps(centred, centred, v[r]);
+    }
+  }
+  __m512 deviation = _mm512_sqrt_ps(_mm512_fmadd_ps(reduce(v, 0), share, _mm512_set1_ps(norm->eps)));
+  _mm512_storeu_ps(factors, _mm512_div_ps(_mm512_set1_ps(1.0f), deviation));
+  if (is_int8) {
+    for (int r = 0; r < ROWS; r++) {
+      v[r] = _mm512_setzero_ps();
+      if (r >= rows) continue;
+      __m512 mean = _mm512_set1_ps(means[r]), factor = _mm512_set1_ps(factors[r]);
+      for (int64_t i = 0; i < dim; i += 16) {
+        v[r] = _mm512_max_ps(v[r], _mm512_abs_ps(normalized(_mm512_loadu_ps(x + r * dim + i), norm, i, mean, factor)));
+      }
+    }
+    __m512 steps = steps_of(reduce(v, 1));
+    _mm512_storeu_ps(scales, steps);
+    _mm512_storeu_ps(reciprocals, _mm512_div_ps(_mm512_set1_ps(1.0f), steps));
+  }
+  for (int r = 0; r < ROWS; r++) {
+    uint8_t *tile_row = to + 64 * r;
+    if (r >= rows) {
+      int64_t steps = dim / (is_int8 ? 64 : 32);
+      for (int64_t k = 0; k < steps; k++) _mm512_store_si512(tile_row + k * TILE, _mm512_setzero_si512());
+      continue;
+    }
+    __m512 mean = _mm512_set1_ps(means[r]), factor = _mm512_set1_ps(factors[r]), values[4];
+    for (int64_t i = 0; i < dim; i += is_int8 ? 64 : 32, tile_row += TILE) {
+      for (int j = 0; j < (is_int8 ? 4 : 2); j++) {
+        values[j] = normalized(_mm512_loadu_ps(x + r * dim + i + 16 * j), norm, i + 16 * j, mean, factor);
+      }
+      if (is_int8) {
+        round_to_int8(values, _mm512_set1_ps(reciprocals[r]), tile_row);
+      } else {
+        _mm512_store_si512(tile_row, as_bf16(values[0], values[1]));
+      }
+    }
+  }
+}
+
+INLINE void norm_rows(const Chunk *chunk, const Norm *norm, int is_int8) {
+  const Shape *s = chunk->shape;
+  int64_t steps = s->dim / (is_int8 ? 64 : 32);
+  Share tiles = share_of(chunk->team, chunk->windows * s->token_tiles);
+  for (int64_t tile = tiles.first; tile < tiles.stop; tile++) {
+    int64_t token = tile % s->token_tiles * ROWS;
+    const float *x = chunk->x + (tile / s->token_tiles * s->tokens + token) * s->dim;
+    float *scales = chunk->scratch->row_scales + tile * ROWS;
+    norm_tile(x, s->tokens - token, norm, s->dim, chunk->scratch->rounded + tile * steps * TILE, is_int8, scales);
+  }
+}
+
+// bf16 in the order of A tiles -> int8 A tiles, with a step for each row.
+static void quantize_rows(const Chunk *chunk, int64_t first_tile, int64_t tiles, int64_t inner, uint8_t *to) {
+  int64_t steps = inner / PAIR;
+  Share share = share_of(chunk->team, tiles);
+  for (int64_t tile = share.first; tile < share.stop; tile++) {
+    const uint8_t *from = chunk->scratch->unquantized + tile * steps * TILE;
+    uint8_t *out = to + tile * (steps / 2) * TILE;
+    float reciprocals[ROWS];
+    __m512 v[ROWS];
+    for (int r = 0; r < ROWS; r++) {
+      __m512i largest = _mm512_setzero_si512();  // without their signs, bf16 are in the order of whole numbers
+      for (int64_t k = 0; k < steps; k++) {
+        __m512i magnitudes = _mm512_and_si512(_mm512_load_si512(from + k * TILE + 64 * r), _mm512_set1_epi16(0x7fff));
+        largest = _mm512_max_epu16(largest, magnitudes);
+      }
+      __m512i even = _mm512_slli_epi32(largest, 16), odd = _mm512_and_si512(largest, _mm512_set1_epi32(0xffff0000));
+      v[r] = _mm512_castsi512_ps(_mm512_max_epu32(even, odd));
+    }
+    __m512 worth = steps_of(reduce(v, 1));
+    _mm512_storeu_ps(chunk->scratch->row_scales + (first_tile + tile) * ROWS, worth);
+    _mm512_storeu_ps(reciprocals, _mm512_div_ps(_mm512_set1_ps(1.0f), worth));
+    for (int r = 0; r < ROWS; r++) {
+      __m512 reciprocal = _mm512_set1_ps(reciprocals[r]), values[4];
+      for (int64_t k = 0; k < steps; k += 2) {
+        for (int j = 0; j < 4; j++) {
+          values[j] = load_bf16((const uint16_t *)(from + (k + j / 2) * TILE + 64 * r) + j % 2 * 16);
+        }
+        round_to_int8(values, reciprocal, out + k / 2 * TILE + 64 * r);
+      }
+    }
+  }
+}
+
+// --- attention ---------------------------------------------------------------------------------------------------------
+
+// exp(score - greatest) of 16 queries, as a row tile of A; `reciprocals` are of their sums.
+INLINE void softmax(const float *scores, int64_t tokens, int64_t width, float factor, uint8_t *to, float *reciprocals) {
+  int64_t whole = tokens / PAIR, steps = width / PAIR;
+  __mmask16 low = (__mmask16)((1u << at_most(16, tokens % PAIR)) - 1);
+  __mmask16 high = (__mmask16)((1u << at_least(0, tokens % PAIR - 16)) - 1);
+  float offsets[ROWS];
+  __m512 v[ROWS];
+  for (int r = 0; r < ROWS; r++) {
+    const float *row = scores + r * width;
+    __m512 greatest[2] = {_mm512_set1_ps(-__builtin_inff()), _mm512_set1_ps(-__builtin_inff())};
+    for (int64_t i = 0; i < whole; i++) {
+      greatest[0] = _mm512_max_ps(greatest[0], _mm512_load_ps(row + i * PAIR));
+      greatest[1] = _mm512_max_ps(greatest[1], _mm512_load_ps(row + i * PAIR + 16));
+    }
+    if (whole < steps) {
+      greatest[0] = _mm512_mask_max_ps(greatest[0], low, greatest[0], _mm512_load_ps(row + whole * PAIR));
+      greatest[1] = _mm512_mask_max_ps(greatest[1], high, greatest[1], _mm512_load_ps(row + whole * PAIR + 16));
+    }
+    v[r] = _mm512_max_ps(greatest[0], greatest[1]);
+  }
+  __m512 scale = _mm512_set1_ps(factor);
+  _mm512_storeu_ps(offsets, _mm512_mul_ps(reduce(v, 1), scale));
+  for (int r = 0; r < ROWS; r++) {
+    const float *row = scores + r * width;
+    __m512 offset = _mm512_set1_ps(offsets[r]), e[2], sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+    for (int64_t i = 0; i < steps; i++) {
+      for (int j = 0; j < 2; j++) {
+        e[j] = exp2_of(_mm512_fmsub_ps(_mm512_load_ps(row + i * PAIR + 16 * j), scale, offset));
+        if (i == whole) e[j] = _mm512_maskz_mov_ps(j ? high : low, e[j]);
+        sums[j] = _mm512_add_ps(sums[j], e[j]);
+      }
+      _mm512_store_si512(to + i * TILE + 64 * r, as_bf16(e[0], e[1]));
+    }
+    v[r] = _mm512_add_ps(sums[0], sums[1]);
+  }
+  _mm512_storeu_ps(reciprocals, _mm512_div_ps(_mm512_set1_ps(1.0f), reduce(v, 0)));
+}
+
+// Up to 32 queries of one head.
+INLINE void attend(const Chunk *chunk, int64_t head, int64_t query_tile, int row_tiles, float *scores, uint8_t *weights,
+                   uint8_t *to) {
+  const Shape *s = chunk->shape;
+  int64_t steps = s->head_dim / PAIR, width = s->token_steps * PAIR;
+  const uint8_t *q = chunk->scratch->q + (head * s->token_tiles + query_tile) * steps * TILE;
+  const uint8_t *k = chunk->scratch->k + head * s->token_tiles * steps * TILE;
+  const uint8_t *v = chunk->scratch->v + head * (s->head_dim / ROWS) * s->token_steps * TILE;
+  for (int64_t step = 0; step < s->token_steps; step++) {
+    MULTIPLY(q, row_tiles, k + 2 * step * steps * TILE, steps, 0, scores + step * PAIR, 4 * width, 64,
+             4 * ROWS * width, {});
+  }
+  float reciprocals[2 * ROWS], factor = 1.44269504f / __builtin_sqrtf(s->head_dim);
+  for (int i = 0; i < row_tiles; i++) {
+    softmax(scores + i * ROWS * width, s->tokens, width, factor, weights + i * s->token_steps * TILE, reciprocals + i * ROWS);
+  }
+  float c[2][2][ROWS][16] __attribute__((aligned(64)));
+  int64_t window = head / s->heads, first = head % s->heads * steps, all_steps = s->dim / PAIR;
+  for (int64_t step = 0; step < steps; step++) {
+    MULTIPLY(weights, row_tiles, v + 2 * step * s->token_steps * TILE, s->token_steps, 0, c, SUMS_ROW,
+             SUMS_COLUMN_TILE, SUMS_ROW_TILE, {});
+    for (int i = 0; i < row_tiles; i++) {
+      uint8_t *tile = to + ((window * s->token_tiles + query_tile + i) * all_steps + first + step) * TILE;
+      for (int r = 0; r < ROWS; r++) {
+        __m512 factor = _mm512_set1_ps(reciprocals[i * ROWS + r]);
+        __m512 low = _mm512_mul_ps(_mm512_load_ps(c[i][0][r]), factor);
+        __m512 high = _mm512_mul_ps(_mm512_load_ps(c[i][1][r]), factor);
+        _mm512_store_si512(tile + 64 * r, as_bf16(low, high));
+      }
+    }
+  }
+}
+
+static void attention(const Chunk *chunk, uint8_t *to) {
+  const Shape *s = chunk->shape;
+  uint8_t *own = chunk->scratch->attention + chunk->team.rank * s->attention_bytes;
+  float *scores = (float *)own;
+  uint8_t *weights = own + 2 * ROWS * s->token_steps * PAIR * 4;
+  int64_t query_pairs = (s->token_tiles + 1) / 2;
+  Share tasks = share_of(chunk->team, chunk->windows * s->heads * query_pairs);
+  for (int64_t task = tasks.first; task < tasks.stop; task++) {
+    int64_t head = task / query_pairs, query_tile = task % query_pairs * 2;
+    if (query_tile + 1 < s->token_tiles) {
+      attend(chunk, head, query_tile, 2, scores, weights, to);
+    } else {
+      attend(chunk, head, query_tile, 1, scores, weights, to);
+    }
+  }
+}
+
+// --- a block -----------------------------------------------------------------------------------------------------------
+
+INLINE void run_chunk(const Chunk *chunk, int is_int8) {
+  const Shape *s = chunk->shape;
+  const Scratch *scratch = chunk->scratch;
+  const Block *block = chunk->call->block;
+  int64_t tiles = chunk->windows * s->token_tiles, hidden_tiles = s->hidden_rows / ROWS;
+  norm_rows(chunk, &block->norm1, is_int8);
+  wait_for_all(chunk->team);
+  layer(chunk, &block->qkv, scratch->rounded, 0, tiles, s->dim, 3 * s->dim, TO_HEADS, is_int8);
+  wait_for_all(chunk->team);
+  attention(chunk, is_int8 ? scratch->unquantized : scratch->rounded);
+  wait_for_all(chunk->team);
+  if (is_int8) {
+    quantize_rows(chunk, 0, tiles, s->dim, scratch->rounded);
+    wait_for_all(chunk->team);
+  }
+  layer(chunk, &block->proj, scratch->rounded, 0, tiles, s->dim, s->dim, TO_RESIDUAL, is_int8);
+  wait_for_all(chunk->team);
+  norm_rows(chunk, &block->norm2, is_int8);
+  wait_for_all(chunk->team);
+  int64_t row_bytes = s->dim * (is_int8 ? 1 : 2);
+  for (int64_t first = 0; first < tiles; first += hidden_tiles) {
+    int64_t count = at_most(hidden_tiles, tiles - first);
+    layer(chunk, &block->fc1, scratch->rounded + first * ROWS * row_bytes, first, count, s->dim, s->hidden, TO_HIDDEN, is_int8);
+    wait_for_all(chunk->team);
+    if (is_int8) {
+      quantize_rows(chunk, first, count, s->hidden, scratch->hidden);
+      wait_for_all(chunk->team);
+    }
+    layer(chunk, &block->fc2, scratch->hidden, first, count, s->hidden, s->dim, TO_RESIDUAL, is_int8);
+    wait_for_all(chunk->team);
+  }
+}
+
+static void run_windows(const Call *call, Team team, int64_t first, int64_t stop, uint8_t *base) {
+  Shape shape = shape_of(call);
+  Scratch scratch;
+  lay_out(&shape, base, &scratch);
+  configure_tiles();
+  for (int64_t window = first; window < stop; window += shape.windows) {
+    float *x = call->x + window * shape.tokens * shape.dim;
+    Chunk chunk = {call, &shape, &scratch, team, x, at_most(shape.windows, stop - window)};
+    if (shape.quantized) {
+      run_chunk(&chunk, 1);
+    } else {
+      run_chunk(&chunk, 0);
+    }
+  }
+  _tile_release();
+}
+
+void m2d_amx_run(const Call *call) {
+  Shape shape = shape_of(call);
+  Scratch scratch;
+  run_in_teams(call, run_windows, lay_out(&shape, NULL, &scratch));
+}

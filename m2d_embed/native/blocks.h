@@ -1,0 +1,40 @@
+// What Python and the kernels agree on; native/library.py declares the same structures.
+
+#ifndef M2D_BLOCKS_H
+#define M2D_BLOCKS_H
+
+#include <stdint.h>
+
+#include "parallel.h"
+
+typedef struct {
+  const void *weight;   // packed: see the file that reads it
+  const float *scales;  // int8: what a step of each output's weights is worth
+  const void *bias;     // or NULL
+  int32_t bias_is_bf16;
+} Linear;
+
+typedef struct {
+  const float *weight, *bias;  // each may be NULL
+  float eps;
+} Norm;
+
+// A pre-norm transformer block: x + attention(norm1(x)), then x + mlp(norm2(x)).
+typedef struct {
+  int32_t dim, hidden, heads;
+  int32_t quantized;
+  Norm norm1, norm2;
+  Linear qkv, proj, fc1, fc2;
+} Block;
+
+// x is (windows, tokens, dim) float32, changed in place.
+typedef struct {
+  const Block *block;
+  float *x;
+  int64_t windows, tokens;
+  uint8_t *scratch;
+  const Runtime *runtime;
+  int32_t threads;
+} Call;
+
+#endif

@@ -1,0 +1,368 @@
+// Transformer blocks in float32 on AVX-512.
+//
+// Weights are used as they are, with no copy of them all: 64 rows of a matrix at a time are laid out for the product, in a
+// cache of the core, and used for some hundred tokens. All sums are of float32, exp and erf to 2e-7.
+
+#include <immintrin.h>
+#include <stddef.h>
+
+#include "teams.h"
+
+enum {
+  ROWS = 6,          // of a product in registers
+  WIDTH = 64,        // its columns, four vectors
+  VECTORS = WIDTH / 16,
+  CHUNK_ROWS = 384,  // tokens that go through a block together
+};
+
+#define INLINE static inline __attribute__((always_inline))
+
+typedef struct {
+  int64_t dim, hidden, heads, head_dim, tokens;
+  int64_t width;         // tokens of a window, rounded up to whole panels
+  int64_t windows;       // of a chunk
+  int64_t members;       // of a team, at most
+  int64_t part;          // hidden values that are between the layers of the MLP at a time
+  int64_t member_floats; // scratch of each member of a team
+} Shape;
+
+typedef struct {
+  float *normed;  // [row][dim]: of norm1, of attention, of norm2
+  float *qkv;     // [row][3 dim]
+  float *hidden;  // [row][part]
+  float *members;
+} Scratch;
+
+typedef struct {
+  const Call *call;
+  const Shape *shape;
+  const Scratch *scratch;
+  Team team;
+  float *x;
+  int64_t windows;
+} Chunk;
+
+static Shape shape_of(const Call *call) {
+  const Block *block = call->block;
+  Shape s = {.dim = block->dim, .hidden = block->hidden, .heads = block->heads, .tokens = call->tokens};
+  s.head_dim = s.dim / s.heads;
+  s.width = rounded_up(s.tokens, WIDTH);
+  int64_t teams = num_teams(call->windows, call->threads);
+  s.windows = at_most(at_least(1, CHUNK_ROWS / s.tokens), (call->windows + teams - 1) / teams);
+  s.members = (call->threads + teams - 1) / teams;
+  s.part = at_most(s.dim, s.hidden);
+  int64_t attention = (s.head_dim + ROWS) * s.width, panel = at_least(s.dim, s.part) * WIDTH;
+  s.member_floats = rounded_up(at_least(attention, panel), 16);
+  return s;
+}
+
+static int64_t lay_out(const Shape *s, float *base, Scratch *scratch) {
+  int64_t rows = s->windows * s->tokens;
+  scratch->normed = base;
+  scratch->qkv = scratch->normed + rows * s->dim;
+  scratch->hidden = scratch->qkv + rows * 3 * s->dim;
+  scratch->members = scratch->hidden + rows * s->part;
+  return (rows * (4 * s->dim + s->part) + s->members * s->member_floats) * (int64_t)sizeof(float);
+}
+
+// Bytes of scratch for a call.
+int64_t m2d_fp32_scratch(const Call *call) {
+  Shape shape = shape_of(call);
+  Scratch scratch;
+  return num_teams(call->windows, call->threads) * lay_out(&shape, NULL, &scratch);
+}
+
+// --- vectors ----------------------------------------------------------------------------------------------------------
+
+// e^x for x <= 0, to 2e-7.
+INLINE __m512 exp_of(__m512 x) {
+  x = _mm512_max_ps(x, _mm512_set1_ps(-104.0f));
+  __m512 whole = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
+  __m512 rest = _mm512_fnmadd_ps(whole, _mm512_set1_ps(0.693359375f), x);
+  rest = _mm512_fnmadd_ps(whole, _mm512_set1_ps(-2.12194440e-4f), rest);
+  __m512 p = _mm512_set1_ps(1.0f / 720);  // Taylor's series: beyond it 0.35^7 / 7!, 1e-7
+  p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(1.0f / 120));
+  p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(1.0f / 24));
+  p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(1.0f / 6));
+  p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(0.5f));
+  p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(1.0f));
+  p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(p, whole);
+}
+
+// x * Phi(x), with erf by Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26: to 1.5e-7 |x|.
+INLINE __m512 gelu(__m512 x) {
+  __m512 z = _mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(0.707106781f));
+  __m512 t = _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_fmadd_ps(z, _mm512_set1_ps(0.3275911f), _mm512_set1_ps(1.0f)));
+  __m512 p = _mm512_set1_ps(1.061405429f);
+  p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-1.453152027f));
+  p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(1.421413741f));
+  p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-0.284496736f));
+  p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(0.254829592f));
+  __m512 tail = _mm512_mul_ps(_mm512_mul_ps(p, t), exp_of(_mm512_fnmadd_ps(z, z, _mm512_setzero_ps())));  // erfc(z)
+  // Phi(x) is half of erfc(z) below 0, and above it what is left of 1.
+  __m512 half = _mm512_mul_ps(_mm512_mul_ps(x, _mm512_set1_ps(0.5f)), tail);
+  __mmask16 positive = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ);
+  return _mm512_mask_sub_ps(half, positive, x, half);
+}
+
+// 16 rows of 16 values, `stride` apart -> 16 rows of `to`, WIDTH apart, transposed.
+INLINE void transpose(const float *from, int64_t stride, float *to, int64_t to_stride) {
+  __m512 r[16], a[16];
+  for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_ps(from + i * stride);
+  for (int i = 0; i < 8; i++) {
+    a[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+    a[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; i++) {
+    for (int j = 0; j < 2; j++) {
+      __m512d x = _mm512_castps_pd(a[4 * i + j]), y = _mm512_castps_pd(a[4 * i + 2 + j]);
+      r[4 * i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y));
+      r[4 * i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
+    }
+  }
+  for (int i = 0; i < 4; i++) {
+    __m512 x = _mm512_shuffle_f32x4(r[i], r[i + 4], 0x44), y = _mm512_shuffle_f32x4(r[i], r[i + 4], 0xee);
+    __m512 z = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x44), w = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xee);
+    _mm512_storeu_ps(to + i * to_stride, _mm512_shuffle_f32x4(x, z, 0x88));
+    _mm512_storeu_ps(to + (i + 4) * to_stride, _mm512_shuffle_f32x4(x, z, 0xdd));
+    _mm512_storeu_ps(to + (i + 8) * to_stride, _mm512_shuffle_f32x4(y, w, 0x88));
+    _mm512_storeu_ps(to + (i + 12) * to_stride, _mm512_shuffle_f32x4(y, w, 0xdd));
+  }
+}
+
+// --- products ---------------------------------------------------------------------------------------------------------
+
+typedef __m512 Sums[ROWS][VECTORS];
+
+INLINE void clear(Sums sums, int rows, int vectors) {
+  for (int r = 0; r < rows; r++) {
+    for (int j = 0; j < vectors; j++) sums[r][j] = _mm512_setzero_ps();
+  }
+}
+
+// sums += a (rows x inner) b (inner x 16 vectors)
+INLINE void add_products(const float *a, int64_t a_stride, const float *b, int64_t b_stride, int64_t inner, int rows,
+                         int vectors, Sums sums) {
+  for (int64_t k = 0; k < inner; k++) {
+    __m512 v[VECTORS];
+    for (int j = 0; j < vectors; j++) v[j] = _mm512_loadu_ps(b + k * b_stride + 16 * j);
+    for (int r = 0; r < rows; r++) {
+      __m512 value = _mm512_set1_ps(a[r * a_stride + k]);
+      for (int j = 0; j < vectors; j++) sums[r][j] = _mm512_fmadd_ps(value, v[j], sums[r][j]);
+    }
+  }
+}
+
+// A function of a number of rows that has to be known when it is compiled.
+#define FOR_ROWS(rows, call)     \
+  do {                           \
+    switch (rows) {              \
+      case 6: call(6); break;    \
+      case 5: call(5); break;    \
+      case 4: call(4); break;    \
+      case 3: call(3); break;    \
+      case 2: call(2); break;    \
+      default: call(1); break;   \
+    }                            \
+  } while (0)
+
+typedef enum { TO_OUTPUT, TO_RESIDUAL, TO_HIDDEN } Destination;
+
+// What is to come next is asked for while this is multiplied: 64 rows of a matrix, some columns of them.
+typedef struct {
+  const float *weight;  // NULL if there is none
+  int64_t stride, lines_per_row, next, total;
+} Ahead;
+
+INLINE void fetch(Ahead *ahead) {
+  if (ahead->next >= ahead->total) return;
+  int64_t row = ahead->next / ahead->lines_per_row, line = ahead->next % ahead->lines_per_row;
+  _mm_prefetch(ahead->weight + row * ahead->stride + line * 16, _MM_HINT_T1);
+  ahead->next++;
+}
+
+INLINE void product(const float *a, int64_t a_stride, const float *panel, int64_t inner, int rows, const float *bias,
+                    float *out, int64_t out_stride, Destination destination, Ahead *ahead) {
+  Sums sums;
+  clear(sums, rows, VECTORS);
+  for (int64_t k = 0; k < inner; k += 16) {
+    fetch(ahead);
+    add_products(a + k, a_stride, panel + k * WIDTH, WIDTH, 16, rows, VECTORS, sums);
+  }
+  for (int r = 0; r < rows; r++) {
+    for (int j = 0; j < VECTORS; j++) {
+      __m512 v = sums[r][j];
+      if (bias) v = _mm512_add_ps(v, _mm512_loadu_ps(bias + 16 * j));
+      float *to = out + r * out_stride + 16 * j;
+      if (destination == TO_RESIDUAL) v = _mm512_add_ps(v, _mm512_loadu_ps(to));
+      if (destination == TO_HIDDEN) v = gelu(v);
+      _mm512_storeu_ps(to, v);
+    }
+  }
+}
+
+// out = a times some columns of the transposed matrix, from `first` on; for `outer` of its rows.
+INLINE void layer(const Chunk *chunk, const float *a, int64_t inner, const float *weight, int64_t weight_stride,
+                  const float *bias, int64_t outer, float *out, int64_t out_stride, Destination destination) {
+  int64_t rows = chunk->windows * chunk->shape->tokens;
+  float *panel = chunk->scratch->members + chunk->team.rank * chunk->shape->member_floats;
+  Share panels = share_of(chunk->team, outer / WIDTH);
+  for (int64_t i = panels.first; i < panels.stop; i++) {
+    const float *from = weight + i * WIDTH * weight_stride;
+    for (int64_t k = 0; k < inner; k += 16) {
+      for (int j = 0; j < VECTORS; j++) transpose(from + 16 * j * weight_stride + k, weight_stride, panel + k * WIDTH + 16 * j, WIDTH);
+    }
+    Ahead ahead = {from + WIDTH * weight_stride, weight_stride, inner / 16, 0, i + 1 < panels.stop ? WIDTH * (inner / 16) : 0};
+    const float *own_bias = bias ? bias + i * WIDTH : NULL;
+    float *to = out + i * WIDTH;
+    for (int64_t row = 0; row < rows; row += ROWS) {
+#define PRODUCT(n) \
+  product(a + row * inner, inner, panel, inner, n, own_bias, to + row * out_stride, out_stride, destination, &ahead)
+      FOR_ROWS(at_most(ROWS, rows - row), PRODUCT);
+#undef PRODUCT
+    }
+  }
+}
+
+// --- what is between products -------------------------------------------------------------------------------------------
+
+static void norm_rows(const Chunk *chunk, const Norm *norm) {
+  int64_t dim = chunk->shape->dim;
+  Share rows = share_of(chunk->team, chunk->windows * chunk->shape->tokens);
+  for (int64_t row = rows.first; row < rows.stop; row++) {
+    const float *x = chunk->x + row * dim;
+    float *to = chunk->scratch->normed + row * dim;
+    __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
+    for (int64_t i = 0; i < dim; i += 16) sum = _mm512_add_ps(sum, _mm512_loadu_ps(x + i));
+    __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / dim);
+    for (int64_t i = 0; i < dim; i += 16) {
+      __m512 centred = _mm512_sub_ps(_mm512_loadu_ps(x + i), mean);
+      squares = _mm512_fmadd_ps(centred, centred, squares);
+    }
+    __m512 factor = _mm512_set1_ps(1.0f / __builtin_sqrtf(_mm512_reduce_add_ps(squares) / dim + norm->eps));
+    for (int64_t i = 0; i < dim; i += 16) {
+      __m512 v = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(x + i), mean), factor);
+      if (norm->weight) v = _mm512_mul_ps(v, _mm512_loadu_ps(norm->weight + i));
+      if (norm->bias) v = _mm512_add_ps(v, _mm512_loadu_ps(norm->bias + i));
+      _mm512_storeu_ps(to + i, v);
+    }
+  }
+}
+
+// --- attention ---------------------------------------------------------------------------------------------------------
+
+// Scores of one query -> exp(score - greatest); returns their sum.
+INLINE float softmax(float *scores, int64_t tokens, float factor) {
+  __mmask16 rest = (__mmask16)((1u << tokens % 16) - 1);
+  int64_t whole = tokens / 16 * 16;
+  __m512 greatest = _mm512_set1_ps(-__builtin_inff()), sum = _mm512_setzero_ps(), scale = _mm512_set1_ps(factor);
+  for (int64_t i = 0; i < whole; i += 16) greatest = _mm512_max_ps(greatest, _mm512_load_ps(scores + i));
+  if (rest) greatest = _mm512_mask_max_ps(greatest, rest, greatest, _mm512_load_ps(scores + whole));
+  __m512 most = _mm512_set1_ps(_mm512_reduce_max_ps(greatest));
+  for (int64_t i = 0; i < tokens; i += 16) {
+    __m512 e = exp_of(_mm512_mul_ps(_mm512_sub_ps(_mm512_load_ps(scores + i), most), scale));
+    if (i == whole) e = _mm512_maskz_mov_ps(rest, e);
+    sum = _mm512_add_ps(sum, e);
+    _mm512_store_ps(scores + i, e);
+  }
+  return _mm512_reduce_add_ps(sum);
+}
+
+// Some queries of one head: q and v are in qkv, keys in panels of [head_dim][WIDTH].
+INLINE void attend(const Shape *s, const float *q, const float *keys, const float *v, float *scores, float *to, int rows) {
+  int64_t stride = 3 * s->dim;
+  for (int64_t first = 0; first < s->width; first += WIDTH) {
+    Sums sums;
+    clear(sums, rows, VECTORS);
+    add_products(q, stride, keys + first * s->head_dim, WIDTH, s->head_dim, rows, VECTORS, sums);
+    for (int r = 0; r < rows; r++) {
+      for (int j = 0; j < VECTORS; j++) _mm512_store_ps(scores + r * s->width + first + 16 * j, sums[r][j]);
+    }
+  }
+  float reciprocals[ROWS], factor = 1.0f / __builtin_sqrtf(s->head_dim);
+  for (int r = 0; r < rows; r++) reciprocals[r] = 1.0f / softmax(scores + r * s->width, s->tokens, factor);
+  for (int64_t first = 0; first < s->head_dim; first += 32) {
+    Sums sums;
+    clear(sums, rows, 2);
+    add_products(scores, s->width, v + first, stride, s->tokens, rows, 2, sums);
+    for (int r = 0; r < rows; r++) {
+      __m512 factor = _mm512_set1_ps(reciprocals[r]);
+      for (int j = 0; j < 2; j++) _mm512_storeu_ps(to + r * s->dim + first + 16 * j, _mm512_mul_ps(sums[r][j], factor));
+    }
+  }
+}
+
+static void attention(const Chunk *chunk) {
+  const Shape *s = chunk->shape;
+  float *keys = chunk->scratch->members + chunk->team.rank * s->member_floats, *scores = keys + s->head_dim * s->width;
+  int64_t stride = 3 * s->dim;
+  Share tasks = share_of(chunk->team, chunk->windows * s->heads);
+  for (int64_t task = tasks.first; task < tasks.stop; task++) {
+    int64_t window = task / s->heads, column = task % s->heads * s->head_dim;
+    const float *q = chunk->scratch->qkv + window * s->tokens * stride + column, *k = q + s->dim, *v = k + s->dim;
+    for (int64_t token = 0; token < s->width; token += 16) {
+      for (int64_t i = 0; i < s->head_dim; i += 16) {
+        float *to = keys + token / WIDTH * WIDTH * s->head_dim + i * WIDTH + token % WIDTH;
+        if (token + 16 <= s->tokens) {
+          transpose(k + token * stride + i, stride, to, WIDTH);
+        } else {  // what is beyond the tokens is masked, but must be a number
+          for (int64_t f = 0; f < 16; f++) {
+            for (int64_t t = 0; t < 16; t++) to[f * WIDTH + t] = token + t < s->tokens ? k[(token + t) * stride + i + f] : 0;
+          }
+        }
+      }
+    }
+    float *to = chunk->scratch->normed + window * s->tokens * s->dim + column;
+    for (int64_t token = 0; token < s->tokens; token += ROWS) {
+#define ATTEND(n) attend(s, q + token * stride, keys, v, scores, to + token * s->dim, n)
+      FOR_ROWS(at_most(ROWS, s->tokens - token), ATTEND);
+#undef ATTEND
+    }
+  }
+}
+
+// --- a block -----------------------------------------------------------------------------------------------------------
+
+static void run_chunk(const Chunk *chunk) {
+  const Shape *s = chunk->shape;
+  const Scratch *scratch = chunk->scratch;
+  const Block *block = chunk->call->block;
+  norm_rows(chunk, &block->norm1);
+  wait_for_all(chunk->team);
+  layer(chunk, scratch->normed, s->dim, block->qkv.weight, s->dim, block->qkv.bias, 3 * s->dim, scratch->qkv, 3 * s->dim, TO_OUTPUT);
+  wait_for_all(chunk->team);
+  attention(chunk);
+  wait_for_all(chunk->team);
+  layer(chunk, scratch->normed, s->dim, block->proj.weight, s->dim, block->proj.bias, s->dim, chunk->x, s->dim, TO_RESIDUAL);
+  wait_for_all(chunk->team);
+  norm_rows(chunk, &block->norm2);
+  wait_for_all(chunk->team);
+  for (int64_t first = 0; first < s->hidden; first += s->part) {
+    int64_t part = at_most(s->part, s->hidden - first);
+    const float *bias = block->fc1.bias, *weight = block->fc1.weight;
+    layer(chunk, scratch->normed, s->dim, weight + first * s->dim, s->dim, bias ? bias + first : NULL, part,
+          scratch->hidden, part, TO_HIDDEN);
+    wait_for_all(chunk->team);
+    weight = block->fc2.weight;
+    layer(chunk, scratch->hidden, part, weight + first, s->hidden, first ? NULL : block->fc2.bias, s->dim, chunk->x,
+          s->dim, TO_RESIDUAL);
+    wait_for_all(chunk->team);
+  }
+}
+
+static void run_windows(const Call *call, Team team, int64_t first, int64_t stop, uint8_t *base) {
+  Shape shape = shape_of(call);
+  Scratch scratch;
+  lay_out(&shape, (float *)base, &scratch);
+  for (int64_t window = first; window < stop; window += shape.windows) {
+    float *x = call->x + window * shape.tokens * shape.dim;
+    run_chunk(&(Chunk){call, &shape, &scratch, team, x, at_most(shape.windows, stop - window)});
+  }
+}
+
+void m2d_fp32_run(const Call *call) {
+  Shape shape = shape_of(call);
+  Scratch scratch;
+  run_in_teams(call, run_windows, lay_out(&shape, NULL, &scratch));
+}

@@ -1,0 +1,282 @@
+"""Compiled kernels: the numbers of the blocks they stand for, for all shapes, batches and numbers of threads."""
+
+import platform
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_model
+from torch import Tensor
+
+from m2d_embed import native, packed
+from m2d_embed.config import ModelConfig
+from m2d_embed.encoder import Block
+from m2d_embed.model import DTYPES
+from m2d_embed.native import NativeBlock, Scratch
+from m2d_embed.packed import PackedBlocks
+
+HAS_COMPILER = any(shutil.which(name) for name in ("cc", "gcc", "clang"))
+KINDS = ("fp32", "bf16", "int8")
+#: How far a block may be from float32, as a share of what it adds.
+CLOSE = {"fp32": 2e-6, "bf16": 6e-3, "int8": 2.5e-2}
+SHAPES = [(64, 2, 256), (192, 3, 768), (128, 1, 192), (768, 12, 3072)]  # width, heads, MLP
+
+
+def needs(kind: str):
+    return pytest.mark.skipif(kind not in native.available(), reason=f"no {kind} kernel was built, or suits this CPU")
+
+
+each_kind = pytest.mark.parametrize("kind", [pytest.param(kind, marks=needs(kind)) for kind in KINDS])
+
+
+def random_block(dim: int, heads: int, hidden: int, seed: int = 0) -> Block:
+    """Weights of the size that makes activations of about 1, and norms and biases that do something."""
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        block = Block(dim, heads, hidden, 1e-6).eval()
+        for name, parameter in block.named_parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=parameter.shape[1] ** -0.5)
+            else:
+                parameter.normal_(mean=float("norm" in name and "weight" in name), std=0.1)
+    return block.requires_grad_(False)
+
+
+def tokens(windows: int, count: int, dim: int, seed: int = 0) -> Tensor:
+    return torch.randn(windows, count, dim, generator=torch.Generator().manual_seed(seed))
+
+
+def error(block: Block, native_block: NativeBlock, x: Tensor) -> float:
+    expected = block(x)
+    found = native_block(x.clone(), None)
+    assert found.shape == x.shape and found.isfinite().all()
+    return float((found - expected).norm() / (expected - x).norm())
+
+
+@pytest.fixture(params=[1, 2, 5])
+def threads(request):
+    usual = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(usual)
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() != "x86_64" or not HAS_COMPILER, reason="no kernels for this system"
+)
+def test_the_kernels_were_built():
+    assert native.kernels() is not None
+
+
+@each_kind
+@pytest.mark.parametrize("shape", SHAPES[:3])
+@pytest.mark.parametrize("count", [1, 6, 16, 31, 33, 96, 191])
+@pytest.mark.parametrize("windows", [1, 3, 8])
+def test_a_block_has_the_numbers_of_its_module(kind, shape, count, windows, threads):
+    block = random_block(*shape)
+    assert error(block, NativeBlock(block, kind, Scratch()), tokens(windows, count, shape[0])) < CLOSE[kind]
+
+
+@each_kind
+def test_a_block_of_the_size_of_a_base_model(kind):
+    block = random_block(*SHAPES[3])
+    assert error(block, NativeBlock(block, kind, Scratch()), tokens(3, 191, 768)) < CLOSE[kind]
+
+
+@each_kind
+@pytest.mark.parametrize("name", ["attn.qkv.bias", "attn.proj.bias", "mlp.fc1.bias", "mlp.fc2.bias", "norm1.bias"])
+def test_parameters_that_are_missing(kind, name):
+    block = random_block(64, 2, 256)
+    parent, _, parameter = name.rpartition(".")
+    block.get_submodule(parent).register_parameter(parameter, None)
+    assert error(block, NativeBlock(block, kind, Scratch()), tokens(2, 31, 64)) < CLOSE[kind]
+
+
+@each_kind
+def test_biases_of_other_dtypes(kind):
+    block = random_block(64, 2, 256)
+    as_kernel = NativeBlock(block, kind, Scratch())
+    assert error(block, as_kernel, tokens(2, 31, 64)) < CLOSE[kind]
+    for dtype in (torch.bfloat16, torch.float64, torch.float16):
+        half = block.mlp.fc1.bias.data.to(dtype)
+        block.mlp.fc1.bias.data = half
+        expected = random_block(64, 2, 256)
+        expected.mlp.fc1.bias.data = half.float()
+        assert error(expected, as_kernel, tokens(2, 31, 64)) < CLOSE[kind]
+        half.add_(1)  # in place: the same address
+        expected.mlp.fc1.bias.data = half.float()
+        assert error(expected, as_kernel, tokens(2, 31, 64)) < CLOSE[kind]
+        block.mlp.fc1.bias.data = random_block(64, 2, 256).mlp.fc1.bias.data
+
+
+@each_kind
+def test_large_and_small_values(kind):
+    """Scores of thousands, where a softmax overflows unless it is careful, and tokens that are all alike."""
+    block = random_block(64, 2, 256)
+    block.attn.qkv.weight *= 30
+    as_kernel = NativeBlock(block, kind, Scratch())
+    x = tokens(2, 40, 64)
+    x[0] *= 1e4
+    x[1] = 1e-6
+    expected, found = block(x), as_kernel(x.clone(), None)
+    assert found.isfinite().all()
+    if kind == "fp32":
+        assert (found[0] - expected[0]).norm() / (expected[0] - x[0]).norm() < 1e-3  # differences of large scores
+        torch.testing.assert_close(found[1], expected[1], atol=1e-4, rtol=1e-4)
+
+
+@each_kind
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_in_its_window(kind, value):
+    block = random_block(64, 2, 256)
+    x = tokens(3, 20, 64)
+    expected = NativeBlock(block, kind, Scratch())(x.clone(), None)
+    x[1, 3, 5] = value
+    found = NativeBlock(block, kind, Scratch())(x.clone(), None)
+    torch.testing.assert_close(found[[0, 2]], expected[[0, 2]], atol=0, rtol=0)
+    assert kind == "int8" or not found[1].isfinite().all()
+
+
+@each_kind
+def test_memory_that_held_something_else(kind):
+    """What is left of scratch from a call before must not come into the numbers, not even NaN times 0."""
+    block, scratch = random_block(64, 2, 256), Scratch()
+    as_kernel = NativeBlock(block, kind, scratch)
+    x = tokens(1, 17, 64)
+    expected = as_kernel(x.clone(), None)
+    scratch.memory.fill_(255)
+    torch.testing.assert_close(as_kernel(x.clone(), None), expected, atol=0, rtol=0)
+
+
+@each_kind
+def test_a_window_does_not_depend_on_the_others(kind, threads):
+    block = random_block(192, 3, 768)
+    as_kernel = NativeBlock(block, kind, Scratch())
+    x = tokens(7, 50, 192)
+    x[::2] *= 100
+    together = as_kernel(x.clone(), None)
+    for index in range(7):
+        alone = as_kernel(x[index : index + 1].clone(), None)
+        torch.testing.assert_close(together[index : index + 1], alone, atol=1e-5, rtol=1e-5)
+
+
+@each_kind
+def test_two_threads_of_python_at_once(kind):
+    block = random_block(192, 3, 768)
+    as_kernel = NativeBlock(block, kind, Scratch())
+    inputs = [tokens(2, 40 + 20 * index, 192) for index in range(4)]
+    expected = [as_kernel(x.clone(), None) for x in inputs]
+    wrong: list[int] = []
+
+    def run(index: int) -> None:
+        with torch.no_grad():
+            for _ in range(50):
+                if not torch.equal(as_kernel(inputs[index].clone(), None), expected[index]):
+                    wrong.append(index)
+
+    workers = [threading.Thread(target=run, args=(index,)) for index in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+@each_kind
+def test_a_mask_goes_to_the_block_itself(kind):
+    block = random_block(64, 2, 256)
+    attended = (torch.arange(20) < torch.tensor([[12], [20]]))[:, None, None]
+    x = tokens(2, 20, 64)
+    torch.testing.assert_close(NativeBlock(block, kind, Scratch())(x.clone(), attended), block(x, attended))
+
+
+@each_kind
+def test_tokens_that_are_not_contiguous(kind):
+    block = random_block(64, 2, 256)
+    wide = tokens(2, 20, 128)
+    expected = NativeBlock(block, kind, Scratch())(wide[..., ::2].contiguous(), None)
+    torch.testing.assert_close(NativeBlock(block, kind, Scratch())(wide[..., ::2], None), expected, atol=0, rtol=0)
+
+
+def test_shapes_that_do_not_fit_are_left_to_onednn():
+    assert not any(native.fits(random_block(32, 2, 128), kind) for kind in KINDS)
+    assert not any(native.fits(random_block(192, 12, 768), kind) for kind in KINDS)  # 16 values a head
+    assert not native.fits(random_block(96, 3, 160), "int8")
+    for kind in native.available():
+        assert native.fits(random_block(192, 3, 768), kind)
+
+
+@each_kind
+def test_a_model_uses_them(kind):
+    config = ModelConfig(embed_dim=64, depth=2, num_heads=2, input_size=(80, 64), patch_size=(16, 16))
+    model = random_model(config).set_dtype(DTYPES[kind])
+    with torch.no_grad():
+        model.scene(tokens(1, 8000, 1)[..., 0])
+    assert model.encoder._packed is not None
+    assert [type(block) for block in model.encoder._packed.blocks] == [NativeBlock] * 2
+    assert {block.kind for block in model.encoder._packed.blocks} == {kind}
+
+
+@needs("fp32")
+def test_float32_keeps_no_copies_of_weights():
+    block = random_block(192, 3, 768)
+    as_kernel = NativeBlock(block, "fp32", Scratch())
+    as_kernel(tokens(1, 8, 192), None)
+    assert not as_kernel._matrices
+    assert {t.data_ptr() for t in as_kernel._kept} == {p.data_ptr() for p in block.parameters()}
+
+
+def test_without_the_library_onednn_does_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(native, "_LIBRARY", tmp_path / "kernels.so")
+    assert native.kernels.__wrapped__() is None
+    (tmp_path / "kernels.so").write_text("no library")
+    assert native.kernels.__wrapped__() is None
+    monkeypatch.setattr(native, "kernels", lambda: None)
+    assert native.available.__wrapped__() == ()
+    monkeypatch.setattr(native, "available", lambda: ())
+    blocks = torch.nn.ModuleList([random_block(64, 2, 256)])
+    x = tokens(2, 20, 64)
+    torch.testing.assert_close(PackedBlocks(blocks, False).blocks[0](x.clone(), None), blocks[0](x), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [("", ()), ("fma avx2", ()), ("fma avx512f avx512bw avx512vl avx512dq", ("fp32",))],
+)
+@pytest.mark.skipif(native.kernels() is None, reason="no kernels were built")
+def test_processors_without_the_instructions(monkeypatch, tmp_path, flags, expected):
+    (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags\t\t: {flags}\n")
+    monkeypatch.setattr(native, "_CPUINFO", tmp_path / "cpuinfo")
+    assert native.available.__wrapped__() == expected
+
+
+@needs("bf16")
+def test_a_system_that_does_not_grant_the_matrix_unit(monkeypatch):
+    monkeypatch.setattr(native.kernels(), "request_amx", lambda: -1)
+    assert native.available.__wrapped__() == ("fp32",)
+
+
+def test_int8_is_there_with_either(monkeypatch):
+    monkeypatch.setattr(packed, "_HAS_KERNELS", False)
+    assert packed.supports_int8() == ("int8" in native.available())
+
+
+@pytest.mark.skipif(native.kernels() is None, reason="no kernels were built")
+def test_a_compiler_that_fails_leaves_no_library(tmp_path, capfd):
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    hatchling = pytest.importorskip("hatchling", reason="the build hook is hatchling's")
+    assert hatchling
+    import hatch_build
+
+    sources = tmp_path / "m2d_embed" / "native"
+    shutil.copytree(Path(native.__file__).parent, sources, ignore=shutil.ignore_patterns("__pycache__"))
+    (sources / "amx.c").write_text("this is not C")
+    assert (sources / "kernels.so").exists()
+    assert not hatch_build.compile_kernels(tmp_path)
+    assert "the kernels do not compile, oneDNN takes their place" in capfd.readouterr().err
+    assert not (sources / "kernels.so").exists()
+    subprocess.run([sys.executable, "-c", "import m2d_embed"], check=True)
