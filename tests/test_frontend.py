@@ -8,6 +8,17 @@ import torch
 
 from m2d_embed.config import FRONT_ENDS, ModelConfig
 from m2d_embed.frontend import LogMel
+from m2d_embed.native import NativeLogMel
+
+
+@pytest.fixture(autouse=True, params=["kernel", "torch"])
+def way(request, monkeypatch):
+    """Both ways: what PyTorch computes, and where there is one the compiled kernel."""
+    if request.param == "torch":
+        monkeypatch.setattr(NativeLogMel, "fits", lambda n_fft: False)
+    elif not NativeLogMel.fits(400):
+        pytest.skip("no kernel was built, or it does not suit this CPU")
+    return request.param
 
 
 def config_at(rate: int) -> ModelConfig:

@@ -1,5 +1,7 @@
 """Compiled kernels: the numbers of the blocks they stand for, for all shapes, batches and numbers of threads."""
 
+import copy
+import pickle
 import platform
 import shutil
 import subprocess
@@ -15,8 +17,9 @@ from torch import Tensor
 from m2d_embed import native, packed
 from m2d_embed.config import ModelConfig
 from m2d_embed.encoder import Block
+from m2d_embed.frontend import LogMel
 from m2d_embed.model import DTYPES
-from m2d_embed.native import NativeBlock, Scratch
+from m2d_embed.native import NativeBlock, NativeLogMel, Scratch, blocks, library
 from m2d_embed.packed import PackedBlocks
 
 HAS_COMPILER = any(shutil.which(name) for name in ("cc", "gcc", "clang"))
@@ -174,9 +177,8 @@ def test_two_threads_of_python_at_once(kind):
 
     def run(index: int) -> None:
         with torch.no_grad():
-            for _ in range(50):
-                if not torch.equal(as_kernel(inputs[index].clone(), None), expected[index]):
-                    wrong.append(index)
+            results = (as_kernel(inputs[index].clone(), None) for _ in range(50))
+            wrong.extend(index for result in results if not torch.equal(result, expected[index]))
 
     workers = [threading.Thread(target=run, args=(index,)) for index in range(4)]
     for worker in workers:
@@ -230,17 +232,65 @@ def test_float32_keeps_no_copies_of_weights():
     assert {t.data_ptr() for t in as_kernel._kept} == {p.data_ptr() for p in block.parameters()}
 
 
+@needs("fp32")
+@pytest.mark.parametrize("n_fft", [16, 32, 80, 144, 400, 800, 960, 1024, 2048, 3072])
+@pytest.mark.parametrize("num_frames", [1, 15, 16, 33])
+def test_log_mel_of_all_lengths(n_fft, num_frames, threads):
+    """Against float64: every radix, and a last group of fewer than 16 frames."""
+    assert NativeLogMel.fits(n_fft)
+    generator = torch.Generator().manual_seed(0)
+    hop = n_fft // 3
+    audio = torch.randn(3, n_fft + (num_frames - 1) * hop, generator=generator)
+    window = torch.rand(n_fft, generator=generator)
+    filterbank = torch.rand(n_fft // 2 + 1, 7, generator=generator) * (
+        torch.rand(n_fft // 2 + 1, 7, generator=generator) < 0.3
+    )
+    filterbank[:, 3] = 0  # a band with no bins
+    frames = audio.unfold(-1, n_fft, hop)
+    power = torch.fft.rfft(frames.double() * window.double()).abs().square() @ filterbank.double()
+    expected = (torch.log(power + 1e-7) - 1.5) / 2.5
+    found = NativeLogMel(window, filterbank, hop, 1e-7, (1.5, 2.5))(frames)
+    torch.testing.assert_close(found, expected.transpose(1, 2).float(), atol=2e-5, rtol=2e-5)
+
+
+@needs("fp32")
+def test_log_mels_without_a_kernel():
+    assert not NativeLogMel.fits(400 * 7)  # a prime factor that there is no radix for
+    assert not NativeLogMel.fits(8192)
+    assert not NativeLogMel.fits(40)
+    front_end = LogMel(ModelConfig(n_fft=448, hop_length=160))
+    assert front_end(torch.zeros(1, 1600)).shape == (1, 1, 80, 11)
+    assert front_end._kernel is None
+
+
+@needs("fp32")
+def test_log_mel_gradients_copies_and_pickles():
+    front_end = LogMel(ModelConfig())
+    audio = tokens(1, 3200, 1)[..., 0]
+    expected = front_end(audio)
+    assert front_end._kernel is not None
+    for twin in (copy.deepcopy(front_end), pickle.loads(pickle.dumps(front_end))):
+        assert twin._kernel is None
+        torch.testing.assert_close(twin(audio), expected, atol=0, rtol=0)
+    audio.requires_grad_()
+    torch.testing.assert_close(front_end(audio), expected, atol=2e-5, rtol=0)
+    front_end(audio).sum().backward()
+    assert audio.grad.abs().sum() > 0
+
+
 def test_without_the_library_onednn_does_it(monkeypatch, tmp_path):
-    monkeypatch.setattr(native, "_LIBRARY", tmp_path / "kernels.so")
-    assert native.kernels.__wrapped__() is None
+    monkeypatch.setattr(library, "_LIBRARY", tmp_path / "kernels.so")
+    assert library.kernels.__wrapped__() is None
     (tmp_path / "kernels.so").write_text("no library")
-    assert native.kernels.__wrapped__() is None
-    monkeypatch.setattr(native, "kernels", lambda: None)
-    assert native.available.__wrapped__() == ()
-    monkeypatch.setattr(native, "available", lambda: ())
-    blocks = torch.nn.ModuleList([random_block(64, 2, 256)])
+    assert library.kernels.__wrapped__() is None
+    monkeypatch.setattr(library, "kernels", lambda: None)
+    assert library.available.__wrapped__() == ()
+    monkeypatch.setattr(blocks, "available", lambda: ())
+    modules = torch.nn.ModuleList([random_block(64, 2, 256)])
     x = tokens(2, 20, 64)
-    torch.testing.assert_close(PackedBlocks(blocks, False).blocks[0](x.clone(), None), blocks[0](x), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        PackedBlocks(modules, False).blocks[0](x.clone(), None), modules[0](x), atol=1e-5, rtol=0
+    )
 
 
 @pytest.mark.parametrize(
@@ -250,14 +300,14 @@ def test_without_the_library_onednn_does_it(monkeypatch, tmp_path):
 @pytest.mark.skipif(native.kernels() is None, reason="no kernels were built")
 def test_processors_without_the_instructions(monkeypatch, tmp_path, flags, expected):
     (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags\t\t: {flags}\n")
-    monkeypatch.setattr(native, "_CPUINFO", tmp_path / "cpuinfo")
-    assert native.available.__wrapped__() == expected
+    monkeypatch.setattr(library, "_CPUINFO", tmp_path / "cpuinfo")
+    assert library.available.__wrapped__() == expected
 
 
 @needs("bf16")
 def test_a_system_that_does_not_grant_the_matrix_unit(monkeypatch):
-    monkeypatch.setattr(native.kernels(), "request_amx", lambda: -1)
-    assert native.available.__wrapped__() == ("fp32",)
+    monkeypatch.setattr(native.kernels(), "request_amx", lambda: False)
+    assert library.available.__wrapped__() == ("fp32",)
 
 
 def test_int8_is_there_with_either(monkeypatch):

@@ -154,58 +154,64 @@ INLINE void add_products(const float *a, int64_t a_stride, const float *b, int64
   }
 }
 
-// A function of a number of rows that has to be known when it is compiled.
-#define FOR_ROWS(rows, call)     \
-  do {                           \
-    switch (rows) {              \
-      case 6: call(6); break;    \
-      case 5: call(5); break;    \
-      case 4: call(4); break;    \
-      case 3: call(3); break;    \
-      case 2: call(2); break;    \
-      default: call(1); break;   \
-    }                            \
-  } while (0)
-
 typedef enum { TO_OUTPUT, TO_RESIDUAL, TO_HIDDEN } Destination;
 
 // What is to come next is asked for while this is multiplied: 64 rows of a matrix, some columns of them.
 typedef struct {
-  const float *weight;  // NULL if there is none
-  int64_t stride, lines_per_row, next, total;
+  const float *next;
+  int64_t to_next_row;    // from the end of a row's columns
+  int64_t lines_per_row;  // of 16 values
+  int64_t lines, rows;    // left of this row, and of all
 } Ahead;
 
 INLINE void fetch(Ahead *ahead) {
-  if (ahead->next >= ahead->total) return;
-  int64_t row = ahead->next / ahead->lines_per_row, line = ahead->next % ahead->lines_per_row;
-  _mm_prefetch(ahead->weight + row * ahead->stride + line * 16, _MM_HINT_T1);
-  ahead->next++;
+  if (!ahead->rows) return;
+  _mm_prefetch(ahead->next, _MM_HINT_T1);
+  ahead->next += 16;
+  if (--ahead->lines) return;
+  ahead->lines = ahead->lines_per_row, ahead->rows--;
+  ahead->next += ahead->to_next_row;
 }
 
-INLINE void product(const float *a, int64_t a_stride, const float *panel, int64_t inner, int rows, const float *bias,
-                    float *out, int64_t out_stride, Destination destination, Ahead *ahead) {
+typedef struct {
+  const float *a, *panel, *bias;
+  float *out;
+  int64_t inner, out_stride;
+  Destination destination;
+  Ahead ahead;
+} Product;
+
+INLINE void multiply(Product *p, int rows) {
   Sums sums;
   clear(sums, rows, VECTORS);
-  for (int64_t k = 0; k < inner; k += 16) {
-    fetch(ahead);
-    add_products(a + k, a_stride, panel + k * WIDTH, WIDTH, 16, rows, VECTORS, sums);
+  for (int64_t k = 0; k < p->inner; k += 16) {
+    fetch(&p->ahead);
+    add_products(p->a + k, p->inner, p->panel + k * WIDTH, WIDTH, 16, rows, VECTORS, sums);
   }
   for (int r = 0; r < rows; r++) {
     for (int j = 0; j < VECTORS; j++) {
       __m512 v = sums[r][j];
-      if (bias) v = _mm512_add_ps(v, _mm512_loadu_ps(bias + 16 * j));
-      float *to = out + r * out_stride + 16 * j;
-      if (destination == TO_RESIDUAL) v = _mm512_add_ps(v, _mm512_loadu_ps(to));
-      if (destination == TO_HIDDEN) v = gelu(v);
+      if (p->bias) v = _mm512_add_ps(v, _mm512_loadu_ps(p->bias + 16 * j));
+      float *to = p->out + r * p->out_stride + 16 * j;
+      if (p->destination == TO_RESIDUAL) v = _mm512_add_ps(v, _mm512_loadu_ps(to));
+      if (p->destination == TO_HIDDEN) v = gelu(v);
       _mm512_storeu_ps(to, v);
     }
   }
 }
 
+// For each number of rows a function of its own, in which all sums are in registers.
+#define FOR_EACH_NUMBER(define) define(1) define(2) define(3) define(4) define(5) define(6)
+#define MULTIPLY_ROWS(n) \
+  static __attribute__((noinline)) void multiply_##n(Product *p) { multiply(p, n); }
+FOR_EACH_NUMBER(MULTIPLY_ROWS)
+
 // out = a times some columns of the transposed matrix, from `first` on; for `outer` of its rows.
 INLINE void layer(const Chunk *chunk, const float *a, int64_t inner, const float *weight, int64_t weight_stride,
                   const float *bias, int64_t outer, float *out, int64_t out_stride, Destination destination) {
   int64_t rows = chunk->windows * chunk->shape->tokens;
+  static void (*const multiply_rows[])(Product *) = {NULL,       multiply_1, multiply_2, multiply_3,
+                                                     multiply_4, multiply_5, multiply_6};
   float *panel = chunk->scratch->members + chunk->team.rank * chunk->shape->member_floats;
   Share panels = share_of(chunk->team, outer / WIDTH);
   for (int64_t i = panels.first; i < panels.stop; i++) {
@@ -213,14 +219,11 @@ INLINE void layer(const Chunk *chunk, const float *a, int64_t inner, const float
     for (int64_t k = 0; k < inner; k += 16) {
       for (int j = 0; j < VECTORS; j++) transpose(from + 16 * j * weight_stride + k, weight_stride, panel + k * WIDTH + 16 * j, WIDTH);
     }
-    Ahead ahead = {from + WIDTH * weight_stride, weight_stride, inner / 16, 0, i + 1 < panels.stop ? WIDTH * (inner / 16) : 0};
-    const float *own_bias = bias ? bias + i * WIDTH : NULL;
-    float *to = out + i * WIDTH;
-    for (int64_t row = 0; row < rows; row += ROWS) {
-#define PRODUCT(n) \
-  product(a + row * inner, inner, panel, inner, n, own_bias, to + row * out_stride, out_stride, destination, &ahead)
-      FOR_ROWS(at_most(ROWS, rows - row), PRODUCT);
-#undef PRODUCT
+    int64_t lines = inner / 16;
+    Ahead ahead = {from + WIDTH * weight_stride, weight_stride - inner, lines, lines, i + 1 < panels.stop ? WIDTH : 0};
+    Product p = {a, panel, bias ? bias + i * WIDTH : NULL, out + i * WIDTH, inner, out_stride, destination, ahead};
+    for (int64_t row = 0; row < rows; row += ROWS, p.a += ROWS * inner, p.out += ROWS * out_stride) {
+      multiply_rows[at_most(ROWS, rows - row)](&p);
     }
   }
 }
@@ -269,31 +272,49 @@ INLINE float softmax(float *scores, int64_t tokens, float factor) {
   return _mm512_reduce_add_ps(sum);
 }
 
-// Some queries of one head: q and v are in qkv, keys in panels of [head_dim][WIDTH].
-INLINE void attend(const Shape *s, const float *q, const float *keys, const float *v, float *scores, float *to, int rows) {
-  int64_t stride = 3 * s->dim;
-  for (int64_t first = 0; first < s->width; first += WIDTH) {
-    Sums sums;
-    clear(sums, rows, VECTORS);
-    add_products(q, stride, keys + first * s->head_dim, WIDTH, s->head_dim, rows, VECTORS, sums);
-    for (int r = 0; r < rows; r++) {
-      for (int j = 0; j < VECTORS; j++) _mm512_store_ps(scores + r * s->width + first + 16 * j, sums[r][j]);
-    }
-  }
-  float reciprocals[ROWS], factor = 1.0f / __builtin_sqrtf(s->head_dim);
-  for (int r = 0; r < rows; r++) reciprocals[r] = 1.0f / softmax(scores + r * s->width, s->tokens, factor);
-  for (int64_t first = 0; first < s->head_dim; first += 32) {
-    Sums sums;
-    clear(sums, rows, 2);
-    add_products(scores, s->width, v + first, stride, s->tokens, rows, 2, sums);
-    for (int r = 0; r < rows; r++) {
-      __m512 factor = _mm512_set1_ps(reciprocals[r]);
-      for (int j = 0; j < 2; j++) _mm512_storeu_ps(to + r * s->dim + first + 16 * j, _mm512_mul_ps(sums[r][j], factor));
+// Some queries of one head: values are in qkv, keys in panels of [head_dim][WIDTH].
+typedef struct {
+  const Shape *shape;
+  const float *q, *keys, *values;
+  float *scores, *to;
+} Head;
+
+INLINE void weigh(const Head *h, int64_t first, int rows, int vectors, const float *reciprocals) {
+  const Shape *s = h->shape;
+  Sums sums;
+  clear(sums, rows, vectors);
+  add_products(h->scores, s->width, h->values + first, 3 * s->dim, s->tokens, rows, vectors, sums);
+  for (int r = 0; r < rows; r++) {
+    __m512 factor = _mm512_set1_ps(reciprocals[r]);
+    for (int j = 0; j < vectors; j++) {
+      _mm512_storeu_ps(h->to + r * s->dim + first + 16 * j, _mm512_mul_ps(sums[r][j], factor));
     }
   }
 }
 
+INLINE void attend(const Head *h, int rows) {
+  const Shape *s = h->shape;
+  for (int64_t first = 0; first < s->width; first += WIDTH) {
+    Sums sums;
+    clear(sums, rows, VECTORS);
+    add_products(h->q, 3 * s->dim, h->keys + first * s->head_dim, WIDTH, s->head_dim, rows, VECTORS, sums);
+    for (int r = 0; r < rows; r++) {
+      for (int j = 0; j < VECTORS; j++) _mm512_store_ps(h->scores + r * s->width + first + 16 * j, sums[r][j]);
+    }
+  }
+  float reciprocals[ROWS], factor = 1.0f / __builtin_sqrtf(s->head_dim);
+  for (int r = 0; r < rows; r++) reciprocals[r] = 1.0f / softmax(h->scores + r * s->width, s->tokens, factor);
+  int64_t first = 0;
+  for (; first + WIDTH <= s->head_dim; first += WIDTH) weigh(h, first, rows, VECTORS, reciprocals);
+  if (first < s->head_dim) weigh(h, first, rows, VECTORS / 2, reciprocals);
+}
+
+#define ATTEND_ROWS(n) \
+  static __attribute__((noinline)) void attend_##n(const Head *h) { attend(h, n); }
+FOR_EACH_NUMBER(ATTEND_ROWS)
+
 static void attention(const Chunk *chunk) {
+  static void (*const attend_rows[])(const Head *) = {NULL, attend_1, attend_2, attend_3, attend_4, attend_5, attend_6};
   const Shape *s = chunk->shape;
   float *keys = chunk->scratch->members + chunk->team.rank * s->member_floats, *scores = keys + s->head_dim * s->width;
   int64_t stride = 3 * s->dim;
@@ -314,10 +335,9 @@ static void attention(const Chunk *chunk) {
       }
     }
     float *to = chunk->scratch->normed + window * s->tokens * s->dim + column;
-    for (int64_t token = 0; token < s->tokens; token += ROWS) {
-#define ATTEND(n) attend(s, q + token * stride, keys, v, scores, to + token * s->dim, n)
-      FOR_ROWS(at_most(ROWS, s->tokens - token), ATTEND);
-#undef ATTEND
+    Head h = {s, q, keys, v, scores, to};
+    for (int64_t token = 0; token < s->tokens; token += ROWS, h.q += ROWS * stride, h.to += ROWS * s->dim) {
+      attend_rows[at_most(ROWS, s->tokens - token)](&h);
     }
   }
 }

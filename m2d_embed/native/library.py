@@ -1,0 +1,69 @@
+"""The compiled library: whether it is there, what of it this processor can run, and whose threads it runs in."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import Structure, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+#: What a block's products are computed in.
+Kind = Literal["fp32", "bf16", "int8"]
+
+_LIBRARY = Path(__file__).with_name("kernels.so")
+_CPUINFO = Path("/proc/cpuinfo")
+_FEATURES: dict[Kind, set[str]] = {
+    "fp32": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma"},
+    "bf16": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma", "avx512_bf16", "amx_tile", "amx_bf16"},
+    "int8": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8"},
+}
+
+
+class Runtime(Structure):
+    """``parallel.h``: the entry points of OpenMP."""
+
+    _fields_ = (("parallel", c_void_p), ("thread_number", c_void_p), ("num_threads", c_void_p))
+
+
+class Kernels:
+    """The library, and the runtime whose threads it runs in."""
+
+    def __init__(self, library: ctypes.CDLL, runtime: Runtime):
+        self.library = library
+        self.runtime = runtime
+
+    def request_amx(self) -> bool:
+        """Ask the system for the use of the matrix unit, which is granted to whole processes."""
+        return bool(self.library.m2d_request_amx() == 0)
+
+
+@cache
+def kernels() -> Kernels | None:
+    """The library, or None where it was not built, or torch runs without an OpenMP runtime of a known interface."""
+    if not _LIBRARY.exists():
+        return None
+    try:
+        everything = ctypes.CDLL(None)
+        names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+        addresses = [ctypes.cast(getattr(everything, name), c_void_p).value for name in names]
+        return Kernels(ctypes.CDLL(str(_LIBRARY)), Runtime(*addresses))
+    except (OSError, AttributeError):
+        return None
+
+
+@cache
+def available() -> tuple[Kind, ...]:
+    """The kinds of products that there are kernels for on this machine."""
+    library = kernels()
+    if library is None:
+        return ()
+    flags = _processor_flags()
+    kinds = [kind for kind, features in _FEATURES.items() if features <= flags]
+    granted = not any("amx_tile" in _FEATURES[kind] for kind in kinds) or library.request_amx()
+    return tuple(kind for kind in kinds if granted or "amx_tile" not in _FEATURES[kind])
+
+
+def _processor_flags() -> set[str]:
+    lines = _CPUINFO.read_text().splitlines() if _CPUINFO.exists() else []
+    return next((set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), set())
