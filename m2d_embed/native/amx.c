@@ -37,6 +37,7 @@ typedef struct {
 static void configure_tiles(void) {
   TileConfig config = {.palette = 1};
   for (int i = 0; i < 8; i++) config.bytes_per_row[i] = 64, config.rows[i] = ROWS;
+  __asm__ volatile("" ::"r"(&config) : "memory");  // GCC takes it to read no more than 8 bytes
   _tile_loadconfig(&config);
 }
 
@@ -226,15 +227,33 @@ typedef struct {
 
 enum { ROW_PAIRS = ROWS / 2 };
 
+// Which 32 columns of a layer's output.
+typedef struct {
+  int64_t pair;
+  int part;                             // of query, key and value
+  int64_t head, step;                   // and which columns of which head
+  const float *scales;                  // int8
+  float bias[PAIR] __attribute__((aligned(64)));
+} Columns;
+
+INLINE void choose_columns(Columns *c, const Shape *s, const Linear *linear, Destination destination, int64_t pair) {
+  c->pair = pair;
+  c->scales = linear->scales + pair * PAIR;
+  _mm512_store_ps(c->bias, load_bias(linear, pair * PAIR));
+  _mm512_store_ps(c->bias + 16, load_bias(linear, pair * PAIR + 16));
+  if (destination != TO_HEADS) return;
+  int64_t column = pair * PAIR % s->dim;
+  c->part = (int)(pair * PAIR / s->dim), c->head = column / s->head_dim, c->step = column % s->head_dim / PAIR;
+}
+
 // A product of 32 rows and 32 columns whose sums are known, and which is finished bit by bit beside the next product: the
 // matrix unit and the vector units work at the same time.
 typedef struct {
   float c[2][2][ROWS][16];  // [row tile][column tile], float32 or int32
   uint8_t keys[ROWS][64];   // before they are transposed
-  float bias[PAIR];
-  const float *row_scales, *column_scales;  // int8: of the first row, of the first column
-  int done, total;                          // pairs of rows
-  int part;                                 // 0 query, 1 key, 2 value
+  Columns columns;
+  const float *row_scales;  // int8: of the first row
+  int done, total;          // pairs of rows
   struct {
     uint8_t *to, *to_high;  // A or B tiles; of values, those of the second 16 columns
     float *x;
@@ -243,36 +262,48 @@ typedef struct {
   } halves[2];              // the row tiles
 } __attribute__((aligned(64))) Pending;
 
-// `tile` is that of the chunk; of the hidden values only the rows from `first_tile` on are kept.
-INLINE void prepare(Pending *p, const Chunk *chunk, const Linear *linear, Destination destination, int64_t tile,
-                    int64_t first_tile, int row_tiles, int64_t pair) {
+// Which row tiles: the first of two.
+typedef struct {
+  int64_t tile;                // of the rows that a layer is given
+  int64_t window, token_tile;  // of the chunk
+} Rows;
+
+INLINE Rows next_tile(Rows rows, const Shape *s) {
+  rows.tile++;
+  if (++rows.token_tile == s->token_tiles) rows.window++, rows.token_tile = 0;
+  return rows;
+}
+
+INLINE float *residual_of(const Chunk *chunk, Rows rows, int64_t pair) {
+  const Shape *s = chunk->shape;
+  return chunk->x + (rows.window * s->tokens + rows.token_tile * ROWS) * s->dim + pair * PAIR;
+}
+
+INLINE void prepare(Pending *p, const Chunk *chunk, const Columns *columns, Destination destination, Rows rows,
+                    int row_tiles) {
   const Shape *s = chunk->shape;
   const Scratch *scratch = chunk->scratch;
   p->done = 0, p->total = row_tiles * ROW_PAIRS;
-  _mm512_store_ps(p->bias, load_bias(linear, pair * PAIR));
-  _mm512_store_ps(p->bias + 16, load_bias(linear, pair * PAIR + 16));
-  p->row_scales = scratch->row_scales + tile * ROWS, p->column_scales = linear->scales + pair * PAIR;
-  for (int i = 0; i < row_tiles; i++, tile++) {
-    int64_t window = tile / s->token_tiles, token_tile = tile % s->token_tiles;
+  p->columns = *columns;
+  p->row_scales = scratch->row_scales + (rows.window * s->token_tiles + rows.token_tile) * ROWS;
+  for (int i = 0; i < row_tiles; i++, rows = next_tile(rows, s)) {
     if (destination == TO_RESIDUAL) {
-      p->halves[i].x = chunk->x + (window * s->tokens + token_tile * ROWS) * s->dim + pair * PAIR;
-      p->halves[i].valid = (int)at_most(ROWS, s->tokens - token_tile * ROWS);
+      p->halves[i].x = residual_of(chunk, rows, columns->pair);
+      p->halves[i].valid = (int)at_most(ROWS, s->tokens - rows.token_tile * ROWS);
     } else if (destination == TO_HIDDEN) {
       uint8_t *hidden = s->quantized ? scratch->unquantized : scratch->hidden;
-      p->halves[i].to = hidden + ((tile - first_tile) * (s->hidden / PAIR) + pair) * TILE;
+      p->halves[i].to = hidden + (rows.tile * (s->hidden / PAIR) + columns->pair) * TILE;
     } else {
-      int64_t column = pair * PAIR % s->dim, steps = s->head_dim / PAIR;
-      int64_t head = window * s->heads + column / s->head_dim, step = column % s->head_dim / PAIR;
-      p->part = (int)(pair * PAIR / s->dim);
-      if (p->part < 2) {
-        uint8_t *to = p->part == 0 ? scratch->q : scratch->k;
-        p->halves[i].to = to + ((head * s->token_tiles + token_tile) * steps + step) * TILE;
+      int64_t steps = s->head_dim / PAIR, head = rows.window * s->heads + columns->head;
+      if (columns->part < 2) {
+        uint8_t *to = columns->part == 0 ? scratch->q : scratch->k;
+        p->halves[i].to = to + ((head * s->token_tiles + rows.token_tile) * steps + columns->step) * TILE;
       } else {
         int64_t to_next = s->token_steps * TILE;
-        p->halves[i].to = scratch->v + (head * (s->head_dim / ROWS) + 2 * step) * to_next + token_tile / 2 * TILE +
-                          token_tile % 2 * (TILE / 2);
+        p->halves[i].to = scratch->v + (head * (s->head_dim / ROWS) + 2 * columns->step) * to_next +
+                          rows.token_tile / 2 * TILE + rows.token_tile % 2 * (TILE / 2);
         p->halves[i].to_high = p->halves[i].to + to_next;
-        p->halves[i].ends = token_tile % 2 == 0 && token_tile == s->token_tiles - 1;
+        p->halves[i].ends = rows.token_tile % 2 == 0 && rows.token_tile == s->token_tiles - 1;
       }
     }
   }
@@ -280,10 +311,10 @@ INLINE void prepare(Pending *p, const Chunk *chunk, const Linear *linear, Destin
 
 INLINE void finish_heads(Pending *p, int i, int r, const __m512 low[2], const __m512 high[2]) {
   uint8_t *to = p->halves[i].to;
-  if (p->part == 0) {
+  if (p->columns.part == 0) {
     _mm512_store_si512(to + 64 * r, as_bf16(low[0], high[0]));
     _mm512_store_si512(to + 64 * r + 64, as_bf16(low[1], high[1]));
-  } else if (p->part == 1) {
+  } else if (p->columns.part == 1) {
     _mm512_store_si512(p->keys[r], as_bf16(low[0], high[0]));
     _mm512_store_si512(p->keys[r + 1], as_bf16(low[1], high[1]));
     if (r + 2 == ROWS) transpose(p->keys, to);
@@ -316,15 +347,15 @@ INLINE void finish_hidden(Pending *p, int i, int r, const __m512 low[2], const _
 // The next two rows.
 INLINE void finish_rows(Pending *p, int64_t dim, Destination destination, int is_int8) {
   int i = p->done / ROW_PAIRS, r = p->done % ROW_PAIRS * 2;
-  __m512 low[2], high[2], bias_low = _mm512_load_ps(p->bias), bias_high = _mm512_load_ps(p->bias + 16);
+  __m512 low[2], high[2], bias_low = _mm512_load_ps(p->columns.bias), bias_high = _mm512_load_ps(p->columns.bias + 16);
   for (int j = 0; j < 2; j++) {
     low[j] = _mm512_load_ps(p->c[i][0][r + j]), high[j] = _mm512_load_ps(p->c[i][1][r + j]);
     if (is_int8) {
       __m512 scale = _mm512_set1_ps(p->row_scales[ROWS * i + r + j]);
       low[j] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_castps_si512(low[j])), scale);
       high[j] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_castps_si512(high[j])), scale);
-      low[j] = _mm512_fmadd_ps(low[j], _mm512_loadu_ps(p->column_scales), bias_low);
-      high[j] = _mm512_fmadd_ps(high[j], _mm512_loadu_ps(p->column_scales + 16), bias_high);
+      low[j] = _mm512_fmadd_ps(low[j], _mm512_loadu_ps(p->columns.scales), bias_low);
+      high[j] = _mm512_fmadd_ps(high[j], _mm512_loadu_ps(p->columns.scales + 16), bias_high);
     } else {
       low[j] = _mm512_add_ps(low[j], bias_low), high[j] = _mm512_add_ps(high[j], bias_high);
     }
@@ -384,6 +415,17 @@ INLINE void fetch(Ahead *ahead) {
   }
 }
 
+// What a product is going to be added to, too, which is used when the next one is computed.
+INLINE void fetch_residual(const Chunk *chunk, Rows rows, int row_tiles, int64_t pair) {
+  for (int i = 0; i < row_tiles; i++, rows = next_tile(rows, chunk->shape)) {
+    const float *x = residual_of(chunk, rows, pair);
+    for (int r = 0; r < ROWS; r++, x += chunk->shape->dim) {  // beyond the last token it asks in vain
+      _mm_prefetch(x, _MM_HINT_T0);
+      _mm_prefetch(x + 16, _MM_HINT_T0);
+    }
+  }
+}
+
 INLINE void product(const uint8_t *a, int row_tiles, const uint8_t *b, int64_t steps, int is_int8, Pending *next,
                     Pending *last, Ahead *ahead, int64_t dim, Destination destination) {
   MULTIPLY(a, row_tiles, b, steps, is_int8, next->c, SUMS_ROW, SUMS_COLUMN_TILE, SUMS_ROW_TILE, {
@@ -396,29 +438,34 @@ INLINE void product(const uint8_t *a, int row_tiles, const uint8_t *b, int64_t s
 // A layer for the rows of so many tiles, the first of which is `first_tile` of the chunk: a are their A tiles.
 INLINE void layer(const Chunk *chunk, const Linear *linear, const uint8_t *a, int64_t first_tile, int64_t tiles,
                   int64_t inner, int64_t outer, Destination destination, int is_int8) {
+  const Shape *s = chunk->shape;
   Pending turns[2];
   turns[0].done = turns[0].total = turns[1].done = turns[1].total = 0;
   int turn = 0;
-  int64_t steps = inner / (is_int8 ? 64 : 32), dim = chunk->shape->dim;
+  int64_t steps = inner / (is_int8 ? 64 : 32);
+  Rows first = {0, first_tile / s->token_tiles, first_tile % s->token_tiles};
   Share pairs = share_of(chunk->team, outer / PAIR);
   const uint8_t *weight = linear->weight, *stop = weight + pairs.stop * 2 * steps * TILE;
   int64_t lines = (2 * steps * TILE / 64 + steps * ((tiles + 1) / 2) - 1) / (steps * ((tiles + 1) / 2));
   for (int64_t pair = pairs.first; pair < pairs.stop; pair++) {
     const uint8_t *b = weight + pair * 2 * steps * TILE;
     Ahead ahead = {b + 2 * steps * TILE, stop, lines};
-    for (int64_t tile = 0; tile < tiles; tile += 2) {
+    Columns columns;
+    choose_columns(&columns, s, linear, destination, pair);
+    for (Rows rows = first; rows.tile < tiles; rows = next_tile(next_tile(rows, s), s)) {
       Pending *next = &turns[turn], *last = &turns[1 - turn];
-      int row_tiles = tile + 1 < tiles ? 2 : 1;
+      int row_tiles = rows.tile + 1 < tiles ? 2 : 1;
+      if (destination == TO_RESIDUAL) fetch_residual(chunk, rows, row_tiles, pair);
       if (row_tiles == 2) {
-        product(a + tile * steps * TILE, 2, b, steps, is_int8, next, last, &ahead, dim, destination);
+        product(a + rows.tile * steps * TILE, 2, b, steps, is_int8, next, last, &ahead, s->dim, destination);
       } else {
-        product(a + tile * steps * TILE, 1, b, steps, is_int8, next, last, &ahead, dim, destination);
+        product(a + rows.tile * steps * TILE, 1, b, steps, is_int8, next, last, &ahead, s->dim, destination);
       }
-      prepare(next, chunk, linear, destination, first_tile + tile, first_tile, row_tiles, pair);
+      prepare(next, chunk, &columns, destination, rows, row_tiles);
       turn = 1 - turn;
     }
   }
-  for (Pending *last = &turns[1 - turn]; last->done < last->total;) finish_rows(last, dim, destination, is_int8);
+  for (Pending *last = &turns[1 - turn]; last->done < last->total;) finish_rows(last, s->dim, destination, is_int8);
 }
 
 // --- what is between products ------------------------------------------------------------------------------------------
