@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2d_embed.config import ModelConfig, resolve_layers
-from m2d_embed.packed import PackedBlock, PackedBlocks, can_pack, have_packable_dtypes, is_unhooked
+from m2d_embed.packed import PackedBlock, PackedBlocks, can_multiply, can_pack, have_packable_dtypes, is_unhooked
 
 
 class Attention(nn.Module):
@@ -98,7 +98,10 @@ _BLOCK_PARTS = (nn.ModuleList, Block, Attention, Mlp, nn.Linear, nn.LayerNorm)
 
 
 class PatchEmbed(nn.Module):
-    """Cut a log-mel into patches and embed each linearly; a convolution whose stride is its kernel."""
+    """Cut a log-mel into patches and embed each linearly; a convolution whose stride is its kernel.
+
+    In inference on an x86 CPU it is a matrix product, which is what it comes to, in half the time.
+    """
 
     def __init__(self, dim: int, patch_size: tuple[int, int]):
         super().__init__()
@@ -106,8 +109,18 @@ class PatchEmbed(nn.Module):
 
     def forward(self, log_mel: Tensor) -> Tensor:
         """(B, 1, mels, frames) -> (B, dim, F, T)."""
-        patches: Tensor = self.proj(log_mel.to(self.proj.weight.dtype))
+        log_mel = log_mel.to(self.proj.weight.dtype)
+        if can_multiply(log_mel) and type(self.proj) is nn.Conv2d and is_unhooked(self.proj):
+            return self._multiply(log_mel)
+        patches: Tensor = self.proj(log_mel)
         return patches
+
+    def _multiply(self, log_mel: Tensor) -> Tensor:
+        batch, _, mels, frames = log_mel.shape
+        height, width = self.proj.kernel_size
+        cut = log_mel.reshape(batch, mels // height, height, frames // width, width).transpose(2, 3)
+        patches = F.linear(cut.flatten(3), self.proj.weight.flatten(1), self.proj.bias)  # (B, F, T, dim)
+        return patches.permute(0, 3, 1, 2)
 
 
 class Encoder(nn.Module):

@@ -556,10 +556,10 @@ def _stack(patches: Tensor) -> Tensor:
 
 def frame_features(per_layer: Sequence[Tensor], features: FeatureConfig) -> Tensor:
     """Patches of each layer, (B, F, T, d), -> frame features (B, T, D)."""
+    if features.layer_pooling == "mean" and len(per_layer) > 1:
+        per_layer = [sum(per_layer[1:], per_layer[0]) / len(per_layer)]
     frames = [patches.mean(dim=1) if features.flat else _stack(patches) for patches in per_layer]
-    if len(frames) == 1:
-        return frames[0]
-    return torch.cat(frames, dim=-1) if features.layer_pooling == "concat" else torch.stack(frames).mean(dim=0)
+    return frames[0] if len(frames) == 1 else torch.cat(frames, dim=-1)
 
 
 def _as_list(clips: ClipLike | Sequence[ClipLike]) -> tuple[list[ClipLike], bool]:

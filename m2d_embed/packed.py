@@ -41,17 +41,23 @@ Product = Callable[[Tensor], Tensor]
 PackedBlock = Callable[[Tensor, Tensor | None], Tensor]
 
 
-def can_pack(x: Tensor) -> bool:
-    """Whether ``x`` on a CPU may go through packed blocks: it is an x86 one, without gradients, autocast or tracing."""
+def can_multiply(x: Tensor) -> bool:
+    """Whether ``x`` is on an x86 CPU, where oneDNN multiplies matrices, and without gradients, autocast or tracing."""
     return (
         _HAS_KERNELS
-        and x.dtype == torch.float32
+        and x.device.type == "cpu"
         and type(x) is Tensor
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]  # torch.jit does not list it
         and bool(torch.backends.mkldnn.enabled)
     )
+
+
+def can_pack(x: Tensor) -> bool:
+    """Whether ``x`` may go through packed blocks, whose residual stream is float32."""
+    return x.dtype == torch.float32 and can_multiply(x)
 
 
 def supports_int8() -> bool:

@@ -114,12 +114,12 @@ class Scratch(threading.local):
     """Memory of a thread for what is between the layers of a block; blocks share it, as they run one after another."""
 
     def __init__(self) -> None:
-        self.memory = torch.empty(0, dtype=torch.uint8)
+        self.memory = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def address(self, size: int) -> int:
         """Where ``size`` bytes are."""
         if len(self.memory) < size:
-            self.memory = torch.empty(size, dtype=torch.uint8)
+            self.memory = torch.empty(size, dtype=torch.uint8, device="cpu")
         return self.memory.data_ptr()
 
 

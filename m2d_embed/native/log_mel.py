@@ -81,7 +81,7 @@ class NativeLogMel:
 
     def __call__(self, frames: Tensor) -> Tensor:
         """Frames (B, n, n_fft) float32, a view of clips, each ``hop`` samples after the last -> (B, mels, n)."""
-        out = torch.empty(frames.shape[0], self._mels, frames.shape[1])
+        out = torch.empty(frames.shape[0], self._mels, frames.shape[1], dtype=torch.float32, device="cpu")
         call = _LogMelCall(
             settings=ctypes.pointer(self._settings),
             samples=frames.data_ptr(),
