@@ -6,8 +6,9 @@
     python -m benchmarks.render                # puts them into the README
 
 Runtimes are in ``benchmarks/runtimes.py``; they take turns, and each is credited with its best round, as whatever else
-the machine does can only make one slower. Beside the speed stands the share of the machine's own rate of matrix
-products of the model's shapes that the model's operations reach. Start and memory are measured in a process for each
+the machine does can only make one slower. Beside the speed stands the share that the model's operations reach of the
+rate of matrix products of the model's shapes by PyTorch and oneDNN, and what the processor's units do by themselves
+(``unit_rates.c``), each measured in the same run. Start and memory are measured in a process for each
 runtime. Each model's results are written when it is done.
 """
 
@@ -29,7 +30,7 @@ import typer
 
 import m2d_embed
 from benchmarks.runtimes import PRODUCTS, REFERENCE, build, load, runtimes
-from benchmarks.timing import machine, measure, product_rates
+from benchmarks.timing import machine, measure, product_rates, unit_rates
 from m2d_embed.audio import find_audio, open_clip
 from m2d_embed.config import ModelConfig
 from m2d_embed.packed import supports_int8
@@ -40,7 +41,7 @@ HERE = Path(__file__).parent
 MODELS = {"base": "ViT-Base, 80x608, 16x16 patches", "bundled": "bundled ViT-Tiny, 80x304, 16x16 patches"}
 LENGTHS = (1, 10, 60)  # seconds
 BATCHES = (1, 8, 64, 256)
-MAX_SECONDS = {"base": 80, "bundled": 640}  # of audio in a call on a CPU, for the sake of a run's length
+MAX_SECONDS = {"base": 256, "bundled": 2560}  # of audio in a call on a CPU, for the sake of a run's length
 _CLIPS = HERE.parent / "tests" / "data"
 _MIB = 1 << 20
 _AST_CLIP = 10
@@ -69,7 +70,7 @@ def operations(config: ModelConfig, seconds: float) -> float:
 def compare(name: str, rounds: int, device: str, folder: Path) -> dict[str, Any]:
     """All runtimes of one model on clips of all lengths and batch sizes."""
     config = load(name).config
-    rates = product_rates(config, 3 * rounds, device)
+    rates, units = product_rates(config, 3 * rounds, device), unit_rates() if device == "cpu" else {}
     runs = {runtime: build(runtime, name, device, folder) for runtime in runtimes(name, device)}
     measured = []
     for seconds, batch in cells(name, device):
@@ -94,7 +95,7 @@ def compare(name: str, rounds: int, device: str, folder: Path) -> dict[str, Any]
             print(
                 f"  {row['runtime']:<28}{row['seconds of audio per second']:>9.1f} s/s  x{row['ratio']:.2f}", flush=True
             )
-    return {"matrix products, GFLOP/s": rates, "cells": measured}
+    return {"matrix products, GFLOP/s": rates, "units alone, GFLOP/s": units, "cells": measured}
 
 
 def hears(runtime: str, seconds: int) -> bool:

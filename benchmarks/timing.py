@@ -2,6 +2,9 @@
 
 import os
 import platform
+import shutil
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -12,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import m2d_embed
+from m2d_embed import native
 from m2d_embed.config import ModelConfig
 from m2d_embed.packed import packed_layer, supports_int8
 
@@ -32,6 +36,7 @@ def machine() -> dict[str, Any]:
         "matrix units": units[:1],
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "kernels": list(native.available()),
         "torch": torch.__version__.split("+")[0],
         "m2d_embed": m2d_embed.__version__,
     }
@@ -63,7 +68,7 @@ def synchronize() -> None:
 
 
 def product_rates(config: ModelConfig, rounds: int, device: str = "cpu") -> dict[str, float]:
-    """GFLOP/s of the matrix products of one block, for the tokens of 8 windows: what no runtime of it can exceed.
+    """GFLOP/s of the matrix products of one block, for the tokens of 8 windows, by PyTorch and oneDNN.
 
     float32 is measured as PyTorch does it; on a CPU packed weights are measured, too, and bfloat16 and int8 are packed.
     """
@@ -79,6 +84,21 @@ def product_rates(config: ModelConfig, rounds: int, device: str = "cpu") -> dict
     with torch.no_grad():
         seconds = measure(contestants, rounds)
     return {name: round(operations / min(times) / 1e9, 1) for name, times in seconds.items()}
+
+
+def unit_rates() -> dict[str, float]:
+    """GFLOP/s of the CPU's units from registers alone, by kind of product; empty without kernels or a compiler."""
+    compiler = next(filter(shutil.which, ("cc", "gcc", "clang")), None)
+    if compiler is None or not native.available():
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "unit_rates"
+        flags = "-O3 -std=gnu11 -mavx512f -mamx-tile -mamx-bf16 -mamx-int8 -lpthread"
+        source = Path(__file__).with_name("unit_rates.c")
+        subprocess.run([compiler, str(source), "-o", str(program), *flags.split()], check=True)
+        command = [str(program), str(torch.get_num_threads()), *native.available()]
+        lines = subprocess.check_output(command, text=True).splitlines()
+    return {unit: float(rate) for unit, rate in map(str.split, lines)}
 
 
 def _products(device: str) -> dict[str, Callable[[int, int, int], Callable[[], Tensor]]]:

@@ -22,7 +22,7 @@ enum {
   ROWS = 16,           // of a tile
   PAIR = 32,           // columns that are computed together, two tiles
   MOST_DIM = 4096,     // of x
-  HIDDEN_BYTES = 1280 << 10,  // of an MLP between its layers: what a core's own cache (2 MB) can hold beside the weights
+  HIDDEN_BYTES = 640 << 10,  // of an MLP between its layers: what a core's own cache holds beside all else
   CHUNK_ROWS = 384,    // tokens that go through a block together: more reuse of the weights, less of the cache
 };
 
@@ -56,12 +56,6 @@ INLINE __m512 load_bf16(const uint16_t *p) {
 
 // 32 values as bf16, `low` first.
 INLINE __m512i as_bf16(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
-
-INLINE __m512 load_bias(const Linear *linear, int64_t column) {
-  if (!linear->bias) return _mm512_setzero_ps();
-  if (linear->bias_is_bf16) return load_bf16((const uint16_t *)linear->bias + column);
-  return _mm512_loadu_ps((const float *)linear->bias + column);
-}
 
 // 2^t for t <= 0, to 3e-6.
 INLINE __m512 exp2_of(__m512 t) {
@@ -154,7 +148,8 @@ typedef struct {
   int64_t tokens, token_tiles, token_steps;  // of a window; a step of the product with V is 32 tokens
   int64_t windows;                           // of a chunk
   int64_t members;                           // of a team, at most
-  int64_t rows, hidden_rows;                 // of a chunk, and of what of it goes through the MLP together
+  int64_t rows;                              // of a chunk
+  int64_t part;                              // hidden values that are between the layers of the MLP at a time
   int64_t attention_bytes;                   // for each member of a team
   int quantized;
 } Shape;
@@ -164,7 +159,8 @@ typedef struct {
   uint8_t *q, *k, *v;      // for each window and head: A tiles, B tiles, B tiles
   uint8_t *hidden;         // A tiles
   uint8_t *unquantized;    // bf16, in the order of A tiles, before it is rounded to int8
-  float *row_scales;       // int8: what a step of each row of A is worth
+  float *row_scales;       // int8: what a step of each row of `rounded` is worth
+  float *hidden_scales;    // and of `hidden`
   uint8_t *attention;      // for each member of the team: scores and weights of 32 queries
 } Scratch;
 
@@ -180,7 +176,8 @@ static Shape shape_of(const Call *call) {
   s.windows = at_most(s.windows, (call->windows + teams - 1) / teams);
   s.members = (call->threads + teams - 1) / teams;
   s.rows = s.windows * s.token_tiles * ROWS;
-  s.hidden_rows = at_most(s.rows, at_least(2 * ROWS, HIDDEN_BYTES / (2 * s.hidden) / (2 * ROWS) * (2 * ROWS)));
+  int64_t parts = (s.rows * s.hidden * 2 + HIDDEN_BYTES - 1) / HIDDEN_BYTES;
+  s.part = rounded_up((s.hidden + parts - 1) / parts, 64);
   s.attention_bytes = 2 * ROWS * s.token_steps * PAIR * (4 + 2);
   return s;
 }
@@ -197,9 +194,10 @@ static int64_t lay_out(const Shape *s, uint8_t *base, Scratch *scratch) {
   scratch->q = take(&next, s->rows * s->dim * 2);
   scratch->k = take(&next, s->rows * s->dim * 2);
   scratch->v = take(&next, s->windows * s->token_steps * 2 * ROWS * s->dim * 2);
-  scratch->hidden = take(&next, s->hidden_rows * s->hidden * 2);
-  scratch->unquantized = take(&next, s->quantized ? at_least(s->rows * s->dim, s->hidden_rows * s->hidden) * 2 : 0);
+  scratch->hidden = take(&next, s->rows * s->part * 2);
+  scratch->unquantized = take(&next, s->quantized ? s->rows * at_least(s->dim, s->part) * 2 : 0);
   scratch->row_scales = (float *)take(&next, s->quantized ? s->rows * 4 : 0);
+  scratch->hidden_scales = (float *)take(&next, s->quantized ? s->rows * 4 : 0);
   scratch->attention = take(&next, s->members * s->attention_bytes);
   return next - base;
 }
@@ -227,6 +225,38 @@ typedef struct {
 
 enum { ROW_PAIRS = ROWS / 2 };
 
+// What a layer multiplies with: all of its matrix, or what has to do with some of its inputs or outputs.
+typedef struct {
+  const uint8_t *weight;       // B tiles, those of a column `stride` bytes after the ones before
+  int64_t stride, steps;
+  const float *scales, *bias;  // bias as it is in the model, in float32 or bf16
+  int bias_is_bf16;
+} Matrix;
+
+INLINE Matrix matrix_of(const Linear *linear, int64_t inputs, int is_int8) {
+  int64_t steps = inputs / (is_int8 ? 64 : 32);
+  return (Matrix){linear->weight, steps * TILE, steps, linear->scales, linear->bias, linear->bias_is_bf16};
+}
+
+INLINE Matrix outputs_from(Matrix m, int64_t first) {
+  m.weight += first / 16 * m.stride, m.scales += first;
+  if (m.bias) m.bias = (const float *)((const uint8_t *)m.bias + first * (m.bias_is_bf16 ? 2 : 4));
+  return m;
+}
+
+// The bias is added to the product of the first inputs.
+INLINE Matrix inputs_from(Matrix m, int64_t first, int64_t count, int is_int8) {
+  int64_t values = is_int8 ? 64 : 32;
+  m.weight += first / values * TILE, m.steps = count / values;
+  if (first) m.bias = NULL;
+  return m;
+}
+
+INLINE __m512 load_bias(const Matrix *m, int64_t column) {
+  if (!m->bias) return _mm512_setzero_ps();
+  return m->bias_is_bf16 ? load_bf16((const uint16_t *)m->bias + column) : _mm512_loadu_ps(m->bias + column);
+}
+
 // Which 32 columns of a layer's output.
 typedef struct {
   int64_t pair;
@@ -236,11 +266,11 @@ typedef struct {
   float bias[PAIR] __attribute__((aligned(64)));
 } Columns;
 
-INLINE void choose_columns(Columns *c, const Shape *s, const Linear *linear, Destination destination, int64_t pair) {
+INLINE void choose_columns(Columns *c, const Shape *s, const Matrix *m, Destination destination, int64_t pair) {
   c->pair = pair;
-  c->scales = linear->scales + pair * PAIR;
-  _mm512_store_ps(c->bias, load_bias(linear, pair * PAIR));
-  _mm512_store_ps(c->bias + 16, load_bias(linear, pair * PAIR + 16));
+  c->scales = m->scales + pair * PAIR;
+  _mm512_store_ps(c->bias, load_bias(m, pair * PAIR));
+  _mm512_store_ps(c->bias + 16, load_bias(m, pair * PAIR + 16));
   if (destination != TO_HEADS) return;
   int64_t column = pair * PAIR % s->dim;
   c->part = (int)(pair * PAIR / s->dim), c->head = column / s->head_dim, c->step = column % s->head_dim / PAIR;
@@ -264,8 +294,8 @@ typedef struct {
 
 // Which row tiles: the first of two.
 typedef struct {
-  int64_t tile;                // of the rows that a layer is given
-  int64_t window, token_tile;  // of the chunk
+  int64_t tile;                // of the chunk
+  int64_t window, token_tile;
 } Rows;
 
 INLINE Rows next_tile(Rows rows, const Shape *s) {
@@ -280,19 +310,19 @@ INLINE float *residual_of(const Chunk *chunk, Rows rows, int64_t pair) {
 }
 
 INLINE void prepare(Pending *p, const Chunk *chunk, const Columns *columns, Destination destination, Rows rows,
-                    int row_tiles) {
+                    int row_tiles, const float *row_scales, int64_t outputs) {
   const Shape *s = chunk->shape;
   const Scratch *scratch = chunk->scratch;
   p->done = 0, p->total = row_tiles * ROW_PAIRS;
   p->columns = *columns;
-  p->row_scales = scratch->row_scales + (rows.window * s->token_tiles + rows.token_tile) * ROWS;
+  p->row_scales = row_scales + rows.tile * ROWS;
   for (int i = 0; i < row_tiles; i++, rows = next_tile(rows, s)) {
     if (destination == TO_RESIDUAL) {
       p->halves[i].x = residual_of(chunk, rows, columns->pair);
       p->halves[i].valid = (int)at_most(ROWS, s->tokens - rows.token_tile * ROWS);
     } else if (destination == TO_HIDDEN) {
       uint8_t *hidden = s->quantized ? scratch->unquantized : scratch->hidden;
-      p->halves[i].to = hidden + (rows.tile * (s->hidden / PAIR) + columns->pair) * TILE;
+      p->halves[i].to = hidden + (rows.tile * (outputs / PAIR) + columns->pair) * TILE;
     } else {
       int64_t steps = s->head_dim / PAIR, head = rows.window * s->heads + columns->head;
       if (columns->part < 2) {
@@ -372,10 +402,10 @@ enum { SUMS_ROW = 64, SUMS_COLUMN_TILE = TILE, SUMS_ROW_TILE = 2 * TILE };
 // Up to 32 rows of A times 32 columns of B -> c, whose column tiles are `column_tile` bytes apart, row tiles `row_tile`.
 // A comes from further away than B, which is used again soon: the streaming load leaves B in the nearest cache. What goes
 // on beside it is the work of `beside`, once for each step.
-#define MULTIPLY(a, row_tiles, b, steps, is_int8, c, row, column_tile, row_tile, beside)                \
+#define MULTIPLY(a, row_tiles, b, b_stride, steps, is_int8, c, row, column_tile, row_tile, beside)                \
   do {                                                                                                  \
     const uint8_t *a_ = (a), *a1_ = a_ + ((row_tiles) - 1) * (steps) * TILE;                            \
-    const uint8_t *b_ = (b), *b1_ = b_ + (steps) * TILE;                                                \
+    const uint8_t *b_ = (b), *b1_ = b_ + (b_stride);                                                \
     uint8_t *c_ = (uint8_t *)(c);                                                                       \
     __asm__ volatile("" ::: "memory"); /* the loads of tiles are not known to read memory */            \
     _tile_zero(0);                                                                                      \
@@ -405,13 +435,25 @@ enum { SUMS_ROW = 64, SUMS_COLUMN_TILE = TILE, SUMS_ROW_TILE = 2 * TILE };
 
 // The next 32 columns of B are asked for while these are used: they are far away, in memory or a cache that cores share.
 typedef struct {
-  const uint8_t *next, *stop;
-  int64_t lines;  // for each step
+  const uint8_t *next;
+  int64_t lines, lines_per_tile_column;  // left of this column of tiles
+  int64_t tile_columns, to_next;         // left, and bytes from the end of one to the next
+  int64_t at_once;                       // lines in a step
 } Ahead;
 
+INLINE Ahead ahead_of(const Matrix *m, const uint8_t *next, int is_there, int64_t row_pairs) {
+  int64_t lines = m->steps * (TILE / 64), at_once = (2 * lines + m->steps * row_pairs - 1) / (m->steps * row_pairs);
+  return (Ahead){next, lines, lines, is_there ? 2 : 0, m->stride - m->steps * TILE, at_once};
+}
+
 INLINE void fetch(Ahead *ahead) {
-  for (int64_t i = 0; i < ahead->lines && ahead->next < ahead->stop; i++, ahead->next += 64) {
+  for (int64_t i = 0; i < ahead->at_once && ahead->tile_columns; i++) {
     _mm_prefetch(ahead->next, _MM_HINT_T1);
+    ahead->next += 64;
+    if (--ahead->lines == 0) {
+      ahead->lines = ahead->lines_per_tile_column, ahead->tile_columns--;
+      ahead->next += ahead->to_next;
+    }
   }
 }
 
@@ -426,42 +468,39 @@ INLINE void fetch_residual(const Chunk *chunk, Rows rows, int row_tiles, int64_t
   }
 }
 
-INLINE void product(const uint8_t *a, int row_tiles, const uint8_t *b, int64_t steps, int is_int8, Pending *next,
+INLINE void product(const uint8_t *a, int row_tiles, const Matrix *m, const uint8_t *b, int is_int8, Pending *next,
                     Pending *last, Ahead *ahead, int64_t dim, Destination destination) {
-  MULTIPLY(a, row_tiles, b, steps, is_int8, next->c, SUMS_ROW, SUMS_COLUMN_TILE, SUMS_ROW_TILE, {
+  MULTIPLY(a, row_tiles, b, m->stride, m->steps, is_int8, next->c, SUMS_ROW, SUMS_COLUMN_TILE, SUMS_ROW_TILE, {
     fetch(ahead);
     if (last->done < last->total) finish_rows(last, dim, destination, is_int8);
   });
   while (last->done < last->total) finish_rows(last, dim, destination, is_int8);
 }
 
-// A layer for the rows of so many tiles, the first of which is `first_tile` of the chunk: a are their A tiles.
-INLINE void layer(const Chunk *chunk, const Linear *linear, const uint8_t *a, int64_t first_tile, int64_t tiles,
-                  int64_t inner, int64_t outer, Destination destination, int is_int8) {
+// A layer, or part of it, for all rows of the chunk: a are their A tiles.
+INLINE void layer(const Chunk *chunk, Matrix m, const uint8_t *a, const float *row_scales, int64_t outputs,
+                  Destination destination, int is_int8) {
   const Shape *s = chunk->shape;
   Pending turns[2];
   turns[0].done = turns[0].total = turns[1].done = turns[1].total = 0;
   int turn = 0;
-  int64_t steps = inner / (is_int8 ? 64 : 32);
-  Rows first = {0, first_tile / s->token_tiles, first_tile % s->token_tiles};
-  Share pairs = share_of(chunk->team, outer / PAIR);
-  const uint8_t *weight = linear->weight, *stop = weight + pairs.stop * 2 * steps * TILE;
-  int64_t lines = (2 * steps * TILE / 64 + steps * ((tiles + 1) / 2) - 1) / (steps * ((tiles + 1) / 2));
+  int64_t tiles = chunk->windows * s->token_tiles;
+  Share pairs = share_of(chunk->team, outputs / PAIR);
   for (int64_t pair = pairs.first; pair < pairs.stop; pair++) {
-    const uint8_t *b = weight + pair * 2 * steps * TILE;
-    Ahead ahead = {b + 2 * steps * TILE, stop, lines};
+    const uint8_t *b = m.weight + pair * 2 * m.stride;
+    Ahead ahead = ahead_of(&m, b + 2 * m.stride, pair + 1 < pairs.stop, (tiles + 1) / 2);
     Columns columns;
-    choose_columns(&columns, s, linear, destination, pair);
-    for (Rows rows = first; rows.tile < tiles; rows = next_tile(next_tile(rows, s), s)) {
+    choose_columns(&columns, s, &m, destination, pair);
+    for (Rows rows = {0, 0, 0}; rows.tile < tiles; rows = next_tile(next_tile(rows, s), s)) {
       Pending *next = &turns[turn], *last = &turns[1 - turn];
       int row_tiles = rows.tile + 1 < tiles ? 2 : 1;
       if (destination == TO_RESIDUAL) fetch_residual(chunk, rows, row_tiles, pair);
       if (row_tiles == 2) {
-        product(a + rows.tile * steps * TILE, 2, b, steps, is_int8, next, last, &ahead, s->dim, destination);
+        product(a + rows.tile * m.steps * TILE, 2, &m, b, is_int8, next, last, &ahead, s->dim, destination);
       } else {
-        product(a + rows.tile * steps * TILE, 1, b, steps, is_int8, next, last, &ahead, s->dim, destination);
+        product(a + rows.tile * m.steps * TILE, 1, &m, b, is_int8, next, last, &ahead, s->dim, destination);
       }
-      prepare(next, chunk, &columns, destination, rows, row_tiles);
+      prepare(next, chunk, &columns, destination, rows, row_tiles, row_scales, outputs);
       turn = 1 - turn;
     }
   }
@@ -558,9 +597,9 @@ INLINE void norm_rows(const Chunk *chunk, const Norm *norm, int is_int8) {
 }
 
 // bf16 in the order of A tiles -> int8 A tiles, with a step for each row.
-static void quantize_rows(const Chunk *chunk, int64_t first_tile, int64_t tiles, int64_t inner, uint8_t *to) {
-  int64_t steps = inner / PAIR;
-  Share share = share_of(chunk->team, tiles);
+static void quantize_rows(const Chunk *chunk, int64_t columns, uint8_t *to, float *scales) {
+  int64_t steps = columns / PAIR;
+  Share share = share_of(chunk->team, chunk->windows * chunk->shape->token_tiles);
   for (int64_t tile = share.first; tile < share.stop; tile++) {
     const uint8_t *from = chunk->scratch->unquantized + tile * steps * TILE;
     uint8_t *out = to + tile * (steps / 2) * TILE;
@@ -576,7 +615,7 @@ static void quantize_rows(const Chunk *chunk, int64_t first_tile, int64_t tiles,
       v[r] = _mm512_castsi512_ps(_mm512_max_epu32(even, odd));
     }
     __m512 worth = steps_of(reduce(v, 1));
-    _mm512_storeu_ps(chunk->scratch->row_scales + (first_tile + tile) * ROWS, worth);
+    _mm512_storeu_ps(scales + tile * ROWS, worth);
     _mm512_storeu_ps(reciprocals, _mm512_div_ps(_mm512_set1_ps(1.0f), worth));
     for (int r = 0; r < ROWS; r++) {
       __m512 reciprocal = _mm512_set1_ps(reciprocals[r]), values[4];
@@ -639,7 +678,7 @@ INLINE void attend(const Chunk *chunk, int64_t head, int64_t query_tile, int row
   const uint8_t *k = chunk->scratch->k + head * s->token_tiles * steps * TILE;
   const uint8_t *v = chunk->scratch->v + head * (s->head_dim / ROWS) * s->token_steps * TILE;
   for (int64_t step = 0; step < s->token_steps; step++) {
-    MULTIPLY(q, row_tiles, k + 2 * step * steps * TILE, steps, 0, scores + step * PAIR, 4 * width, 64,
+    MULTIPLY(q, row_tiles, k + 2 * step * steps * TILE, steps * TILE, steps, 0, scores + step * PAIR, 4 * width, 64,
              4 * ROWS * width, {});
   }
   float reciprocals[2 * ROWS], factor = 1.44269504f / __builtin_sqrtf(s->head_dim);
@@ -649,7 +688,7 @@ INLINE void attend(const Chunk *chunk, int64_t head, int64_t query_tile, int row
   float c[2][2][ROWS][16] __attribute__((aligned(64)));
   int64_t window = head / s->heads, first = head % s->heads * steps, all_steps = s->dim / PAIR;
   for (int64_t step = 0; step < steps; step++) {
-    MULTIPLY(weights, row_tiles, v + 2 * step * s->token_steps * TILE, s->token_steps, 0, c, SUMS_ROW,
+    MULTIPLY(weights, row_tiles, v + 2 * step * s->token_steps * TILE, s->token_steps * TILE, s->token_steps, 0, c, SUMS_ROW,
              SUMS_COLUMN_TILE, SUMS_ROW_TILE, {});
     for (int i = 0; i < row_tiles; i++) {
       uint8_t *tile = to + ((window * s->token_tiles + query_tile + i) * all_steps + first + step) * TILE;
@@ -686,31 +725,32 @@ INLINE void run_chunk(const Chunk *chunk, int is_int8) {
   const Shape *s = chunk->shape;
   const Scratch *scratch = chunk->scratch;
   const Block *block = chunk->call->block;
-  int64_t tiles = chunk->windows * s->token_tiles, hidden_tiles = s->hidden_rows / ROWS;
+  const float *scales = scratch->row_scales;
   norm_rows(chunk, &block->norm1, is_int8);
   wait_for_all(chunk->team);
-  layer(chunk, &block->qkv, scratch->rounded, 0, tiles, s->dim, 3 * s->dim, TO_HEADS, is_int8);
+  layer(chunk, matrix_of(&block->qkv, s->dim, is_int8), scratch->rounded, scales, 3 * s->dim, TO_HEADS, is_int8);
   wait_for_all(chunk->team);
   attention(chunk, is_int8 ? scratch->unquantized : scratch->rounded);
   wait_for_all(chunk->team);
   if (is_int8) {
-    quantize_rows(chunk, 0, tiles, s->dim, scratch->rounded);
+    quantize_rows(chunk, s->dim, scratch->rounded, scratch->row_scales);
     wait_for_all(chunk->team);
   }
-  layer(chunk, &block->proj, scratch->rounded, 0, tiles, s->dim, s->dim, TO_RESIDUAL, is_int8);
+  layer(chunk, matrix_of(&block->proj, s->dim, is_int8), scratch->rounded, scales, s->dim, TO_RESIDUAL, is_int8);
   wait_for_all(chunk->team);
   norm_rows(chunk, &block->norm2, is_int8);
   wait_for_all(chunk->team);
-  int64_t row_bytes = s->dim * (is_int8 ? 1 : 2);
-  for (int64_t first = 0; first < tiles; first += hidden_tiles) {
-    int64_t count = at_most(hidden_tiles, tiles - first);
-    layer(chunk, &block->fc1, scratch->rounded + first * ROWS * row_bytes, first, count, s->dim, s->hidden, TO_HIDDEN, is_int8);
+  Matrix fc1 = matrix_of(&block->fc1, s->dim, is_int8), fc2 = matrix_of(&block->fc2, s->hidden, is_int8);
+  for (int64_t first = 0; first < s->hidden; first += s->part) {
+    int64_t part = at_most(s->part, s->hidden - first);
+    layer(chunk, outputs_from(fc1, first), scratch->rounded, scales, part, TO_HIDDEN, is_int8);
     wait_for_all(chunk->team);
     if (is_int8) {
-      quantize_rows(chunk, first, count, s->hidden, scratch->hidden);
+      quantize_rows(chunk, part, scratch->hidden, scratch->hidden_scales);
       wait_for_all(chunk->team);
     }
-    layer(chunk, &block->fc2, scratch->hidden, first, count, s->hidden, s->dim, TO_RESIDUAL, is_int8);
+    layer(chunk, inputs_from(fc2, first, part, is_int8), scratch->hidden, scratch->hidden_scales, s->dim, TO_RESIDUAL,
+          is_int8);
     wait_for_all(chunk->team);
   }
 }
