@@ -677,6 +677,8 @@ def _load(model: str, device: str | None, dtype: Precision | None, features: Fea
 
 
 def _facts(model: M2D) -> dict[str, Any]:
+    from m2d_embed import native
+
     config = model.config
     (mels, frames), (patch_mels, patch_frames) = config.input_size, config.patch_size
     facts: dict[str, Any] = {
@@ -692,6 +694,7 @@ def _facts(model: M2D) -> dict[str, Any]:
         "layers read": ", ".join(map(str, resolve_layers(model.features.blocks(config), config.depth))),
         "scene embedding": model.scene_embedding_size,
         "timestamp embedding": f"{model.timestamp_embedding_size}, every {config.column_ms:g} ms",
+        "CPU kernels": ", ".join(native.available()) or "none here, PyTorch computes everything",
     }
     if config.head is not None:
         facts["labels"] = f"{len(config.head.labels)} ({', '.join(config.head.labels[:3])} ...)"

@@ -176,7 +176,8 @@ static Shape shape_of(const Call *call) {
   s.windows = at_most(s.windows, (call->windows + teams - 1) / teams);
   s.members = (call->threads + teams - 1) / teams;
   s.rows = s.windows * s.token_tiles * ROWS;
-  int64_t parts = (s.rows * s.hidden * 2 + HIDDEN_BYTES - 1) / HIDDEN_BYTES;
+  // Whatever the number of windows, so that a window's values do not depend on the others, not even in their rounding.
+  int64_t parts = (CHUNK_ROWS * s.hidden * 2 + HIDDEN_BYTES - 1) / HIDDEN_BYTES;
   s.part = rounded_up((s.hidden + parts - 1) / parts, 64);
   s.attention_bytes = 2 * ROWS * s.token_steps * PAIR * (4 + 2);
   return s;
