@@ -11,19 +11,17 @@
 
 #include <immintrin.h>
 #include <stddef.h>
-#include <string.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include "teams.h"
 
 enum {
-  TILE = 1024,         // bytes
-  ROWS = 16,           // of a tile
-  PAIR = 32,           // columns that are computed together, two tiles
-  MOST_DIM = 4096,     // of x
+  TILE = 1024,               // bytes
+  ROWS = 16,                 // of a tile
+  PAIR = 32,                 // columns that are computed together, two tiles
   HIDDEN_BYTES = 640 << 10,  // of an MLP between its layers: what a core's own cache holds beside all else
-  CHUNK_ROWS = 384,    // tokens that go through a block together: more reuse of the weights, less of the cache
+  CHUNK_ROWS = 384,          // tokens that go through a block together: more reuse of the weights, less of the cache
 };
 
 #define INLINE static inline __attribute__((always_inline))
@@ -761,9 +759,10 @@ static void run_windows(const Call *call, Team team, int64_t first, int64_t stop
   Scratch scratch;
   lay_out(&shape, base, &scratch);
   configure_tiles();
-  for (int64_t window = first; window < stop; window += shape.windows) {
+  for (int64_t window = first, end; window < stop; window = end) {
+    end = end_of_chunk(window, stop, shape.windows);
     float *x = call->x + window * shape.tokens * shape.dim;
-    Chunk chunk = {call, &shape, &scratch, team, x, at_most(shape.windows, stop - window)};
+    Chunk chunk = {call, &shape, &scratch, team, x, end - window};
     if (shape.quantized) {
       run_chunk(&chunk, 1);
     } else {

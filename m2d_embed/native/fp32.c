@@ -375,9 +375,10 @@ static void run_windows(const Call *call, Team team, int64_t first, int64_t stop
   Shape shape = shape_of(call);
   Scratch scratch;
   lay_out(&shape, (float *)base, &scratch);
-  for (int64_t window = first; window < stop; window += shape.windows) {
+  for (int64_t window = first, end; window < stop; window = end) {
+    end = end_of_chunk(window, stop, shape.windows);
     float *x = call->x + window * shape.tokens * shape.dim;
-    run_chunk(&(Chunk){call, &shape, &scratch, team, x, at_most(shape.windows, stop - window)});
+    run_chunk(&(Chunk){call, &shape, &scratch, team, x, end - window});
   }
 }
 

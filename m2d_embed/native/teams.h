@@ -33,6 +33,13 @@ static inline int64_t num_teams(int64_t windows, int64_t threads) {
   return best;
 }
 
+// The windows of a team that go through a block together, of at most so many: chunks that are as good as equal, since a
+// small one costs almost as much reading of weights as a large one.
+static inline int64_t end_of_chunk(int64_t window, int64_t stop, int64_t most) {
+  int64_t left = stop - window, chunks = (left + most - 1) / most;
+  return window + (left + chunks - 1) / chunks;
+}
+
 static void run_member(void *pointer) {
   Region *region = pointer;
   const Call *call = region->call;
