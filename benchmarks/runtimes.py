@@ -25,7 +25,7 @@ import m2d_embed
 from benchmarks.reference_style import ReferenceStyle
 from m2d_embed.config import ModelConfig
 from m2d_embed.export import export_onnx
-from m2d_embed.model import M2D
+from m2d_embed.model import DTYPES, M2D
 from m2d_embed.packed import supports_int8
 
 Run = Callable[[Tensor], Any]
@@ -76,9 +76,7 @@ def build(runtime: str, name: str, device: str, folder: Path) -> Run:
     if family == "reference style":
         return ReferenceStyle(model.config).eval().to(device)
     if family == "m2d-embed":
-        model = model.to(device).set_dtype(
-            {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}[settings[0]]
-        )
+        model = model.to(device).set_dtype(DTYPES[settings[0]])
         return model.compile_encoder().scene if "compiled" in settings else model.scene
     file = folder / f"{name}.onnx"
     if not file.exists():

@@ -43,22 +43,24 @@ def machine() -> dict[str, Any]:
     return facts | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
 
 
-def measure(contestants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+def measure(contestants: dict[str, Callable[[], Any]], rounds: int, seconds: float = 0) -> dict[str, list[float]]:
     """Seconds of every round of every contestant, after one round that does not count.
 
-    The contestants take turns, so that a busy spell of the machine hits them alike.
+    The contestants take turns, so that a busy spell of the machine hits them alike. There are at least so many rounds,
+    and more until so many seconds have passed.
     """
     for run in contestants.values():
         run()
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(rounds):
+    taken: dict[str, list[float]] = {name: [] for name in contestants}
+    began = time.perf_counter()
+    while len(next(iter(taken.values()))) < rounds or time.perf_counter() - began < seconds:
         for name, run in contestants.items():
             synchronize()
             started = time.perf_counter()
             run()
             synchronize()
-            seconds[name].append(time.perf_counter() - started)
-    return seconds
+            taken[name].append(time.perf_counter() - started)
+    return taken
 
 
 def synchronize() -> None:
