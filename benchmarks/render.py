@@ -54,7 +54,9 @@ def speed_table(result: dict[str, Any]) -> str:
             f"GFLOP/s of matrix products: {rates}.{alone} A file of an hour: {hours}. Least cosine similarity of scene "
             f"embeddings with float32, {clips} real clips: {shown}.",
         ]
-    return "\n".join([*lines, "", f"Measured by `{result['command']}`; all lengths and batch sizes are in its JSON."])
+    further = "".join(f", further rounds by `{command}`" for command in dict.fromkeys(result["further rounds"]))
+    lines += ["", f"Measured by `{result['command']}`{further}; all lengths and batch sizes are in its JSON."]
+    return "\n".join(lines)
 
 
 def cell_of(measured: dict[str, Any], seconds: int, batch: int) -> dict[str, Any]:

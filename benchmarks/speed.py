@@ -2,6 +2,8 @@
 
     python -m benchmarks.speed                 # writes benchmarks/speed.json and speed.png
     python -m benchmarks.speed --model base    # one of the two models, beside what is known of the other
+    python -m benchmarks.speed --more          # further rounds, beside those that the JSON has of the same machine
+    python -m benchmarks.speed --more --model base --cell 10x8   # of one length in seconds and batch size
     python -m benchmarks.speed --device cuda   # speed-cuda.json and speed-cuda.png
     python -m benchmarks.render                # puts them into the README
 
@@ -71,13 +73,23 @@ def operations(config: ModelConfig, seconds: float) -> float:
     return total
 
 
-def compare(name: str, rounds: int, device: str, folder: Path) -> dict[str, Any]:
-    """All runtimes of one model on clips of all lengths and batch sizes."""
+def compare(
+    name: str, rounds: int, device: str, folder: Path, chosen: list[str], before: dict[str, Any]
+) -> dict[str, Any]:
+    """All runtimes of one model on clips of all lengths and batch sizes.
+
+    ``before`` is what this returned of earlier rounds, or empty; of the cells that are not ``chosen`` it is kept.
+    """
     config = load(name).config
-    rates, units = product_rates(config, 3 * rounds, device), unit_rates() if device == "cpu" else {}
+    rates = _best(product_rates(config, 3 * rounds, device), before.get("matrix products, GFLOP/s", {}))
+    units = _best(unit_rates() if device == "cpu" else {}, before.get("units alone, GFLOP/s", {}))
     runs = {runtime: build(runtime, name, device, folder) for runtime in runtimes(name, device)}
     measured = []
     for seconds, batch in cells(name, device):
+        earlier = next((c for c in before.get("cells", []) if (c["clip"], c["batch"]) == (seconds, batch)), None)
+        if chosen and f"{seconds}x{batch}" not in chosen:
+            measured += [earlier] if earlier else []
+            continue
         torch.manual_seed(0)
         audio = (0.1 * torch.randn(batch, seconds * config.sample_rate)).to(device)
         with torch.no_grad():
@@ -86,6 +98,8 @@ def compare(name: str, rounds: int, device: str, folder: Path) -> dict[str, Any]
             }
             times = measure(turns, rounds, _SECONDS)
         best = {runtime: min(found) for runtime, found in times.items()}
+        for row in earlier["runtimes"] if earlier else []:
+            best[row["runtime"]] = min(best[row["runtime"]], row["seconds"])
         rows = [
             {
                 "runtime": runtime,
@@ -103,6 +117,10 @@ def compare(name: str, rounds: int, device: str, folder: Path) -> dict[str, Any]
                 f"  {row['runtime']:<28}{row['seconds of audio per second']:>9.1f} s/s  x{row['ratio']:.2f}", flush=True
             )
     return {"matrix products, GFLOP/s": rates, "units alone, GFLOP/s": units, "cells": measured}
+
+
+def _best(rates: dict[str, float], earlier: dict[str, float]) -> dict[str, float]:
+    return {name: max(rate, earlier.get(name, 0.0)) for name, rate in rates.items()}
 
 
 def hears(runtime: str, seconds: int) -> bool:
@@ -243,7 +261,11 @@ def main(
     rounds: int = 5,
     threads: int = 0,
     device: str = "cpu",
-    model: Annotated[list[str] | None, typer.Option(help="base or bundled; both anew by default.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="base or bundled; both by default.")] = None,
+    more: Annotated[bool, typer.Option("--more", help="Further rounds, beside those that the JSON has.")] = False,
+    cell: Annotated[
+        list[str] | None, typer.Option(help="With --more: seconds and batch, as 10x8; all by default.")
+    ] = None,
     task: Annotated[str, typer.Option(hidden=True)] = "",
     argument: Annotated[list[str] | None, typer.Option(hidden=True)] = None,
 ) -> None:
@@ -253,23 +275,36 @@ def main(
     if task:
         print(json.dumps({"start": _start_task, "hour": _hour_task}[task](*(argument or ()))))
         return
+    if cell and not more:
+        raise typer.BadParameter("--cell is for further rounds, so give --more, too")
     output = HERE / ("speed.json" if device == "cpu" else f"speed-{device}.json")
+    last = json.loads(output.read_text()) if (model or more) and output.exists() else {"models": {}}
+    if more and last.get("machine") != machine():
+        raise SystemExit(f"{output}: not of this machine and these versions, so no further rounds are added to it")
+    command = f"python -m benchmarks.speed --rounds {rounds}" + (f" --device {device}" if device != "cpu" else "")
+    again = " ".join([command, "--more", *(f"--model {m}" for m in model or ()), *(f"--cell {c}" for c in cell or ())])
     result: dict[str, Any] = {
-        "command": f"python -m benchmarks.speed --rounds {rounds}" + (f" --device {device}" if device != "cpu" else ""),
+        "command": last["command"] if more else command,
+        "further rounds": [*last.get("further rounds", []), again] if more else [],
         "machine": machine(),
-        "decoding a clip of 10 s, ms": decoding(rounds),
-        "models": json.loads(output.read_text())["models"] if model and output.exists() else {},
+        "decoding a clip of 10 s, ms": last["decoding a clip of 10 s, ms"] if more else decoding(rounds),
+        "models": last["models"],
     }
     for name in model or MODELS:
+        before = result["models"].get(MODELS[name], {}) if more else {}
         with tempfile.TemporaryDirectory() as folder:
-            result["models"][MODELS[name]] = {
-                **compare(name, rounds, device, Path(folder)),
-                "least cosine similarity with float32": agreement(name, device),
-                "start": starts(name, device, Path(folder)),
-                "an hour in one file": {dtype: hour(name, dtype, device) for dtype in ("fp32", "bf16")},
-            }
+            measured = compare(name, rounds, device, Path(folder), cell or [], before)
+            result["models"][MODELS[name]] = before | measured if more else measured | _once(name, device, Path(folder))
         output.write_text(json.dumps(result, indent=1) + "\n")
         plot(result, output.with_suffix(".png"))
+
+
+def _once(name: str, device: str, folder: Path) -> dict[str, Any]:
+    return {
+        "least cosine similarity with float32": agreement(name, device),
+        "start": starts(name, device, folder),
+        "an hour in one file": {dtype: hour(name, dtype, device) for dtype in ("fp32", "bf16")},
+    }
 
 
 if __name__ == "__main__":

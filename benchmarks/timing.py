@@ -20,6 +20,7 @@ from m2d_embed.config import ModelConfig
 from m2d_embed.packed import packed_layer, supports_int8
 
 _BATCH = 8  # windows whose tokens make the rows of a product
+_SECONDS = 10.0  # of rounds of products, at least
 
 
 def machine() -> dict[str, Any]:
@@ -84,7 +85,7 @@ def product_rates(config: ModelConfig, rounds: int, device: str = "cpu") -> dict
         calls = [make(inputs, outputs, tokens) for inputs, outputs in shapes]
         contestants[name] = partial(_call_all, calls)
     with torch.no_grad():
-        seconds = measure(contestants, rounds)
+        seconds = measure(contestants, rounds, _SECONDS)
     return {name: round(operations / min(times) / 1e9, 1) for name, times in seconds.items()}
 
 

@@ -231,7 +231,7 @@ def test_float32_keeps_no_copies_of_weights():
     as_kernel = NativeBlock(block, "fp32", Scratch())
     as_kernel(tokens(1, 8, 192), None)
     assert not as_kernel._matrices
-    assert {t.data_ptr() for t in as_kernel._kept} == {p.data_ptr() for p in block.parameters()}
+    assert {t.data_ptr() for t in as_kernel._pointed[1].kept} == {p.data_ptr() for p in block.parameters()}
 
 
 @needs("fp32")

@@ -32,6 +32,9 @@ class _Norm(Structure):
 
 
 class _Block(Structure):
+    """``kept`` are the tensors that it points to."""
+
+    kept: list[Tensor]
     _fields_ = (
         *((name, c_int32) for name in ("dim", "hidden", "heads", "quantized")),
         *((name, _Norm) for name in ("norm1", "norm2")),
@@ -144,9 +147,7 @@ class NativeBlock:
         self._norms = (block.norm1, block.norm2)
         self._layers = (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
         self._matrices = [] if kind == "fp32" else [_lay_out(layer.weight, kind) for layer in self._layers]
-        self._addresses: list[int | None] = []
-        self._kept: list[Tensor] = []  # what the structure points to
-        self._structure = _Block()
+        self._pointed: tuple[list[int | None], _Block] = ([], _Block())  # to what, as one: threads may exchange it
 
     def __call__(self, x: Tensor, attended: Tensor | None) -> Tensor:
         """(B, tokens, dim) float32 -> the same. With a mask of tokens the block itself is called."""
@@ -154,11 +155,13 @@ class NativeBlock:
             return self.block(x, attended)
         x = x.contiguous()
         addresses = [None if p is None else p.data_ptr() for p in self._parameters()]
-        if addresses != self._addresses:
-            self._addresses = addresses
-            self._point()
+        pointed_to, structure = self._pointed
+        if addresses != pointed_to:
+            structure = self._point()
+            in_place = {a for a in addresses if a is not None} == {values.data_ptr() for values in structure.kept}
+            self._pointed = (addresses if in_place else [], structure)  # copies are for this call alone
         call = _Call(
-            block=ctypes.pointer(self._structure),
+            block=ctypes.pointer(structure),
             x=x.data_ptr(),
             windows=x.shape[0],
             tokens=x.shape[1],
@@ -179,38 +182,31 @@ class NativeBlock:
             if not self._matrices:
                 yield layer._parameters["weight"]
 
-    def _point(self) -> None:
-        """Have the structure point to the parameters where they are now."""
-        self._kept = []
+    def _point(self) -> _Block:
+        """A structure that points to the parameters where they are now, or to what a kernel can read in their place."""
+        kept: list[Tensor] = []
+
+        def readable(parameter: Tensor | None, dtype: torch.dtype = torch.float32) -> int | None:
+            if parameter is None:
+                return None
+            kept.append(parameter.detach().to(dtype).contiguous())
+            return kept[-1].data_ptr()
+
+        def linear(index: int, layer: nn.Linear) -> _Linear:
+            is_bf16 = self.kind != "fp32" and layer.bias is not None and layer.bias.dtype == torch.bfloat16
+            bias = readable(layer.bias, torch.bfloat16 if is_bf16 else torch.float32)
+            if self.kind == "fp32":
+                return _Linear(readable(layer.weight), None, bias, is_bf16)
+            matrix, scales = self._matrices[index]
+            return _Linear(matrix.data_ptr(), None if scales is None else scales.data_ptr(), bias, is_bf16)
+
         qkv, _, fc1, _ = self._layers
-        linears = [self._linear(index, layer) for index, layer in enumerate(self._layers)]
-        norms = [_Norm(self._readable(n.weight), self._readable(n.bias), n.eps) for n in self._norms]
-        quantized = int(self.kind == "int8")
-        self._structure = _Block(
-            qkv.in_features, fc1.out_features, self.block.attn.num_heads, quantized, *norms, *linears
-        )
-
-    def _linear(self, index: int, layer: nn.Linear) -> _Linear:
-        bias, scales = layer.bias, None
-        keeps_bf16 = bias is not None and bias.dtype == torch.bfloat16 and self.kind != "fp32"
-        if self.kind == "fp32":
-            weight = self._readable(layer.weight)
-        else:
-            matrix, of_rows = self._matrices[index]
-            weight, scales = matrix.data_ptr(), None if of_rows is None else of_rows.data_ptr()
-        return _Linear(
-            weight, scales, self._readable(bias, torch.bfloat16 if keeps_bf16 else torch.float32), keeps_bf16
-        )
-
-    def _readable(self, parameter: Tensor | None, dtype: torch.dtype = torch.float32) -> int | None:
-        """The address of the parameter; if a kernel cannot read it as it is, of a copy for this call alone."""
-        if parameter is None:
-            return None
-        values = parameter.detach().to(dtype).contiguous()
-        if values.data_ptr() != parameter.data_ptr():
-            self._addresses = []
-        self._kept.append(values)
-        return values.data_ptr()
+        linears = [linear(index, layer) for index, layer in enumerate(self._layers)]
+        norms = [_Norm(readable(norm.weight), readable(norm.bias), norm.eps) for norm in self._norms]
+        shape = (qkv.in_features, fc1.out_features, self.block.attn.num_heads, int(self.kind == "int8"))
+        structure = _Block(*shape, *norms, *linears)
+        structure.kept = kept
+        return structure
 
 
 def _lay_out(weight: Tensor, kind: Kind) -> tuple[Tensor, Tensor | None]:

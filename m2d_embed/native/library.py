@@ -13,11 +13,9 @@ Kind = Literal["fp32", "bf16", "int8"]
 
 _LIBRARY = Path(__file__).with_name("kernels.so")
 _CPUINFO = Path("/proc/cpuinfo")
-_FEATURES: dict[Kind, set[str]] = {
-    "fp32": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma"},
-    "bf16": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma", "avx512_bf16", "amx_tile", "amx_bf16"},
-    "int8": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8"},
-}
+_AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma"}
+_AMX = _AVX512 | {"avx512_bf16", "amx_tile", "amx_bf16"}
+_FEATURES: dict[Kind, set[str]] = {"fp32": _AVX512, "bf16": _AMX, "int8": _AMX | {"amx_int8"}}
 
 
 class Runtime(Structure):
@@ -60,8 +58,8 @@ def available() -> tuple[Kind, ...]:
         return ()
     flags = _processor_flags()
     kinds = [kind for kind, features in _FEATURES.items() if features <= flags]
-    granted = not any("amx_tile" in _FEATURES[kind] for kind in kinds) or library.request_amx()
-    return tuple(kind for kind in kinds if granted or "amx_tile" not in _FEATURES[kind])
+    granted = all(kind == "fp32" for kind in kinds) or library.request_amx()
+    return tuple(kind for kind in kinds if granted or kind == "fp32")
 
 
 def _processor_flags() -> set[str]:
