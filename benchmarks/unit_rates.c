@@ -72,18 +72,18 @@ static double (*spell)(void);
 static int uses_tiles;
 static pthread_barrier_t together;
 
-static void *run(void *best) {
+static void* run(void* best) {
   if (uses_tiles) configure_tiles();
   for (int i = 0; i < SPELLS; i++) {
     pthread_barrier_wait(&together);
     double began = now(), operations = spell(), rate = operations / (now() - began) / 1e9;
-    if (rate > *(double *)best) *(double *)best = rate;
+    if (rate > *(double*)best) *(double*)best = rate;
   }
   if (uses_tiles) _tile_release();
   return NULL;
 }
 
-int main(int count, char **words) {
+int main(int count, char** words) {
   int threads = count > 1 ? atoi(words[1]) : 0;
   if (threads < 1 || threads > MOST_THREADS) return 2;
   for (int i = 2; i < count; i++) {

@@ -9,12 +9,12 @@
 // All matrices here are arrays of such tiles, [row or column tile][step along the inner dimension]. Rows are tokens;
 // every window begins with a new tile, and rows beyond its tokens hold zeros or what comes of zeros.
 
-#include <immintrin.h>
 #include <stddef.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include "teams.h"
+#include "vectors.h"
 
 enum {
   TILE = 1024,               // bytes
@@ -23,8 +23,6 @@ enum {
   HIDDEN_BYTES = 640 << 10,  // of an MLP between its layers: what a core's own cache holds beside all else
   CHUNK_ROWS = 384,          // tokens that go through a block together: more reuse of the weights, less of the cache
 };
-
-#define INLINE static inline __attribute__((always_inline))
 
 typedef struct {
   uint8_t palette, start_row, reserved[14];
@@ -45,10 +43,10 @@ int m2d_request_amx(void) {
   return (int)syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA);
 }
 
-// --- vectors ----------------------------------------------------------------------------------------------------------
+// --- vectors -------------------------------------------------------------------------------------------------------
 
-INLINE __m512 load_bf16(const uint16_t *p) {
-  __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+INLINE __m512 load_bf16(const uint16_t* p) {
+  __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 
@@ -67,25 +65,27 @@ INLINE __m512 exp2_of(__m512 t) {
   return _mm512_scalef_ps(p, whole);
 }
 
-// x * Phi(x) to 3e-5 max(1, |x|), less than what rounding to bf16 changes in values above 0.02. Phi is one of 32 parabolas,
-// each 0.26 wide, fitted at Chebyshev nodes; their coefficients are looked up by the lowest five bits of a number.
+// x * Phi(x) to 3e-5 max(1, |x|), less than what rounding to bf16 changes in values above 0.02. Phi is one of 32
+// parabolas, each 0.26 wide, fitted at Chebyshev nodes; their coefficients are looked up by the lowest five bits of a
+// number.
 INLINE __m512 gelu(__m512 x) {
   static const float coefficients[3][32] __attribute__((aligned(64))) = {
-      {0.5f,          0.499108702f,  0.49310115f,   0.483281225f,  0.47881344f,   0.492108881f,  0.531585276f,
-       0.596771419f,  0.678538322f,  0.763551772f,  0.839752138f,  0.899934351f,  0.942391694f,  0.969395339f,
-       0.984981477f,  0.993185461f,  0.00286167557f, 0.00681451662f, 0.0150185032f, 0.0306046419f, 0.0576083101f,
-       0.100065663f,  0.160247847f,  0.236448243f,  0.321461678f,  0.403228581f,  0.468414754f,  0.507891119f,
-       0.52118659f,   0.516718805f,  0.50689888f,   0.500891328f},
-      {0.398101121f,  0.410916626f,  0.44191727f,   0.472665071f,  0.483080268f,  0.460829705f,  0.405889362f,
-       0.32881403f,   0.244873583f,  0.167790934f,  0.105933651f,  0.0617139153f, 0.0332221352f, 0.0165469851f,
+      {0.5f,         0.499108702f, 0.49310115f,    0.483281225f,   0.47881344f,   0.492108881f,  0.531585276f,
+       0.596771419f, 0.678538322f, 0.763551772f,   0.839752138f,   0.899934351f,  0.942391694f,  0.969395339f,
+       0.984981477f, 0.993185461f, 0.00286167557f, 0.00681451662f, 0.0150185032f, 0.0306046419f, 0.0576083101f,
+       0.100065663f, 0.160247847f, 0.236448243f,   0.321461678f,   0.403228581f,  0.468414754f,  0.507891119f,
+       0.52118659f,  0.516718805f, 0.50689888f,    0.500891328f},
+      {0.398101121f,   0.410916626f,   0.44191727f,   0.472665071f,   0.483080268f,   0.460829705f,  0.405889362f,
+       0.32881403f,    0.244873583f,   0.167790934f,  0.105933651f,   0.0617139153f,  0.0332221352f, 0.0165469851f,
        0.00763383973f, 0.00326530216f, 0.0012960668f, 0.00326530216f, 0.00763383973f, 0.0165469851f, 0.0332221352f,
-       0.0617139153f, 0.105933651f,  0.167790934f,  0.244873583f,  0.32881403f,   0.405889362f,  0.460829705f,
-       0.483080268f,  0.472665071f,  0.44191727f,   0.410916626f},
-      {0.0f,          -0.0499838591f, -0.0903473198f, -0.114489488f, -0.120549962f, -0.111235507f, -0.0921074152f,
-       -0.0693130195f, -0.0477621369f, -0.0302842446f, -0.0177279338f, -0.00960368849f, -0.0048229997f,
-       -0.00224839803f, -0.00097399106f, -0.000392390415f, 0.000147112762f, 0.000392390415f, 0.00097399106f,
-       0.00224839803f, 0.0048229997f, 0.00960368849f, 0.0177279338f, 0.0302842446f, 0.0477621369f, 0.0693130195f,
-       0.0921074152f, 0.111235507f,  0.120549962f,  0.114489488f,  0.0903473198f, 0.0499838591f}};
+       0.0617139153f,  0.105933651f,   0.167790934f,  0.244873583f,   0.32881403f,    0.405889362f,  0.460829705f,
+       0.483080268f,   0.472665071f,   0.44191727f,   0.410916626f},
+      {0.0f,           -0.0499838591f,  -0.0903473198f,  -0.114489488f,    -0.120549962f,   -0.111235507f,
+       -0.0921074152f, -0.0693130195f,  -0.0477621369f,  -0.0302842446f,   -0.0177279338f,  -0.00960368849f,
+       -0.0048229997f, -0.00224839803f, -0.00097399106f, -0.000392390415f, 0.000147112762f, 0.000392390415f,
+       0.00097399106f, 0.00224839803f,  0.0048229997f,   0.00960368849f,   0.0177279338f,   0.0302842446f,
+       0.0477621369f,  0.0693130195f,   0.0921074152f,   0.111235507f,     0.120549962f,    0.114489488f,
+       0.0903473198f,  0.0499838591f}};
   __m512 c = _mm512_max_ps(_mm512_min_ps(x, _mm512_set1_ps(4.02974f)), _mm512_set1_ps(-4.28974f));
   // Adding 1.5 * 2^23 leaves c / 0.26, rounded to a whole number, in the lowest bits.
   __m512i which = _mm512_castps_si512(_mm512_fmadd_ps(c, _mm512_set1_ps(1 / 0.26f), _mm512_set1_ps(12582912.0f)));
@@ -96,28 +96,12 @@ INLINE __m512 gelu(__m512 x) {
   return _mm512_mul_ps(x, _mm512_fmadd_ps(_mm512_fmadd_ps(p[2], c, p[1]), c, p[0]));
 }
 
-// 16 x 16 values of 4 bytes, transposed.
-INLINE void transpose(const uint8_t from[16][64], uint8_t *to) {
-  __m512i r[16], a[16];
-  for (int i = 0; i < 16; i++) r[i] = _mm512_load_si512(from[i]);
-  for (int i = 0; i < 8; i++) {
-    a[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-    a[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-  }
-  for (int i = 0; i < 4; i++) {
-    r[4 * i] = _mm512_unpacklo_epi64(a[4 * i], a[4 * i + 2]);
-    r[4 * i + 1] = _mm512_unpackhi_epi64(a[4 * i], a[4 * i + 2]);
-    r[4 * i + 2] = _mm512_unpacklo_epi64(a[4 * i + 1], a[4 * i + 3]);
-    r[4 * i + 3] = _mm512_unpackhi_epi64(a[4 * i + 1], a[4 * i + 3]);
-  }
-  for (int i = 0; i < 4; i++) {  // r[4 * g + i] has, in its lane l, columns 4 l + i of rows 4 g to 4 g + 3
-    __m512i x = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x44), y = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xee);
-    __m512i z = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x44), w = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xee);
-    _mm512_storeu_si512(to + 64 * i, _mm512_shuffle_i32x4(x, z, 0x88));
-    _mm512_storeu_si512(to + 64 * (i + 4), _mm512_shuffle_i32x4(x, z, 0xdd));
-    _mm512_storeu_si512(to + 64 * (i + 8), _mm512_shuffle_i32x4(y, w, 0x88));
-    _mm512_storeu_si512(to + 64 * (i + 12), _mm512_shuffle_i32x4(y, w, 0xdd));
-  }
+// A tile of 16 x 16 values of 4 bytes, transposed.
+INLINE void transpose_tile(const uint8_t from[ROWS][64], uint8_t* to) {
+  __m512 r[ROWS];
+  for (int i = 0; i < ROWS; i++) r[i] = _mm512_load_ps(from[i]);
+  transpose(r);
+  for (int i = 0; i < ROWS; i++) _mm512_store_ps(to + 64 * i, r[i]);
 }
 
 // The sum or the greatest of each of 16 vectors, as one vector. It changes v.
@@ -132,14 +116,15 @@ INLINE __m512 reduce(__m512 v[16], int greatest) {
   }
   for (int count = 2; count >= 1; count /= 2) {
     for (int i = 0; i < count; i++) {
-      v[i] = COMBINE(_mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0x88), _mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0xdd));
+      v[i] = COMBINE(_mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0x88),
+                     _mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0xdd));
     }
   }
   return v[0];
 #undef COMBINE
 }
 
-// --- scratch ----------------------------------------------------------------------------------------------------------
+// --- scratch -------------------------------------------------------------------------------------------------------
 
 typedef struct {
   int64_t dim, hidden, heads, head_dim;
@@ -153,17 +138,17 @@ typedef struct {
 } Shape;
 
 typedef struct {
-  uint8_t *rounded;        // A tiles of norm1, of attention, of norm2
-  uint8_t *q, *k, *v;      // for each window and head: A tiles, B tiles, B tiles
-  uint8_t *hidden;         // A tiles
-  uint8_t *unquantized;    // bf16, in the order of A tiles, before it is rounded to int8
-  float *row_scales;       // int8: what a step of each row of `rounded` is worth
-  float *hidden_scales;    // and of `hidden`
-  uint8_t *attention;      // for each member of the team: scores and weights of 32 queries
+  uint8_t* rounded;      // A tiles of norm1, of attention, of norm2
+  uint8_t *q, *k, *v;    // for each window and head: A tiles, B tiles, B tiles
+  uint8_t* hidden;       // A tiles
+  uint8_t* unquantized;  // bf16, in the order of A tiles, before it is rounded to int8
+  float* row_scales;     // int8: what a step of each row of `rounded` is worth
+  float* hidden_scales;  // and of `hidden`
+  uint8_t* attention;    // for each member of the team: scores and weights of 32 queries
 } Scratch;
 
-static Shape shape_of(const Call *call) {
-  const Block *block = call->block;
+static Shape shape_of(const Call* call) {
+  const Block* block = call->block;
   Shape s = {.dim = block->dim, .hidden = block->hidden, .heads = block->heads, .quantized = block->quantized};
   s.head_dim = s.dim / s.heads;
   s.tokens = call->tokens;
@@ -181,44 +166,44 @@ static Shape shape_of(const Call *call) {
   return s;
 }
 
-static uint8_t *take(uint8_t **next, int64_t bytes) {
-  uint8_t *taken = *next;
+static uint8_t* take(uint8_t** next, int64_t bytes) {
+  uint8_t* taken = *next;
   *next += rounded_up(bytes, 64);
   return taken;
 }
 
-static int64_t lay_out(const Shape *s, uint8_t *base, Scratch *scratch) {
-  uint8_t *next = base;
+static int64_t lay_out(const Shape* s, uint8_t* base, Scratch* scratch) {
+  uint8_t* next = base;
   scratch->rounded = take(&next, s->rows * s->dim * 2);
   scratch->q = take(&next, s->rows * s->dim * 2);
   scratch->k = take(&next, s->rows * s->dim * 2);
   scratch->v = take(&next, s->windows * s->token_steps * 2 * ROWS * s->dim * 2);
   scratch->hidden = take(&next, s->rows * s->part * 2);
   scratch->unquantized = take(&next, s->quantized ? s->rows * at_least(s->dim, s->part) * 2 : 0);
-  scratch->row_scales = (float *)take(&next, s->quantized ? s->rows * 4 : 0);
-  scratch->hidden_scales = (float *)take(&next, s->quantized ? s->rows * 4 : 0);
+  scratch->row_scales = (float*)take(&next, s->quantized ? s->rows * 4 : 0);
+  scratch->hidden_scales = (float*)take(&next, s->quantized ? s->rows * 4 : 0);
   scratch->attention = take(&next, s->members * s->attention_bytes);
   return next - base;
 }
 
 // Bytes of scratch for a call.
-int64_t m2d_amx_scratch(const Call *call) {
+int64_t m2d_amx_scratch(const Call* call) {
   Shape shape = shape_of(call);
   Scratch scratch;
   return num_teams(call->windows, call->threads) * lay_out(&shape, NULL, &scratch);
 }
 
-// --- products ---------------------------------------------------------------------------------------------------------
+// --- products ------------------------------------------------------------------------------------------------------
 
 // Where a layer's output goes.
 typedef enum { TO_HEADS, TO_RESIDUAL, TO_HIDDEN } Destination;
 
 typedef struct {
-  const Call *call;
-  const Shape *shape;
-  const Scratch *scratch;
+  const Call* call;
+  const Shape* shape;
+  const Scratch* scratch;
   Team team;
-  float *x;         // of the chunk's first window
+  float* x;         // of the chunk's first window
   int64_t windows;  // of this chunk
 } Chunk;
 
@@ -226,20 +211,20 @@ enum { ROW_PAIRS = ROWS / 2 };
 
 // What a layer multiplies with: all of its matrix, or what has to do with some of its inputs or outputs.
 typedef struct {
-  const uint8_t *weight;       // B tiles, those of a column `stride` bytes after the ones before
+  const uint8_t* weight;  // B tiles, those of a column `stride` bytes after the ones before
   int64_t stride, steps;
   const float *scales, *bias;  // bias as it is in the model, in float32 or bf16
   int bias_is_bf16;
 } Matrix;
 
-INLINE Matrix matrix_of(const Linear *linear, int64_t inputs, int is_int8) {
+INLINE Matrix matrix_of(const Linear* linear, int64_t inputs, int is_int8) {
   int64_t steps = inputs / (is_int8 ? 64 : 32);
   return (Matrix){linear->weight, steps * TILE, steps, linear->scales, linear->bias, linear->bias_is_bf16};
 }
 
 INLINE Matrix outputs_from(Matrix m, int64_t first) {
   m.weight += first / 16 * m.stride, m.scales += first;
-  if (m.bias) m.bias = (const float *)((const uint8_t *)m.bias + first * (m.bias_is_bf16 ? 2 : 4));
+  if (m.bias) m.bias = (const float*)((const uint8_t*)m.bias + first * (m.bias_is_bf16 ? 2 : 4));
   return m;
 }
 
@@ -251,21 +236,21 @@ INLINE Matrix inputs_from(Matrix m, int64_t first, int64_t count, int is_int8) {
   return m;
 }
 
-INLINE __m512 load_bias(const Matrix *m, int64_t column) {
+INLINE __m512 load_bias(const Matrix* m, int64_t column) {
   if (!m->bias) return _mm512_setzero_ps();
-  return m->bias_is_bf16 ? load_bf16((const uint16_t *)m->bias + column) : _mm512_loadu_ps(m->bias + column);
+  return m->bias_is_bf16 ? load_bf16((const uint16_t*)m->bias + column) : _mm512_loadu_ps(m->bias + column);
 }
 
 // Which 32 columns of a layer's output.
 typedef struct {
   int64_t pair;
-  int part;                             // of query, key and value
-  int64_t head, step;                   // and which columns of which head
-  const float *scales;                  // int8
+  int part;             // of query, key and value
+  int64_t head, step;   // and which columns of which head
+  const float* scales;  // int8
   float bias[PAIR] __attribute__((aligned(64)));
 } Columns;
 
-INLINE void choose_columns(Columns *c, const Shape *s, const Matrix *m, Destination destination, int64_t pair) {
+INLINE void choose_columns(Columns* c, const Shape* s, const Matrix* m, Destination destination, int64_t pair) {
   c->pair = pair;
   c->scales = m->scales + pair * PAIR;
   _mm512_store_ps(c->bias, load_bias(m, pair * PAIR));
@@ -275,43 +260,43 @@ INLINE void choose_columns(Columns *c, const Shape *s, const Matrix *m, Destinat
   c->part = (int)(pair * PAIR / s->dim), c->head = column / s->head_dim, c->step = column % s->head_dim / PAIR;
 }
 
-// A product of 32 rows and 32 columns whose sums are known, and which is finished bit by bit beside the next product: the
-// matrix unit and the vector units work at the same time.
+// A product of 32 rows and 32 columns whose sums are known, and which is finished bit by bit beside the next product:
+// the matrix unit and the vector units work at the same time.
 typedef struct {
   float c[2][2][ROWS][16];  // [row tile][column tile], float32 or int32
   uint8_t keys[ROWS][64];   // before they are transposed
   Columns columns;
-  const float *row_scales;  // int8: of the first row
+  const float* row_scales;  // int8: of the first row
   int done, total;          // pairs of rows
   struct {
     uint8_t *to, *to_high;  // A or B tiles; of values, those of the second 16 columns
-    float *x;
-    int valid;              // rows of x
-    int ends;               // half of a tile of values is left over
-  } halves[2];              // the row tiles
+    float* x;
+    int valid;  // rows of x
+    int ends;   // half of a tile of values is left over
+  } halves[2];  // the row tiles
 } __attribute__((aligned(64))) Pending;
 
 // Which row tiles: the first of two.
 typedef struct {
-  int64_t tile;                // of the chunk
+  int64_t tile;  // of the chunk
   int64_t window, token_tile;
 } Rows;
 
-INLINE Rows next_tile(Rows rows, const Shape *s) {
+INLINE Rows next_tile(Rows rows, const Shape* s) {
   rows.tile++;
   if (++rows.token_tile == s->token_tiles) rows.window++, rows.token_tile = 0;
   return rows;
 }
 
-INLINE float *residual_of(const Chunk *chunk, Rows rows, int64_t pair) {
-  const Shape *s = chunk->shape;
+INLINE float* residual_of(const Chunk* chunk, Rows rows, int64_t pair) {
+  const Shape* s = chunk->shape;
   return chunk->x + (rows.window * s->tokens + rows.token_tile * ROWS) * s->dim + pair * PAIR;
 }
 
-INLINE void prepare(Pending *p, const Chunk *chunk, const Columns *columns, Destination destination, Rows rows,
-                    int row_tiles, const float *row_scales, int64_t outputs) {
-  const Shape *s = chunk->shape;
-  const Scratch *scratch = chunk->scratch;
+INLINE void prepare(Pending* p, const Chunk* chunk, const Columns* columns, Destination destination, Rows rows,
+                    int row_tiles, const float* row_scales, int64_t outputs) {
+  const Shape* s = chunk->shape;
+  const Scratch* scratch = chunk->scratch;
   p->done = 0, p->total = row_tiles * ROW_PAIRS;
   p->columns = *columns;
   p->row_scales = row_scales + rows.tile * ROWS;
@@ -320,12 +305,12 @@ INLINE void prepare(Pending *p, const Chunk *chunk, const Columns *columns, Dest
       p->halves[i].x = residual_of(chunk, rows, columns->pair);
       p->halves[i].valid = (int)at_most(ROWS, s->tokens - rows.token_tile * ROWS);
     } else if (destination == TO_HIDDEN) {
-      uint8_t *hidden = s->quantized ? scratch->unquantized : scratch->hidden;
+      uint8_t* hidden = s->quantized ? scratch->unquantized : scratch->hidden;
       p->halves[i].to = hidden + (rows.tile * (outputs / PAIR) + columns->pair) * TILE;
     } else {
       int64_t steps = s->head_dim / PAIR, head = rows.window * s->heads + columns->head;
       if (columns->part < 2) {
-        uint8_t *to = columns->part == 0 ? scratch->q : scratch->k;
+        uint8_t* to = columns->part == 0 ? scratch->q : scratch->k;
         p->halves[i].to = to + ((head * s->token_tiles + rows.token_tile) * steps + columns->step) * TILE;
       } else {
         int64_t to_next = s->token_steps * TILE;
@@ -338,19 +323,19 @@ INLINE void prepare(Pending *p, const Chunk *chunk, const Columns *columns, Dest
   }
 }
 
-INLINE void finish_heads(Pending *p, int i, int r, const __m512 low[2], const __m512 high[2]) {
-  uint8_t *to = p->halves[i].to;
+INLINE void finish_heads(Pending* p, int i, int r, const __m512 low[2], const __m512 high[2]) {
+  uint8_t* to = p->halves[i].to;
   if (p->columns.part == 0) {
     _mm512_store_si512(to + 64 * r, as_bf16(low[0], high[0]));
     _mm512_store_si512(to + 64 * r + 64, as_bf16(low[1], high[1]));
   } else if (p->columns.part == 1) {
     _mm512_store_si512(p->keys[r], as_bf16(low[0], high[0]));
     _mm512_store_si512(p->keys[r + 1], as_bf16(low[1], high[1]));
-    if (r + 2 == ROWS) transpose(p->keys, to);
+    if (r + 2 == ROWS) transpose_tile(p->keys, to);
   } else {
     const __m512i interleaved = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
                                                  23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    uint8_t *to_high = p->halves[i].to_high;
+    uint8_t* to_high = p->halves[i].to_high;
     _mm512_store_si512(to + 32 * r, _mm512_permutexvar_epi16(interleaved, as_bf16(low[0], low[1])));
     _mm512_store_si512(to_high + 32 * r, _mm512_permutexvar_epi16(interleaved, as_bf16(high[0], high[1])));
     if (p->halves[i].ends) {  // the weights there are 0, but 0 * NaN is not
@@ -360,21 +345,21 @@ INLINE void finish_heads(Pending *p, int i, int r, const __m512 low[2], const __
   }
 }
 
-INLINE void finish_residual(Pending *p, int i, int r, int64_t dim, const __m512 low[2], const __m512 high[2]) {
-  float *x = p->halves[i].x + r * dim;
+INLINE void finish_residual(Pending* p, int i, int r, int64_t dim, const __m512 low[2], const __m512 high[2]) {
+  float* x = p->halves[i].x + r * dim;
   for (int j = 0; j < 2 && r + j < p->halves[i].valid; j++, x += dim) {
     _mm512_storeu_ps(x, _mm512_add_ps(_mm512_loadu_ps(x), low[j]));
     _mm512_storeu_ps(x + 16, _mm512_add_ps(_mm512_loadu_ps(x + 16), high[j]));
   }
 }
 
-INLINE void finish_hidden(Pending *p, int i, int r, const __m512 low[2], const __m512 high[2]) {
-  uint8_t *to = p->halves[i].to + 64 * r;
+INLINE void finish_hidden(Pending* p, int i, int r, const __m512 low[2], const __m512 high[2]) {
+  uint8_t* to = p->halves[i].to + 64 * r;
   for (int j = 0; j < 2; j++) _mm512_store_si512(to + 64 * j, as_bf16(gelu(low[j]), gelu(high[j])));
 }
 
 // The next two rows.
-INLINE void finish_rows(Pending *p, int64_t dim, Destination destination, int is_int8) {
+INLINE void finish_rows(Pending* p, int64_t dim, Destination destination, int is_int8) {
   int i = p->done / ROW_PAIRS, r = p->done % ROW_PAIRS * 2;
   __m512 low[2], high[2], bias_low = _mm512_load_ps(p->columns.bias), bias_high = _mm512_load_ps(p->columns.bias + 16);
   for (int j = 0; j < 2; j++) {
@@ -398,54 +383,67 @@ INLINE void finish_rows(Pending *p, int64_t dim, Destination destination, int is
 // Stride of sums that are kept as tiles one after the other.
 enum { SUMS_ROW = 64, SUMS_COLUMN_TILE = TILE, SUMS_ROW_TILE = 2 * TILE };
 
-// Up to 32 rows of A times 32 columns of B -> c, whose column tiles are `column_tile` bytes apart, row tiles `row_tile`.
-// A comes from further away than B, which is used again soon: the streaming load leaves B in the nearest cache. What goes
-// on beside it is the work of `beside`, once for each step.
-#define MULTIPLY(a, row_tiles, b, b_stride, steps, is_int8, c, row, column_tile, row_tile, beside)                \
-  do {                                                                                                  \
-    const uint8_t *a_ = (a), *a1_ = a_ + ((row_tiles) - 1) * (steps) * TILE;                            \
-    const uint8_t *b_ = (b), *b1_ = b_ + (b_stride);                                                \
-    uint8_t *c_ = (uint8_t *)(c);                                                                       \
-    __asm__ volatile("" ::: "memory"); /* the loads of tiles are not known to read memory */            \
-    _tile_zero(0);                                                                                      \
-    _tile_zero(1);                                                                                      \
-    _tile_zero(2);                                                                                      \
-    _tile_zero(3);                                                                                      \
-    for (int64_t k_ = 0; k_ < (steps); k_++) {                                                          \
-      _tile_stream_loadd(4, a_ + k_ * TILE, 64);                                                        \
-      _tile_loadd(6, b_ + k_ * TILE, 64);                                                               \
-      if (is_int8) _tile_dpbssd(0, 4, 6); else _tile_dpbf16ps(0, 4, 6);                                 \
-      _tile_loadd(7, b1_ + k_ * TILE, 64);                                                              \
-      if (is_int8) _tile_dpbssd(1, 4, 7); else _tile_dpbf16ps(1, 4, 7);                                 \
-      if ((row_tiles) == 2) {                                                                           \
-        _tile_stream_loadd(5, a1_ + k_ * TILE, 64);                                                     \
-        if (is_int8) _tile_dpbssd(2, 5, 6); else _tile_dpbf16ps(2, 5, 6);                               \
-        if (is_int8) _tile_dpbssd(3, 5, 7); else _tile_dpbf16ps(3, 5, 7);                               \
-      }                                                                                                 \
-      beside;                                                                                           \
-    }                                                                                                   \
-    _tile_stored(0, c_, row);                                                                           \
-    _tile_stored(1, c_ + (column_tile), row);                                                           \
-    if ((row_tiles) == 2) {                                                                             \
-      _tile_stored(2, c_ + (row_tile), row);                                                            \
-      _tile_stored(3, c_ + (row_tile) + (column_tile), row);                                            \
-    }                                                                                                   \
+// Up to 32 rows of A times 32 columns of B -> c, whose column tiles are `column_tile` bytes apart, row tiles
+// `row_tile`. A comes from further away than B, which is used again soon: the streaming load leaves B in the nearest
+// cache. What goes on beside it is the work of `beside`, once for each step.
+#define MULTIPLY(a, row_tiles, b, b_stride, steps, is_int8, c, row, column_tile, row_tile, beside) \
+  do {                                                                                             \
+    const uint8_t *a_ = (a), *a1_ = a_ + ((row_tiles) - 1) * (steps) * TILE;                       \
+    const uint8_t *b_ = (b), *b1_ = b_ + (b_stride);                                               \
+    uint8_t* c_ = (uint8_t*)(c);                                                                   \
+    __asm__ volatile("" ::: "memory"); /* the loads of tiles are not known to read memory */       \
+    _tile_zero(0);                                                                                 \
+    _tile_zero(1);                                                                                 \
+    _tile_zero(2);                                                                                 \
+    _tile_zero(3);                                                                                 \
+    for (int64_t k_ = 0; k_ < (steps); k_++) {                                                     \
+      _tile_stream_loadd(4, a_ + k_ * TILE, 64);                                                   \
+      _tile_loadd(6, b_ + k_ * TILE, 64);                                                          \
+      if (is_int8)                                                                                 \
+        _tile_dpbssd(0, 4, 6);                                                                     \
+      else                                                                                         \
+        _tile_dpbf16ps(0, 4, 6);                                                                   \
+      _tile_loadd(7, b1_ + k_ * TILE, 64);                                                         \
+      if (is_int8)                                                                                 \
+        _tile_dpbssd(1, 4, 7);                                                                     \
+      else                                                                                         \
+        _tile_dpbf16ps(1, 4, 7);                                                                   \
+      if ((row_tiles) == 2) {                                                                      \
+        _tile_stream_loadd(5, a1_ + k_ * TILE, 64);                                                \
+        if (is_int8)                                                                               \
+          _tile_dpbssd(2, 5, 6);                                                                   \
+        else                                                                                       \
+          _tile_dpbf16ps(2, 5, 6);                                                                 \
+        if (is_int8)                                                                               \
+          _tile_dpbssd(3, 5, 7);                                                                   \
+        else                                                                                       \
+          _tile_dpbf16ps(3, 5, 7);                                                                 \
+      }                                                                                            \
+      beside;                                                                                      \
+    }                                                                                              \
+    _tile_stored(0, c_, row);                                                                      \
+    _tile_stored(1, c_ + (column_tile), row);                                                      \
+    if ((row_tiles) == 2) {                                                                        \
+      _tile_stored(2, c_ + (row_tile), row);                                                       \
+      _tile_stored(3, c_ + (row_tile) + (column_tile), row);                                       \
+    }                                                                                              \
   } while (0)
 
-// The next 32 columns of B are asked for while these are used: they are far away, in memory or a cache that cores share.
+// The next 32 columns of B are asked for while these are used: they are far away, in memory or a cache that cores
+// share.
 typedef struct {
-  const uint8_t *next;
+  const uint8_t* next;
   int64_t lines, lines_per_tile_column;  // left of this column of tiles
   int64_t tile_columns, to_next;         // left, and bytes from the end of one to the next
   int64_t at_once;                       // lines in a step
 } Ahead;
 
-INLINE Ahead ahead_of(const Matrix *m, const uint8_t *next, int is_there, int64_t row_pairs) {
+INLINE Ahead ahead_of(const Matrix* m, const uint8_t* next, int is_there, int64_t row_pairs) {
   int64_t lines = m->steps * (TILE / 64), at_once = (2 * lines + m->steps * row_pairs - 1) / (m->steps * row_pairs);
   return (Ahead){next, lines, lines, is_there ? 2 : 0, m->stride - m->steps * TILE, at_once};
 }
 
-INLINE void fetch(Ahead *ahead) {
+INLINE void fetch(Ahead* ahead) {
   for (int64_t i = 0; i < ahead->at_once && ahead->tile_columns; i++) {
     _mm_prefetch(ahead->next, _MM_HINT_T1);
     ahead->next += 64;
@@ -457,9 +455,9 @@ INLINE void fetch(Ahead *ahead) {
 }
 
 // What a product is going to be added to, too, which is used when the next one is computed.
-INLINE void fetch_residual(const Chunk *chunk, Rows rows, int row_tiles, int64_t pair) {
+INLINE void fetch_residual(const Chunk* chunk, Rows rows, int row_tiles, int64_t pair) {
   for (int i = 0; i < row_tiles; i++, rows = next_tile(rows, chunk->shape)) {
-    const float *x = residual_of(chunk, rows, pair);
+    const float* x = residual_of(chunk, rows, pair);
     for (int r = 0; r < ROWS; r++, x += chunk->shape->dim) {  // beyond the last token it asks in vain
       _mm_prefetch(x, _MM_HINT_T0);
       _mm_prefetch(x + 16, _MM_HINT_T0);
@@ -467,8 +465,8 @@ INLINE void fetch_residual(const Chunk *chunk, Rows rows, int row_tiles, int64_t
   }
 }
 
-INLINE void product(const uint8_t *a, int row_tiles, const Matrix *m, const uint8_t *b, int is_int8, Pending *next,
-                    Pending *last, Ahead *ahead, int64_t dim, Destination destination) {
+INLINE void product(const uint8_t* a, int row_tiles, const Matrix* m, const uint8_t* b, int is_int8, Pending* next,
+                    Pending* last, Ahead* ahead, int64_t dim, Destination destination) {
   MULTIPLY(a, row_tiles, b, m->stride, m->steps, is_int8, next->c, SUMS_ROW, SUMS_COLUMN_TILE, SUMS_ROW_TILE, {
     fetch(ahead);
     if (last->done < last->total) finish_rows(last, dim, destination, is_int8);
@@ -477,16 +475,16 @@ INLINE void product(const uint8_t *a, int row_tiles, const Matrix *m, const uint
 }
 
 // A layer, or part of it, for all rows of the chunk: a are their A tiles.
-INLINE void layer(const Chunk *chunk, Matrix m, const uint8_t *a, const float *row_scales, int64_t outputs,
+INLINE void layer(const Chunk* chunk, Matrix m, const uint8_t* a, const float* row_scales, int64_t outputs,
                   Destination destination, int is_int8) {
-  const Shape *s = chunk->shape;
+  const Shape* s = chunk->shape;
   Pending turns[2];
   turns[0].done = turns[0].total = turns[1].done = turns[1].total = 0;
   int turn = 0;
   int64_t tiles = chunk->windows * s->token_tiles;
   Share pairs = share_of(chunk->team, outputs / PAIR);
   for (int64_t pair = pairs.first; pair < pairs.stop; pair++) {
-    const uint8_t *b = m.weight + pair * 2 * m.stride;
+    const uint8_t* b = m.weight + pair * 2 * m.stride;
     Ahead ahead = ahead_of(&m, b + 2 * m.stride, pair + 1 < pairs.stop, (tiles + 1) / 2);
     Columns columns;
     choose_columns(&columns, s, &m, destination, pair);
@@ -503,16 +501,16 @@ INLINE void layer(const Chunk *chunk, Matrix m, const uint8_t *a, const float *r
       turn = 1 - turn;
     }
   }
-  for (Pending *last = &turns[1 - turn]; last->done < last->total;) finish_rows(last, s->dim, destination, is_int8);
+  for (Pending* last = &turns[1 - turn]; last->done < last->total;) finish_rows(last, s->dim, destination, is_int8);
 }
 
-// --- what is between products ------------------------------------------------------------------------------------------
+// --- what is between products --------------------------------------------------------------------------------------
 
 // Round 64 values to int8: to = value / step.
-INLINE void round_to_int8(const __m512 values[4], __m512 reciprocal, uint8_t *to) {
+INLINE void round_to_int8(const __m512 values[4], __m512 reciprocal, uint8_t* to) {
   for (int i = 0; i < 4; i++) {
     __m512i levels = _mm512_cvtps_epi32(_mm512_mul_ps(values[i], reciprocal));
-    _mm_store_si128((__m128i *)(to + 16 * i), _mm512_cvtsepi32_epi8(levels));
+    _mm_store_si128((__m128i*)(to + 16 * i), _mm512_cvtsepi32_epi8(levels));
   }
 }
 
@@ -521,14 +519,15 @@ INLINE __m512 steps_of(__m512 largest) {
   return _mm512_mul_ps(_mm512_max_ps(largest, _mm512_set1_ps(1e-12f)), _mm512_set1_ps(1.0f / 127.0f));
 }
 
-INLINE __m512 normalized(__m512 x, const Norm *norm, int64_t column, __m512 mean, __m512 factor) {
+INLINE __m512 normalized(__m512 x, const Norm* norm, int64_t column, __m512 mean, __m512 factor) {
   x = _mm512_mul_ps(_mm512_sub_ps(x, mean), factor);
   if (norm->weight) x = _mm512_mul_ps(x, _mm512_loadu_ps(norm->weight + column));
   return norm->bias ? _mm512_add_ps(x, _mm512_loadu_ps(norm->bias + column)) : x;
 }
 
 // Up to 16 rows of x, normalised, as a row tile of A; what is missing is 0.
-INLINE void norm_tile(const float *x, int64_t rows, const Norm *norm, int64_t dim, uint8_t *to, int is_int8, float *scales) {
+INLINE void norm_tile(const float* x, int64_t rows, const Norm* norm, int64_t dim, uint8_t* to, int is_int8,
+                      float* scales) {
   float means[ROWS], factors[ROWS], reciprocals[ROWS];
   __m512 v[ROWS];
   for (int r = 0; r < ROWS; r++) {
@@ -563,7 +562,7 @@ INLINE void norm_tile(const float *x, int64_t rows, const Norm *norm, int64_t di
     _mm512_storeu_ps(reciprocals, _mm512_div_ps(_mm512_set1_ps(1.0f), steps));
   }
   for (int r = 0; r < ROWS; r++) {
-    uint8_t *tile_row = to + 64 * r;
+    uint8_t* tile_row = to + 64 * r;
     if (r >= rows) {
       int64_t steps = dim / (is_int8 ? 64 : 32);
       for (int64_t k = 0; k < steps; k++) _mm512_store_si512(tile_row + k * TILE, _mm512_setzero_si512());
@@ -583,25 +582,25 @@ INLINE void norm_tile(const float *x, int64_t rows, const Norm *norm, int64_t di
   }
 }
 
-INLINE void norm_rows(const Chunk *chunk, const Norm *norm, int is_int8) {
-  const Shape *s = chunk->shape;
+INLINE void norm_rows(const Chunk* chunk, const Norm* norm, int is_int8) {
+  const Shape* s = chunk->shape;
   int64_t steps = s->dim / (is_int8 ? 64 : 32);
   Share tiles = share_of(chunk->team, chunk->windows * s->token_tiles);
   for (int64_t tile = tiles.first; tile < tiles.stop; tile++) {
     int64_t token = tile % s->token_tiles * ROWS;
-    const float *x = chunk->x + (tile / s->token_tiles * s->tokens + token) * s->dim;
-    float *scales = chunk->scratch->row_scales + tile * ROWS;
+    const float* x = chunk->x + (tile / s->token_tiles * s->tokens + token) * s->dim;
+    float* scales = chunk->scratch->row_scales + tile * ROWS;
     norm_tile(x, s->tokens - token, norm, s->dim, chunk->scratch->rounded + tile * steps * TILE, is_int8, scales);
   }
 }
 
 // bf16 in the order of A tiles -> int8 A tiles, with a step for each row.
-static void quantize_rows(const Chunk *chunk, int64_t columns, uint8_t *to, float *scales) {
+static void quantize_rows(const Chunk* chunk, int64_t columns, uint8_t* to, float* scales) {
   int64_t steps = columns / PAIR;
   Share share = share_of(chunk->team, chunk->windows * chunk->shape->token_tiles);
   for (int64_t tile = share.first; tile < share.stop; tile++) {
-    const uint8_t *from = chunk->scratch->unquantized + tile * steps * TILE;
-    uint8_t *out = to + tile * (steps / 2) * TILE;
+    const uint8_t* from = chunk->scratch->unquantized + tile * steps * TILE;
+    uint8_t* out = to + tile * (steps / 2) * TILE;
     float reciprocals[ROWS];
     __m512 v[ROWS];
     for (int r = 0; r < ROWS; r++) {
@@ -620,7 +619,7 @@ static void quantize_rows(const Chunk *chunk, int64_t columns, uint8_t *to, floa
       __m512 reciprocal = _mm512_set1_ps(reciprocals[r]), values[4];
       for (int64_t k = 0; k < steps; k += 2) {
         for (int j = 0; j < 4; j++) {
-          values[j] = load_bf16((const uint16_t *)(from + (k + j / 2) * TILE + 64 * r) + j % 2 * 16);
+          values[j] = load_bf16((const uint16_t*)(from + (k + j / 2) * TILE + 64 * r) + j % 2 * 16);
         }
         round_to_int8(values, reciprocal, out + k / 2 * TILE + 64 * r);
       }
@@ -628,17 +627,17 @@ static void quantize_rows(const Chunk *chunk, int64_t columns, uint8_t *to, floa
   }
 }
 
-// --- attention ---------------------------------------------------------------------------------------------------------
+// --- attention -----------------------------------------------------------------------------------------------------
 
 // exp(score - greatest) of 16 queries, as a row tile of A; `reciprocals` are of their sums.
-INLINE void softmax(const float *scores, int64_t tokens, int64_t width, float factor, uint8_t *to, float *reciprocals) {
+INLINE void softmax(const float* scores, int64_t tokens, int64_t width, float factor, uint8_t* to, float* reciprocals) {
   int64_t whole = tokens / PAIR, steps = width / PAIR;
   __mmask16 low = (__mmask16)((1u << at_most(16, tokens % PAIR)) - 1);
   __mmask16 high = (__mmask16)((1u << at_least(0, tokens % PAIR - 16)) - 1);
   float offsets[ROWS];
   __m512 v[ROWS];
   for (int r = 0; r < ROWS; r++) {
-    const float *row = scores + r * width;
+    const float* row = scores + r * width;
     __m512 greatest[2] = {_mm512_set1_ps(-__builtin_inff()), _mm512_set1_ps(-__builtin_inff())};
     for (int64_t i = 0; i < whole; i++) {
       greatest[0] = _mm512_max_ps(greatest[0], _mm512_load_ps(row + i * PAIR));
@@ -653,7 +652,7 @@ INLINE void softmax(const float *scores, int64_t tokens, int64_t width, float fa
   __m512 scale = _mm512_set1_ps(factor);
   _mm512_storeu_ps(offsets, _mm512_mul_ps(reduce(v, 1), scale));
   for (int r = 0; r < ROWS; r++) {
-    const float *row = scores + r * width;
+    const float* row = scores + r * width;
     __m512 offset = _mm512_set1_ps(offsets[r]), e[2], sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
     for (int64_t i = 0; i < steps; i++) {
       for (int j = 0; j < 2; j++) {
@@ -669,28 +668,29 @@ INLINE void softmax(const float *scores, int64_t tokens, int64_t width, float fa
 }
 
 // Up to 32 queries of one head.
-INLINE void attend(const Chunk *chunk, int64_t head, int64_t query_tile, int row_tiles, float *scores, uint8_t *weights,
-                   uint8_t *to) {
-  const Shape *s = chunk->shape;
+INLINE void attend(const Chunk* chunk, int64_t head, int64_t query_tile, int row_tiles, float* scores, uint8_t* weights,
+                   uint8_t* to) {
+  const Shape* s = chunk->shape;
   int64_t steps = s->head_dim / PAIR, width = s->token_steps * PAIR;
-  const uint8_t *q = chunk->scratch->q + (head * s->token_tiles + query_tile) * steps * TILE;
-  const uint8_t *k = chunk->scratch->k + head * s->token_tiles * steps * TILE;
-  const uint8_t *v = chunk->scratch->v + head * (s->head_dim / ROWS) * s->token_steps * TILE;
+  const uint8_t* q = chunk->scratch->q + (head * s->token_tiles + query_tile) * steps * TILE;
+  const uint8_t* k = chunk->scratch->k + head * s->token_tiles * steps * TILE;
+  const uint8_t* v = chunk->scratch->v + head * (s->head_dim / ROWS) * s->token_steps * TILE;
   for (int64_t step = 0; step < s->token_steps; step++) {
     MULTIPLY(q, row_tiles, k + 2 * step * steps * TILE, steps * TILE, steps, 0, scores + step * PAIR, 4 * width, 64,
              4 * ROWS * width, {});
   }
   float reciprocals[2 * ROWS], factor = 1.44269504f / __builtin_sqrtf(s->head_dim);
   for (int i = 0; i < row_tiles; i++) {
-    softmax(scores + i * ROWS * width, s->tokens, width, factor, weights + i * s->token_steps * TILE, reciprocals + i * ROWS);
+    softmax(scores + i * ROWS * width, s->tokens, width, factor, weights + i * s->token_steps * TILE,
+            reciprocals + i * ROWS);
   }
   float c[2][2][ROWS][16] __attribute__((aligned(64)));
   int64_t window = head / s->heads, first = head % s->heads * steps, all_steps = s->dim / PAIR;
   for (int64_t step = 0; step < steps; step++) {
-    MULTIPLY(weights, row_tiles, v + 2 * step * s->token_steps * TILE, s->token_steps * TILE, s->token_steps, 0, c, SUMS_ROW,
-             SUMS_COLUMN_TILE, SUMS_ROW_TILE, {});
+    MULTIPLY(weights, row_tiles, v + 2 * step * s->token_steps * TILE, s->token_steps * TILE, s->token_steps, 0, c,
+             SUMS_ROW, SUMS_COLUMN_TILE, SUMS_ROW_TILE, {});
     for (int i = 0; i < row_tiles; i++) {
-      uint8_t *tile = to + ((window * s->token_tiles + query_tile + i) * all_steps + first + step) * TILE;
+      uint8_t* tile = to + ((window * s->token_tiles + query_tile + i) * all_steps + first + step) * TILE;
       for (int r = 0; r < ROWS; r++) {
         __m512 factor = _mm512_set1_ps(reciprocals[i * ROWS + r]);
         __m512 low = _mm512_mul_ps(_mm512_load_ps(c[i][0][r]), factor);
@@ -701,11 +701,11 @@ INLINE void attend(const Chunk *chunk, int64_t head, int64_t query_tile, int row
   }
 }
 
-static void attention(const Chunk *chunk, uint8_t *to) {
-  const Shape *s = chunk->shape;
-  uint8_t *own = chunk->scratch->attention + chunk->team.rank * s->attention_bytes;
-  float *scores = (float *)own;
-  uint8_t *weights = own + 2 * ROWS * s->token_steps * PAIR * 4;
+static void attention(const Chunk* chunk, uint8_t* to) {
+  const Shape* s = chunk->shape;
+  uint8_t* own = chunk->scratch->attention + chunk->team.rank * s->attention_bytes;
+  float* scores = (float*)own;
+  uint8_t* weights = own + 2 * ROWS * s->token_steps * PAIR * 4;
   int64_t query_pairs = (s->token_tiles + 1) / 2;
   Share tasks = share_of(chunk->team, chunk->windows * s->heads * query_pairs);
   for (int64_t task = tasks.first; task < tasks.stop; task++) {
@@ -718,13 +718,13 @@ static void attention(const Chunk *chunk, uint8_t *to) {
   }
 }
 
-// --- a block -----------------------------------------------------------------------------------------------------------
+// --- a block -------------------------------------------------------------------------------------------------------
 
-INLINE void run_chunk(const Chunk *chunk, int is_int8) {
-  const Shape *s = chunk->shape;
-  const Scratch *scratch = chunk->scratch;
-  const Block *block = chunk->call->block;
-  const float *scales = scratch->row_scales;
+INLINE void run_chunk(const Chunk* chunk, int is_int8) {
+  const Shape* s = chunk->shape;
+  const Scratch* scratch = chunk->scratch;
+  const Block* block = chunk->call->block;
+  const float* scales = scratch->row_scales;
   norm_rows(chunk, &block->norm1, is_int8);
   wait_for_all(chunk->team);
   layer(chunk, matrix_of(&block->qkv, s->dim, is_int8), scratch->rounded, scales, 3 * s->dim, TO_HEADS, is_int8);
@@ -754,14 +754,14 @@ INLINE void run_chunk(const Chunk *chunk, int is_int8) {
   }
 }
 
-static void run_windows(const Call *call, Team team, int64_t first, int64_t stop, uint8_t *base) {
+static void run_windows(const Call* call, Team team, int64_t first, int64_t stop, uint8_t* base) {
   Shape shape = shape_of(call);
   Scratch scratch;
   lay_out(&shape, base, &scratch);
   configure_tiles();
   for (int64_t window = first, end; window < stop; window = end) {
     end = end_of_chunk(window, stop, shape.windows);
-    float *x = call->x + window * shape.tokens * shape.dim;
+    float* x = call->x + window * shape.tokens * shape.dim;
     Chunk chunk = {call, &shape, &scratch, team, x, end - window};
     if (shape.quantized) {
       run_chunk(&chunk, 1);
@@ -772,7 +772,7 @@ static void run_windows(const Call *call, Team team, int64_t first, int64_t stop
   _tile_release();
 }
 
-void m2d_amx_run(const Call *call) {
+void m2d_amx_run(const Call* call) {
   Shape shape = shape_of(call);
   Scratch scratch;
   run_in_teams(call, run_windows, lay_out(&shape, NULL, &scratch));

@@ -8,9 +8,9 @@
 #include "parallel.h"
 
 typedef struct {
-  const void *weight;   // packed: see the file that reads it
-  const float *scales;  // int8: what a step of each output's weights is worth
-  const void *bias;     // or NULL
+  const void* weight;   // packed: see the file that reads it
+  const float* scales;  // int8: what a step of each output's weights is worth
+  const void* bias;     // or NULL
   int32_t bias_is_bf16;
 } Linear;
 
@@ -29,11 +29,11 @@ typedef struct {
 
 // x is (windows, tokens, dim) float32, changed in place.
 typedef struct {
-  const Block *block;
-  float *x;
+  const Block* block;
+  float* x;
   int64_t windows, tokens;
-  uint8_t *scratch;
-  const Runtime *runtime;
+  uint8_t* scratch;
+  const Runtime* runtime;
   int32_t threads;
 } Call;
 

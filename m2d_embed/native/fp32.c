@@ -1,49 +1,47 @@
 // Transformer blocks in float32 on AVX-512.
 //
-// Weights are used as they are, with no copy of them all: 64 rows of a matrix at a time are laid out for the product, in a
-// cache of the core, and used for some hundred tokens. All sums are of float32, exp and erf to 2e-7.
+// Weights are used as they are, with no copy of them all: 64 rows of a matrix at a time are laid out for the product,
+// in a cache of the core, and used for some hundred tokens. All sums are of float32, exp and erf to 2e-7.
 
-#include <immintrin.h>
 #include <stddef.h>
 
 #include "teams.h"
+#include "vectors.h"
 
 enum {
-  ROWS = 6,          // of a product in registers
-  WIDTH = 64,        // its columns, four vectors
+  ROWS = 6,    // of a product in registers
+  WIDTH = 64,  // its columns, four vectors
   VECTORS = WIDTH / 16,
   CHUNK_ROWS = 384,  // tokens that go through a block together
 };
 
-#define INLINE static inline __attribute__((always_inline))
-
 typedef struct {
   int64_t dim, hidden, heads, head_dim, tokens;
-  int64_t width;         // tokens of a window, rounded up to whole panels
-  int64_t windows;       // of a chunk
-  int64_t members;       // of a team, at most
-  int64_t part;          // hidden values that are between the layers of the MLP at a time
-  int64_t member_floats; // scratch of each member of a team
+  int64_t width;          // tokens of a window, rounded up to whole panels
+  int64_t windows;        // of a chunk
+  int64_t members;        // of a team, at most
+  int64_t part;           // hidden values that are between the layers of the MLP at a time
+  int64_t member_floats;  // scratch of each member of a team
 } Shape;
 
 typedef struct {
-  float *normed;  // [row][dim]: of norm1, of attention, of norm2
-  float *qkv;     // [row][3 dim]
-  float *hidden;  // [row][part]
-  float *members;
+  float* normed;  // [row][dim]: of norm1, of attention, of norm2
+  float* qkv;     // [row][3 dim]
+  float* hidden;  // [row][part]
+  float* members;
 } Scratch;
 
 typedef struct {
-  const Call *call;
-  const Shape *shape;
-  const Scratch *scratch;
+  const Call* call;
+  const Shape* shape;
+  const Scratch* scratch;
   Team team;
-  float *x;
+  float* x;
   int64_t windows;
 } Chunk;
 
-static Shape shape_of(const Call *call) {
-  const Block *block = call->block;
+static Shape shape_of(const Call* call) {
+  const Block* block = call->block;
   Shape s = {.dim = block->dim, .hidden = block->hidden, .heads = block->heads, .tokens = call->tokens};
   s.head_dim = s.dim / s.heads;
   s.width = rounded_up(s.tokens, WIDTH);
@@ -56,7 +54,7 @@ static Shape shape_of(const Call *call) {
   return s;
 }
 
-static int64_t lay_out(const Shape *s, float *base, Scratch *scratch) {
+static int64_t lay_out(const Shape* s, float* base, Scratch* scratch) {
   int64_t rows = s->windows * s->tokens;
   scratch->normed = base;
   scratch->qkv = scratch->normed + rows * s->dim;
@@ -66,13 +64,13 @@ static int64_t lay_out(const Shape *s, float *base, Scratch *scratch) {
 }
 
 // Bytes of scratch for a call.
-int64_t m2d_fp32_scratch(const Call *call) {
+int64_t m2d_fp32_scratch(const Call* call) {
   Shape shape = shape_of(call);
   Scratch scratch;
   return num_teams(call->windows, call->threads) * lay_out(&shape, NULL, &scratch);
 }
 
-// --- vectors ----------------------------------------------------------------------------------------------------------
+// --- vectors -------------------------------------------------------------------------------------------------------
 
 // e^x for x <= 0, to 2e-7.
 INLINE __m512 exp_of(__m512 x) {
@@ -106,32 +104,15 @@ INLINE __m512 gelu(__m512 x) {
   return _mm512_mask_sub_ps(half, positive, x, half);
 }
 
-// 16 rows of 16 values, `stride` apart -> 16 rows of `to`, WIDTH apart, transposed.
-INLINE void transpose(const float *from, int64_t stride, float *to, int64_t to_stride) {
-  __m512 r[16], a[16];
+// 16 rows of 16 values, `stride` apart -> 16 rows of `to`, a panel, transposed.
+INLINE void transpose_into(const float* from, int64_t stride, float* to) {
+  __m512 r[16];
   for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_ps(from + i * stride);
-  for (int i = 0; i < 8; i++) {
-    a[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
-    a[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
-  }
-  for (int i = 0; i < 4; i++) {
-    for (int j = 0; j < 2; j++) {
-      __m512d x = _mm512_castps_pd(a[4 * i + j]), y = _mm512_castps_pd(a[4 * i + 2 + j]);
-      r[4 * i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y));
-      r[4 * i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
-    }
-  }
-  for (int i = 0; i < 4; i++) {
-    __m512 x = _mm512_shuffle_f32x4(r[i], r[i + 4], 0x44), y = _mm512_shuffle_f32x4(r[i], r[i + 4], 0xee);
-    __m512 z = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x44), w = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xee);
-    _mm512_storeu_ps(to + i * to_stride, _mm512_shuffle_f32x4(x, z, 0x88));
-    _mm512_storeu_ps(to + (i + 4) * to_stride, _mm512_shuffle_f32x4(x, z, 0xdd));
-    _mm512_storeu_ps(to + (i + 8) * to_stride, _mm512_shuffle_f32x4(y, w, 0x88));
-    _mm512_storeu_ps(to + (i + 12) * to_stride, _mm512_shuffle_f32x4(y, w, 0xdd));
-  }
+  transpose(r);
+  for (int i = 0; i < 16; i++) _mm512_storeu_ps(to + i * WIDTH, r[i]);
 }
 
-// --- products ---------------------------------------------------------------------------------------------------------
+// --- products ------------------------------------------------------------------------------------------------------
 
 typedef __m512 Sums[ROWS][VECTORS];
 
@@ -142,7 +123,7 @@ INLINE void clear(Sums sums, int rows, int vectors) {
 }
 
 // sums += a (rows x inner) b (inner x 16 vectors)
-INLINE void add_products(const float *a, int64_t a_stride, const float *b, int64_t b_stride, int64_t inner, int rows,
+INLINE void add_products(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t inner, int rows,
                          int vectors, Sums sums) {
   for (int64_t k = 0; k < inner; k++) {
     __m512 v[VECTORS];
@@ -158,13 +139,13 @@ typedef enum { TO_OUTPUT, TO_RESIDUAL, TO_HIDDEN } Destination;
 
 // What is to come next is asked for while this is multiplied: 64 rows of a matrix, some columns of them.
 typedef struct {
-  const float *next;
+  const float* next;
   int64_t to_next_row;    // from the end of a row's columns
   int64_t lines_per_row;  // of 16 values
   int64_t lines, rows;    // left of this row, and of all
 } Ahead;
 
-INLINE void fetch(Ahead *ahead) {
+INLINE void fetch(Ahead* ahead) {
   if (!ahead->rows) return;
   _mm_prefetch(ahead->next, _MM_HINT_T1);
   ahead->next += 16;
@@ -175,13 +156,13 @@ INLINE void fetch(Ahead *ahead) {
 
 typedef struct {
   const float *a, *panel, *bias;
-  float *out;
+  float* out;
   int64_t inner, out_stride;
   Destination destination;
   Ahead ahead;
 } Product;
 
-INLINE void multiply(Product *p, int rows) {
+INLINE void multiply(Product* p, int rows) {
   Sums sums;
   clear(sums, rows, VECTORS);
   for (int64_t k = 0; k < p->inner; k += 16) {
@@ -192,7 +173,7 @@ INLINE void multiply(Product *p, int rows) {
     for (int j = 0; j < VECTORS; j++) {
       __m512 v = sums[r][j];
       if (p->bias) v = _mm512_add_ps(v, _mm512_loadu_ps(p->bias + 16 * j));
-      float *to = p->out + r * p->out_stride + 16 * j;
+      float* to = p->out + r * p->out_stride + 16 * j;
       if (p->destination == TO_RESIDUAL) v = _mm512_add_ps(v, _mm512_loadu_ps(to));
       if (p->destination == TO_HIDDEN) v = gelu(v);
       _mm512_storeu_ps(to, v);
@@ -203,21 +184,23 @@ INLINE void multiply(Product *p, int rows) {
 // For each number of rows a function of its own, in which all sums are in registers.
 #define FOR_EACH_NUMBER(define) define(1) define(2) define(3) define(4) define(5) define(6)
 #define MULTIPLY_ROWS(n) \
-  static __attribute__((noinline)) void multiply_##n(Product *p) { multiply(p, n); }
+  static __attribute__((noinline)) void multiply_##n(Product* p) { multiply(p, n); }
 FOR_EACH_NUMBER(MULTIPLY_ROWS)
 
 // out = a times some columns of the transposed matrix, from `first` on; for `outer` of its rows.
-INLINE void layer(const Chunk *chunk, const float *a, int64_t inner, const float *weight, int64_t weight_stride,
-                  const float *bias, int64_t outer, float *out, int64_t out_stride, Destination destination) {
+INLINE void layer(const Chunk* chunk, const float* a, int64_t inner, const float* weight, int64_t weight_stride,
+                  const float* bias, int64_t outer, float* out, int64_t out_stride, Destination destination) {
   int64_t rows = chunk->windows * chunk->shape->tokens;
-  static void (*const multiply_rows[])(Product *) = {NULL,       multiply_1, multiply_2, multiply_3,
-                                                     multiply_4, multiply_5, multiply_6};
-  float *panel = chunk->scratch->members + chunk->team.rank * chunk->shape->member_floats;
+  static void (*const multiply_rows[])(Product*) = {NULL,       multiply_1, multiply_2, multiply_3,
+                                                    multiply_4, multiply_5, multiply_6};
+  float* panel = chunk->scratch->members + chunk->team.rank * chunk->shape->member_floats;
   Share panels = share_of(chunk->team, outer / WIDTH);
   for (int64_t i = panels.first; i < panels.stop; i++) {
-    const float *from = weight + i * WIDTH * weight_stride;
+    const float* from = weight + i * WIDTH * weight_stride;
     for (int64_t k = 0; k < inner; k += 16) {
-      for (int j = 0; j < VECTORS; j++) transpose(from + 16 * j * weight_stride + k, weight_stride, panel + k * WIDTH + 16 * j, WIDTH);
+      for (int j = 0; j < VECTORS; j++) {
+        transpose_into(from + 16 * j * weight_stride + k, weight_stride, panel + k * WIDTH + 16 * j);
+      }
     }
     int64_t lines = inner / 16;
     Ahead ahead = {from + WIDTH * weight_stride, weight_stride - inner, lines, lines, i + 1 < panels.stop ? WIDTH : 0};
@@ -228,14 +211,14 @@ INLINE void layer(const Chunk *chunk, const float *a, int64_t inner, const float
   }
 }
 
-// --- what is between products -------------------------------------------------------------------------------------------
+// --- what is between products --------------------------------------------------------------------------------------
 
-static void norm_rows(const Chunk *chunk, const Norm *norm) {
+static void norm_rows(const Chunk* chunk, const Norm* norm) {
   int64_t dim = chunk->shape->dim;
   Share rows = share_of(chunk->team, chunk->windows * chunk->shape->tokens);
   for (int64_t row = rows.first; row < rows.stop; row++) {
-    const float *x = chunk->x + row * dim;
-    float *to = chunk->scratch->normed + row * dim;
+    const float* x = chunk->x + row * dim;
+    float* to = chunk->scratch->normed + row * dim;
     __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
     for (int64_t i = 0; i < dim; i += 16) sum = _mm512_add_ps(sum, _mm512_loadu_ps(x + i));
     __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / dim);
@@ -253,10 +236,10 @@ static void norm_rows(const Chunk *chunk, const Norm *norm) {
   }
 }
 
-// --- attention ---------------------------------------------------------------------------------------------------------
+// --- attention -----------------------------------------------------------------------------------------------------
 
 // Scores of one query -> exp(score - greatest); returns their sum.
-INLINE float softmax(float *scores, int64_t tokens, float factor) {
+INLINE float softmax(float* scores, int64_t tokens, float factor) {
   __mmask16 rest = (__mmask16)((1u << tokens % 16) - 1);
   int64_t whole = tokens / 16 * 16;
   __m512 greatest = _mm512_set1_ps(-__builtin_inff()), sum = _mm512_setzero_ps(), scale = _mm512_set1_ps(factor);
@@ -274,13 +257,13 @@ INLINE float softmax(float *scores, int64_t tokens, float factor) {
 
 // Some queries of one head: values are in qkv, keys in panels of [head_dim][WIDTH].
 typedef struct {
-  const Shape *shape;
+  const Shape* shape;
   const float *q, *keys, *values;
   float *scores, *to;
 } Head;
 
-INLINE void weigh(const Head *h, int64_t first, int rows, int vectors, const float *reciprocals) {
-  const Shape *s = h->shape;
+INLINE void weigh(const Head* h, int64_t first, int rows, int vectors, const float* reciprocals) {
+  const Shape* s = h->shape;
   Sums sums;
   clear(sums, rows, vectors);
   add_products(h->scores, s->width, h->values + first, 3 * s->dim, s->tokens, rows, vectors, sums);
@@ -292,8 +275,8 @@ INLINE void weigh(const Head *h, int64_t first, int rows, int vectors, const flo
   }
 }
 
-INLINE void attend(const Head *h, int rows) {
-  const Shape *s = h->shape;
+INLINE void attend(const Head* h, int rows) {
+  const Shape* s = h->shape;
   for (int64_t first = 0; first < s->width; first += WIDTH) {
     Sums sums;
     clear(sums, rows, VECTORS);
@@ -310,12 +293,12 @@ INLINE void attend(const Head *h, int rows) {
 }
 
 #define ATTEND_ROWS(n) \
-  static __attribute__((noinline)) void attend_##n(const Head *h) { attend(h, n); }
+  static __attribute__((noinline)) void attend_##n(const Head* h) { attend(h, n); }
 FOR_EACH_NUMBER(ATTEND_ROWS)
 
-static void attention(const Chunk *chunk) {
-  static void (*const attend_rows[])(const Head *) = {NULL, attend_1, attend_2, attend_3, attend_4, attend_5, attend_6};
-  const Shape *s = chunk->shape;
+static void attention(const Chunk* chunk) {
+  static void (*const attend_rows[])(const Head*) = {NULL, attend_1, attend_2, attend_3, attend_4, attend_5, attend_6};
+  const Shape* s = chunk->shape;
   float *keys = chunk->scratch->members + chunk->team.rank * s->member_floats, *scores = keys + s->head_dim * s->width;
   int64_t stride = 3 * s->dim;
   Share tasks = share_of(chunk->team, chunk->windows * s->heads);
@@ -324,17 +307,18 @@ static void attention(const Chunk *chunk) {
     const float *q = chunk->scratch->qkv + window * s->tokens * stride + column, *k = q + s->dim, *v = k + s->dim;
     for (int64_t token = 0; token < s->width; token += 16) {
       for (int64_t i = 0; i < s->head_dim; i += 16) {
-        float *to = keys + token / WIDTH * WIDTH * s->head_dim + i * WIDTH + token % WIDTH;
+        float* to = keys + token / WIDTH * WIDTH * s->head_dim + i * WIDTH + token % WIDTH;
         if (token + 16 <= s->tokens) {
-          transpose(k + token * stride + i, stride, to, WIDTH);
+          transpose_into(k + token * stride + i, stride, to);
         } else {  // what is beyond the tokens is masked, but must be a number
           for (int64_t f = 0; f < 16; f++) {
-            for (int64_t t = 0; t < 16; t++) to[f * WIDTH + t] = token + t < s->tokens ? k[(token + t) * stride + i + f] : 0;
+            for (int64_t t = 0; t < 16; t++)
+              to[f * WIDTH + t] = token + t < s->tokens ? k[(token + t) * stride + i + f] : 0;
           }
         }
       }
     }
-    float *to = chunk->scratch->normed + window * s->tokens * s->dim + column;
+    float* to = chunk->scratch->normed + window * s->tokens * s->dim + column;
     Head h = {s, q, keys, v, scores, to};
     for (int64_t token = 0; token < s->tokens; token += ROWS, h.q += ROWS * stride, h.to += ROWS * s->dim) {
       attend_rows[at_most(ROWS, s->tokens - token)](&h);
@@ -342,19 +326,21 @@ static void attention(const Chunk *chunk) {
   }
 }
 
-// --- a block -----------------------------------------------------------------------------------------------------------
+// --- a block -------------------------------------------------------------------------------------------------------
 
-static void run_chunk(const Chunk *chunk) {
-  const Shape *s = chunk->shape;
-  const Scratch *scratch = chunk->scratch;
-  const Block *block = chunk->call->block;
+static void run_chunk(const Chunk* chunk) {
+  const Shape* s = chunk->shape;
+  const Scratch* scratch = chunk->scratch;
+  const Block* block = chunk->call->block;
   norm_rows(chunk, &block->norm1);
   wait_for_all(chunk->team);
-  layer(chunk, scratch->normed, s->dim, block->qkv.weight, s->dim, block->qkv.bias, 3 * s->dim, scratch->qkv, 3 * s->dim, TO_OUTPUT);
+  layer(chunk, scratch->normed, s->dim, block->qkv.weight, s->dim, block->qkv.bias, 3 * s->dim, scratch->qkv,
+        3 * s->dim, TO_OUTPUT);
   wait_for_all(chunk->team);
   attention(chunk);
   wait_for_all(chunk->team);
-  layer(chunk, scratch->normed, s->dim, block->proj.weight, s->dim, block->proj.bias, s->dim, chunk->x, s->dim, TO_RESIDUAL);
+  layer(chunk, scratch->normed, s->dim, block->proj.weight, s->dim, block->proj.bias, s->dim, chunk->x, s->dim,
+        TO_RESIDUAL);
   wait_for_all(chunk->team);
   norm_rows(chunk, &block->norm2);
   wait_for_all(chunk->team);
@@ -371,18 +357,18 @@ static void run_chunk(const Chunk *chunk) {
   }
 }
 
-static void run_windows(const Call *call, Team team, int64_t first, int64_t stop, uint8_t *base) {
+static void run_windows(const Call* call, Team team, int64_t first, int64_t stop, uint8_t* base) {
   Shape shape = shape_of(call);
   Scratch scratch;
-  lay_out(&shape, (float *)base, &scratch);
+  lay_out(&shape, (float*)base, &scratch);
   for (int64_t window = first, end; window < stop; window = end) {
     end = end_of_chunk(window, stop, shape.windows);
-    float *x = call->x + window * shape.tokens * shape.dim;
+    float* x = call->x + window * shape.tokens * shape.dim;
     run_chunk(&(Chunk){call, &shape, &scratch, team, x, end - window});
   }
 }
 
-void m2d_fp32_run(const Call *call) {
+void m2d_fp32_run(const Call* call) {
   Shape shape = shape_of(call);
   Scratch scratch;
   run_in_teams(call, run_windows, lay_out(&shape, NULL, &scratch));

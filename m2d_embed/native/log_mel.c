@@ -1,36 +1,36 @@
-// Log-mel spectrogram in float32 on AVX-512, 16 frames at a time: each vector holds one sample, bin or band of 16 frames.
+// Log-mel spectrogram in float32 on AVX-512, 16 frames at a time: each vector holds one sample, bin or band of 16
+// frames.
 //
-// The spectrum of n real samples is that of n / 2 complex ones, even samples real and odd ones imaginary, taken apart again
-// (Press et al., Numerical Recipes, section 12.3). That one is Stockham's, which needs no bit reversal, with radices 2 to 5.
+// The spectrum of n real samples is that of n / 2 complex ones, even samples real and odd ones imaginary, taken apart
+// again (Press et al., Numerical Recipes, section 12.3). That one is Stockham's, which needs no bit reversal, with
+// radices 2 to 5.
 
-#include <immintrin.h>
 #include <stddef.h>
 #include <stdint.h>
 
 #include "parallel.h"
+#include "vectors.h"
 
 enum { LANES = 16, MOST_SAMPLES = 4096 };
 
-#define INLINE static inline __attribute__((always_inline))
-
 typedef struct {
   int32_t n_fft, hop, mels, stages;
-  const float *window;        // [n_fft]
-  const int32_t *radices;     // [stages], their product is n_fft / 2
-  const float *twiddles;      // for each stage and j: radix - 1 pairs of (cos, sin) of -2 pi j k / n, k from 1 on
-  const float *split;         // [n_fft / 2 + 1] pairs of (cos, sin) of -2 pi k / n_fft
-  const int32_t *first_bins;  // [mels]
-  const int32_t *num_bins;    // [mels], those from the first to the last that are not 0
-  const float *weights;       // of all these bins, one band after the other
+  const float* window;        // [n_fft]
+  const int32_t* radices;     // [stages], their product is n_fft / 2
+  const float* twiddles;      // for each stage and j: radix - 1 pairs of (cos, sin) of -2 pi j k / n, k from 1 on
+  const float* split;         // [n_fft / 2 + 1] pairs of (cos, sin) of -2 pi k / n_fft
+  const int32_t* first_bins;  // [mels]
+  const int32_t* num_bins;    // [mels], those from the first to the last that are not 0
+  const float* weights;       // of all these bins, one band after the other
   float eps, mean, std;
 } LogMel;
 
 typedef struct {
-  const LogMel *settings;
-  const float *samples;  // clips of frames that overlap
+  const LogMel* settings;
+  const float* samples;  // clips of frames that overlap
   int64_t clips, clip_stride, frames;
-  float *out;            // [clip][mel][frame]
-  const Runtime *runtime;
+  float* out;  // [clip][mel][frame]
+  const Runtime* runtime;
   int32_t threads;
 } LogMelCall;
 
@@ -48,9 +48,10 @@ INLINE Complex scaled(Complex a, float by) {
 INLINE Complex plus_scaled(Complex a, Complex b, float by) {
   return (Complex){_mm512_fmadd_ps(b.re, _mm512_set1_ps(by), a.re), _mm512_fmadd_ps(b.im, _mm512_set1_ps(by), a.im)};
 }
-INLINE Complex times(Complex a, const float *w) {
+INLINE Complex times(Complex a, const float* w) {
   __m512 re = _mm512_set1_ps(w[0]), im = _mm512_set1_ps(w[1]);
-  return (Complex){_mm512_fmsub_ps(a.re, re, _mm512_mul_ps(a.im, im)), _mm512_fmadd_ps(a.re, im, _mm512_mul_ps(a.im, re))};
+  return (Complex){_mm512_fmsub_ps(a.re, re, _mm512_mul_ps(a.im, im)),
+                   _mm512_fmadd_ps(a.re, im, _mm512_mul_ps(a.im, re))};
 }
 
 // The discrete Fourier transform of 2 to 5 values, in place.
@@ -78,7 +79,7 @@ INLINE void butterfly(Complex a[5], int radix) {
   }
 }
 
-INLINE void stage(const Complex *x, Complex *y, int64_t n, int64_t stride, int radix, const float *twiddles) {
+INLINE void stage(const Complex* x, Complex* y, int64_t n, int64_t stride, int radix, const float* twiddles) {
   int64_t m = n / radix;
   for (int64_t j = 0; j < m; j++, twiddles += 2 * (radix - 1)) {
     for (int64_t q = 0; q < stride; q++) {
@@ -92,8 +93,8 @@ INLINE void stage(const Complex *x, Complex *y, int64_t n, int64_t stride, int r
 }
 
 // The spectrum of `x`, which is in the buffer that is returned; both are written to.
-static Complex *transform(const LogMel *s, Complex *x, Complex *y) {
-  const float *twiddles = s->twiddles;
+static Complex* transform(const LogMel* s, Complex* x, Complex* y) {
+  const float* twiddles = s->twiddles;
   int64_t n = s->n_fft / 2, stride = 1;
   for (int i = 0; i < s->stages; i++) {
     int radix = s->radices[i];
@@ -103,7 +104,7 @@ static Complex *transform(const LogMel *s, Complex *x, Complex *y) {
     if (radix == 5) stage(x, y, n, stride, 5, twiddles);
     n /= radix, stride *= radix;
     twiddles += 2 * (radix - 1) * n;
-    Complex *swap = x;
+    Complex* swap = x;
     x = y, y = swap;
   }
   return x;
@@ -125,45 +126,23 @@ INLINE __m512 log_of(__m512 x) {
   return _mm512_fmadd_ps(exponent, _mm512_set1_ps(0.693147181f), _mm512_mul_ps(p, z));
 }
 
-INLINE void transpose(const float *const from[LANES], int64_t offset, __m512 r[LANES]) {
-  __m512 a[LANES];
-  for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_ps(from[i] + offset);
-  for (int i = 0; i < 8; i++) {
-    a[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
-    a[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
-  }
-  for (int i = 0; i < 4; i++) {
-    for (int j = 0; j < 2; j++) {
-      __m512d x = _mm512_castps_pd(a[4 * i + j]), y = _mm512_castps_pd(a[4 * i + 2 + j]);
-      r[4 * i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y));
-      r[4 * i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
-    }
-  }
-  for (int i = 0; i < 4; i++) {
-    __m512 x = _mm512_shuffle_f32x4(r[i], r[i + 4], 0x44), y = _mm512_shuffle_f32x4(r[i], r[i + 4], 0xee);
-    __m512 z = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x44), w = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xee);
-    a[i] = _mm512_shuffle_f32x4(x, z, 0x88), a[i + 4] = _mm512_shuffle_f32x4(x, z, 0xdd);
-    a[i + 8] = _mm512_shuffle_f32x4(y, w, 0x88), a[i + 12] = _mm512_shuffle_f32x4(y, w, 0xdd);
-  }
-  for (int i = 0; i < 16; i++) r[i] = a[i];
-}
-
 // Up to 16 frames; the missing ones are the last one again.
-static void log_mel_of(const LogMel *s, const float *samples, int64_t frames, float *out, int64_t out_stride) {
+static void log_mel_of(const LogMel* s, const float* samples, int64_t frames, float* out, int64_t out_stride) {
   Complex buffers[2][MOST_SAMPLES / 2 + 1];
-  const float *from[LANES];
+  const float* from[LANES];
   for (int i = 0; i < LANES; i++) from[i] = samples + (i < frames ? i : frames - 1) * s->hop;
   for (int64_t n = 0; n < s->n_fft; n += LANES) {
     __m512 r[LANES];
-    transpose(from, n, r);
+    for (int i = 0; i < LANES; i++) r[i] = _mm512_loadu_ps(from[i] + n);
+    transpose(r);
     for (int i = 0; i < LANES; i += 2) {
-      Complex *x = &buffers[0][(n + i) / 2];
+      Complex* x = &buffers[0][(n + i) / 2];
       x->re = _mm512_mul_ps(r[i], _mm512_set1_ps(s->window[n + i]));
       x->im = _mm512_mul_ps(r[i + 1], _mm512_set1_ps(s->window[n + i + 1]));
     }
   }
-  Complex *z = transform(s, buffers[0], buffers[1]);
-  __m512 *power = (__m512 *)(z == buffers[0] ? buffers[1] : buffers[0]);
+  Complex* z = transform(s, buffers[0], buffers[1]);
+  __m512* power = (__m512*)(z == buffers[0] ? buffers[1] : buffers[0]);
   int64_t half = s->n_fft / 2;
   z[half] = z[0];
   for (int64_t k = 0; k <= half; k++) {
@@ -174,10 +153,10 @@ static void log_mel_of(const LogMel *s, const float *samples, int64_t frames, fl
     power[k] = _mm512_mul_ps(_mm512_fmadd_ps(x.re, x.re, _mm512_mul_ps(x.im, x.im)), _mm512_set1_ps(0.25f));
   }
   __mmask16 valid = (__mmask16)((1u << frames) - 1);
-  const float *weight = s->weights;
+  const float* weight = s->weights;
   for (int64_t mel = 0; mel < s->mels; mel++) {
     __m512 sum = _mm512_setzero_ps();
-    const __m512 *bins = power + s->first_bins[mel];
+    const __m512* bins = power + s->first_bins[mel];
     for (int64_t i = 0; i < s->num_bins[mel]; i++) sum = _mm512_fmadd_ps(bins[i], _mm512_set1_ps(*weight++), sum);
     __m512 log_mel = log_of(_mm512_add_ps(sum, _mm512_set1_ps(s->eps)));
     log_mel = _mm512_div_ps(_mm512_sub_ps(log_mel, _mm512_set1_ps(s->mean)), _mm512_set1_ps(s->std));
@@ -185,18 +164,18 @@ static void log_mel_of(const LogMel *s, const float *samples, int64_t frames, fl
   }
 }
 
-static void run_member(void *pointer) {
-  const LogMelCall *call = pointer;
-  const LogMel *s = call->settings;
+static void run_member(void* pointer) {
+  const LogMelCall* call = pointer;
+  const LogMel* s = call->settings;
   Team team = {call->runtime->thread_number(), call->runtime->num_threads(), NULL};
   int64_t per_clip = (call->frames + LANES - 1) / LANES;
   Share share = share_of(team, call->clips * per_clip);
   for (int64_t i = share.first; i < share.stop; i++) {
     int64_t clip = i / per_clip, frame = i % per_clip * LANES, left = call->frames - frame;
-    const float *samples = call->samples + clip * call->clip_stride + frame * s->hop;
-    float *out = call->out + clip * s->mels * call->frames + frame;
+    const float* samples = call->samples + clip * call->clip_stride + frame * s->hop;
+    float* out = call->out + clip * s->mels * call->frames + frame;
     log_mel_of(s, samples, left < LANES ? left : LANES, out, call->frames);
   }
 }
 
-void m2d_log_mel_run(const LogMelCall *call) { call->runtime->parallel(run_member, (void *)call, call->threads, 0); }
+void m2d_log_mel_run(const LogMelCall* call) { call->runtime->parallel(run_member, (void*)call, call->threads, 0); }

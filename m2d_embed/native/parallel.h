@@ -8,7 +8,7 @@
 
 // The entry points of the OpenMP runtime that torch has loaded; any that speaks GNU's interface will do.
 typedef struct {
-  void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
+  void (*parallel)(void (*)(void*), void*, unsigned, unsigned);
   int (*thread_number)(void);
   int (*num_threads)(void);
 } Runtime;
@@ -21,7 +21,7 @@ typedef struct {
 
 typedef struct {
   int rank, size;
-  Barrier *barrier;
+  Barrier* barrier;
 } Team;
 
 enum { SPINS = 20000 };
