@@ -119,6 +119,10 @@ def compare(
     return {"matrix products, GFLOP/s": rates, "units alone, GFLOP/s": units, "cells": measured}
 
 
+def _least(times: dict[str, float], earlier: dict[str, float]) -> dict[str, float]:
+    return {name: min(taken, earlier.get(name, taken)) for name, taken in times.items()}
+
+
 def _best(rates: dict[str, float], earlier: dict[str, float]) -> dict[str, float]:
     return {name: max(rate, earlier.get(name, 0.0)) for name, rate in rates.items()}
 
@@ -278,7 +282,7 @@ def main(
     if cell and not more:
         raise typer.BadParameter("--cell is for further rounds, so give --more, too")
     output = HERE / ("speed.json" if device == "cpu" else f"speed-{device}.json")
-    last = json.loads(output.read_text()) if (model or more) and output.exists() else {"models": {}}
+    last = json.loads(output.read_text()) if output.exists() else {"models": {}}
     if more and last.get("machine") != machine():
         raise SystemExit(f"{output}: not of this machine and these versions, so no further rounds are added to it")
     command = f"python -m benchmarks.speed --rounds {rounds}" + (f" --device {device}" if device != "cpu" else "")
@@ -287,14 +291,15 @@ def main(
         "command": last["command"] if more else command,
         "further rounds": [*last.get("further rounds", []), again] if more else [],
         "machine": machine(),
-        "decoding a clip of 10 s, ms": last["decoding a clip of 10 s, ms"] if more else decoding(rounds),
-        "models": last["models"],
+        "decoding a clip of 10 s, ms": _least(decoding(rounds), last["decoding a clip of 10 s, ms"] if more else {}),
+        "models": last["models"] if model or more else {},
     }
     for name in model or MODELS:
         before = result["models"].get(MODELS[name], {}) if more else {}
         with tempfile.TemporaryDirectory() as folder:
             measured = compare(name, rounds, device, Path(folder), cell or [], before)
-            result["models"][MODELS[name]] = before | measured if more else measured | _once(name, device, Path(folder))
+            once = {} if before else _once(name, device, Path(folder))
+            result["models"][MODELS[name]] = before | measured | once
         output.write_text(json.dumps(result, indent=1) + "\n")
         plot(result, output.with_suffix(".png"))
 
