@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from m2d_embed.audio import Samples
 from m2d_embed.config import ModelConfig
-from m2d_embed.native import NativeLogMel
+from m2d_embed.native import NativeLogMel, is_eager_on_cpu
 
 #: Frames of a clip transformed at a time, at most: keeps the spectrogram of a long clip out of memory.
 _BLOCK_FRAMES = 4096
@@ -169,13 +169,10 @@ class LogMel(nn.Module):
 
     def _has_kernel(self, frames: Tensor) -> bool:
         return (
-            type(frames) is Tensor
-            and frames.device.type == "cpu"
+            is_eager_on_cpu(frames)
             and frames.numel() > 0
             and frames.stride()[1:] == (self.hop_length, 1)
             and not (frames.requires_grad and torch.is_grad_enabled())
-            and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]  # torch.jit does not list it
-            and not torch.compiler.is_compiling()
             and NativeLogMel.fits(self.n_fft)
         )
 

@@ -45,12 +45,9 @@ def can_multiply(x: Tensor) -> bool:
     """Whether ``x`` is on an x86 CPU, where oneDNN multiplies matrices, and without gradients, autocast or tracing."""
     return (
         _HAS_KERNELS
-        and x.device.type == "cpu"
-        and type(x) is Tensor
+        and native.is_eager_on_cpu(x)
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]  # torch.jit does not list it
         and bool(torch.backends.mkldnn.enabled)
     )
 
@@ -180,9 +177,7 @@ def packed_layer(linear: nn.Linear, followed_by: Literal["none", "gelu"] = "none
 
 def _quantized(linear: nn.Linear) -> Product:
     """The layer with an int8 matrix: float32 in and out. It writes into its input."""
-    weight = linear.weight.detach().float()
-    scales = (weight.abs().amax(dim=1) / _LARGEST).clamp_min(_SMALLEST_SCALE)  # (d_out,)
-    rounded = (weight / scales[:, None]).round().to(torch.int8)
+    rounded, scales = native.rounded_to_int8(linear.weight)
     packed = torch.ops.onednn.qlinear_prepack(rounded, None)
     zero_points = torch.zeros(len(scales), dtype=torch.int64)
 

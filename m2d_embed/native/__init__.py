@@ -7,8 +7,19 @@ The library is plain C, called through ctypes, which lets go of the GIL; it hold
 runs in the threads of the OpenMP runtime that torch has loaded, as many as ``torch.get_num_threads()``.
 """
 
-from m2d_embed.native.blocks import BlockLike, NativeBlock, Scratch, fits
-from m2d_embed.native.library import Kind, available, kernels
+from m2d_embed.native.blocks import BlockLike, NativeBlock, Scratch, fits, rounded_to_int8
+from m2d_embed.native.library import Kind, available, is_eager_on_cpu, kernels
 from m2d_embed.native.log_mel import NativeLogMel
 
-__all__ = ["BlockLike", "Kind", "NativeBlock", "NativeLogMel", "Scratch", "available", "fits", "kernels"]
+__all__ = [
+    "BlockLike",
+    "Kind",
+    "NativeBlock",
+    "NativeLogMel",
+    "Scratch",
+    "available",
+    "fits",
+    "is_eager_on_cpu",
+    "kernels",
+    "rounded_to_int8",
+]

@@ -211,11 +211,17 @@ class NativeBlock:
 
 def _lay_out(weight: Tensor, kind: Kind) -> tuple[Tensor, Tensor | None]:
     """(out, in) -> tiles of B as ``amx.c`` describes them; of int8 also what a step of each row is worth."""
-    weight = weight.detach()
     if kind == "bf16":
-        return _tiles(weight.to(torch.bfloat16), 2), None
-    scales = (weight.float().abs().amax(dim=1) / _INT8_LARGEST).clamp_min(_SMALLEST_SCALE)
-    return _tiles((weight.float() / scales[:, None]).round().to(torch.int8), 4), scales
+        return _tiles(weight.detach().to(torch.bfloat16), 2), None
+    rounded, scales = rounded_to_int8(weight)
+    return _tiles(rounded, 4), scales
+
+
+def rounded_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix, (out, in), in int8, and what a step of each of its rows is worth, (out,) float32."""
+    weight = weight.detach().float()
+    scales = (weight.abs().amax(dim=1) / _INT8_LARGEST).clamp_min(_SMALLEST_SCALE)
+    return (weight / scales[:, None]).round().to(torch.int8), scales
 
 
 def _tiles(weight: Tensor, together: int) -> Tensor:

@@ -187,7 +187,7 @@ INLINE void multiply(Product* p, int rows) {
   static __attribute__((noinline)) void multiply_##n(Product* p) { multiply(p, n); }
 FOR_EACH_NUMBER(MULTIPLY_ROWS)
 
-// out = a times some columns of the transposed matrix, from `first` on; for `outer` of its rows.
+// out = a times a transposed matrix: `outer` of its rows, which are `weight_stride` apart, and `inner` of its columns.
 INLINE void layer(const Chunk* chunk, const float* a, int64_t inner, const float* weight, int64_t weight_stride,
                   const float* bias, int64_t outer, float* out, int64_t out_stride, Destination destination) {
   int64_t rows = chunk->windows * chunk->shape->tokens;

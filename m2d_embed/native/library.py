@@ -8,6 +8,9 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 #: What a block's products are computed in.
 Kind = Literal["fp32", "bf16", "int8"]
 
@@ -60,6 +63,16 @@ def available() -> tuple[Kind, ...]:
     kinds = [kind for kind, features in _FEATURES.items() if features <= flags]
     granted = all(kind == "fp32" for kind in kinds) or library.request_amx()
     return tuple(kind for kind in kinds if granted or kind == "fp32")
+
+
+def is_eager_on_cpu(x: Tensor) -> bool:
+    """Whether ``x`` is a plain tensor in the CPU's memory, and nobody traces or compiles what is done with it."""
+    return (
+        type(x) is Tensor
+        and x.device.type == "cpu"
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]  # torch.jit does not list it
+        and not torch.compiler.is_compiling()
+    )
 
 
 def _processor_flags() -> set[str]:
