@@ -20,7 +20,12 @@ LIBRARY = "m2d_embed/native/kernels.so"
 _COMMON = (
     "-std=gnu11 -O3 -fPIC -fno-math-errno -mprefer-vector-width=512 -mfma -mavx512f -mavx512bw -mavx512vl -mavx512dq"
 )
-_FLAGS = {"fp32.c": _COMMON, "log_mel.c": _COMMON, "amx.c": f"{_COMMON} -mavx512bf16 -mamx-tile -mamx-bf16 -mamx-int8"}
+_FLAGS = {
+    "fp32.c": _COMMON,
+    "log_mel.c": _COMMON,
+    "avx512.c": f"{_COMMON} -mavx512bf16 -mavx512vnni",
+    "amx.c": f"{_COMMON} -mavx512bf16 -mamx-tile -mamx-bf16 -mamx-int8",
+}
 
 
 class KernelsBuildHook(BuildHookInterface):

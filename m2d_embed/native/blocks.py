@@ -1,4 +1,4 @@
-"""Transformer blocks as kernels: ``amx.c`` for bfloat16 and int8, ``fp32.c`` for float32."""
+"""Transformer blocks as kernels: ``amx.c`` or ``avx512.c`` for bfloat16 and int8, ``fp32.c`` for float32."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from m2d_embed.native.library import Kernels, Kind, Runtime, available, kernels
 
 #: Widths must be multiples of these: of a block's vectors, of those of one head.
-_MULTIPLES: dict[Kind, tuple[int, int]] = {"fp32": (64, 32), "bf16": (32, 32), "int8": (64, 32)}
+_MULTIPLES: dict[Kind, tuple[int, int]] = {"fp32": (32, 32), "bf16": (32, 32), "int8": (64, 32)}
 _INT8_LARGEST = 127
 _SMALLEST_SCALE = 1e-12
 
@@ -92,11 +92,8 @@ class _Functions(NamedTuple):
 
 
 @cache
-def _functions(kind: Kind) -> _Functions:
-    library = kernels()
-    assert library is not None
-    name = "fp32" if kind == "fp32" else "amx"
-    functions = _Functions(library.library[f"m2d_{name}_run"], library.library[f"m2d_{name}_scratch"])
+def _functions(library: ctypes.CDLL, name: str) -> _Functions:
+    functions = _Functions(library[f"m2d_{name}_run"], library[f"m2d_{name}_scratch"])
     for function in functions:
         function.argtypes = [POINTER(_Call)]
     functions.run.restype, functions.scratch.restype = None, c_int64
@@ -142,8 +139,9 @@ class NativeBlock:
         self.block = block
         self.kind = kind
         self._scratch = scratch
-        self._functions = _functions(kind)
-        self._runtime = ctypes.pointer(cast(Kernels, kernels()).runtime)
+        compiled = cast(Kernels, kernels())
+        self._functions = _functions(compiled.library, "fp32" if kind == "fp32" else available()[kind])
+        self._runtime = ctypes.pointer(compiled.runtime)
         self._norms = (block.norm1, block.norm2)
         self._layers = (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
         self._matrices = [] if kind == "fp32" else [_lay_out(layer.weight, kind) for layer in self._layers]
@@ -210,7 +208,7 @@ class NativeBlock:
 
 
 def _lay_out(weight: Tensor, kind: Kind) -> tuple[Tensor, Tensor | None]:
-    """(out, in) -> tiles of B as ``amx.c`` describes them; of int8 also what a step of each row is worth."""
+    """(out, in) -> tiles of B as ``tiles.h`` describes them; of int8 also what a step of each row is worth."""
     if kind == "bf16":
         return _tiles(weight.detach().to(torch.bfloat16), 2), None
     rounded, scales = rounded_to_int8(weight)

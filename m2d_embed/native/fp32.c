@@ -12,7 +12,9 @@ enum {
   ROWS = 6,    // of a product in registers
   WIDTH = 64,  // its columns, four vectors
   VECTORS = WIDTH / 16,
-  CHUNK_ROWS = 384,  // tokens that go through a block together
+  NARROW = WIDTH / 2,  // the fewest columns that a thread gets, so that two have as many to do as can be
+  HIDDEN = 768,        // values that are between the layers of the MLP at a time, at most
+  CHUNK_ROWS = 384,    // tokens that go through a block together
 };
 
 typedef struct {
@@ -48,7 +50,7 @@ static Shape shape_of(const Call* call) {
   int64_t teams = num_teams(call->windows, call->threads);
   s.windows = at_most(at_least(1, CHUNK_ROWS / s.tokens), (call->windows + teams - 1) / teams);
   s.members = (call->threads + teams - 1) / teams;
-  s.part = at_most(s.dim, s.hidden);
+  s.part = at_most(HIDDEN, s.hidden);
   int64_t attention = (s.head_dim + ROWS) * s.width, panel = at_least(s.dim, s.part) * WIDTH;
   s.member_floats = rounded_up(at_least(attention, panel), 16);
   return s;
@@ -143,15 +145,18 @@ typedef struct {
   int64_t to_next_row;    // from the end of a row's columns
   int64_t lines_per_row;  // of 16 values
   int64_t lines, rows;    // left of this row, and of all
+  int64_t at_once;        // lines
 } Ahead;
 
 INLINE void fetch(Ahead* ahead) {
-  if (!ahead->rows) return;
-  _mm_prefetch(ahead->next, _MM_HINT_T1);
-  ahead->next += 16;
-  if (--ahead->lines) return;
-  ahead->lines = ahead->lines_per_row, ahead->rows--;
-  ahead->next += ahead->to_next_row;
+  for (int64_t i = 0; i < ahead->at_once && ahead->rows; i++) {
+    _mm_prefetch(ahead->next, _MM_HINT_T1);
+    ahead->next += 16;
+    if (--ahead->lines == 0) {
+      ahead->lines = ahead->lines_per_row, ahead->rows--;
+      ahead->next += ahead->to_next_row;
+    }
+  }
 }
 
 typedef struct {
@@ -162,15 +167,15 @@ typedef struct {
   Ahead ahead;
 } Product;
 
-INLINE void multiply(Product* p, int rows) {
+INLINE void multiply(Product* p, int rows, int vectors) {
   Sums sums;
-  clear(sums, rows, VECTORS);
+  clear(sums, rows, vectors);
   for (int64_t k = 0; k < p->inner; k += 16) {
     fetch(&p->ahead);
-    add_products(p->a + k, p->inner, p->panel + k * WIDTH, WIDTH, 16, rows, VECTORS, sums);
+    add_products(p->a + k, p->inner, p->panel + k * WIDTH, WIDTH, 16, rows, vectors, sums);
   }
   for (int r = 0; r < rows; r++) {
-    for (int j = 0; j < VECTORS; j++) {
+    for (int j = 0; j < vectors; j++) {
       __m512 v = sums[r][j];
       if (p->bias) v = _mm512_add_ps(v, _mm512_loadu_ps(p->bias + 16 * j));
       float* to = p->out + r * p->out_stride + 16 * j;
@@ -183,29 +188,71 @@ INLINE void multiply(Product* p, int rows) {
 
 // For each number of rows a function of its own, in which all sums are in registers.
 #define FOR_EACH_NUMBER(define) define(1) define(2) define(3) define(4) define(5) define(6)
-#define MULTIPLY_ROWS(n) \
-  static __attribute__((noinline)) void multiply_##n(Product* p) { multiply(p, n); }
+#define MULTIPLY_ROWS(n)                                                                      \
+  static __attribute__((noinline)) void multiply_##n(Product* p) { multiply(p, n, VECTORS); } \
+  static __attribute__((noinline)) void multiply_narrow_##n(Product* p) { multiply(p, n, VECTORS / 2); }
 FOR_EACH_NUMBER(MULTIPLY_ROWS)
+#define FUNCTIONS(name) {NULL, name##_1, name##_2, name##_3, name##_4, name##_5, name##_6}
 
-// out = a times a transposed matrix: `outer` of its rows, which are `weight_stride` apart, and `inner` of its columns.
-INLINE void layer(const Chunk* chunk, const float* a, int64_t inner, const float* weight, int64_t weight_stride,
-                  const float* bias, int64_t outer, float* out, int64_t out_stride, Destination destination) {
-  int64_t rows = chunk->windows * chunk->shape->tokens;
-  static void (*const multiply_rows[])(Product*) = {NULL,       multiply_1, multiply_2, multiply_3,
-                                                    multiply_4, multiply_5, multiply_6};
+// A transposed matrix: `outputs` of its rows, which are `stride` apart, and `inputs` of its columns.
+typedef struct {
+  const float *weight, *bias;
+  int64_t stride, outputs, inputs;
+} Matrix;
+
+INLINE Matrix matrix_of(const Linear* linear, int64_t inputs, int64_t outputs) {
+  return (Matrix){linear->weight, linear->bias, inputs, outputs, inputs};
+}
+
+INLINE Matrix outputs_from(Matrix m, int64_t first, int64_t count) {
+  m.weight += first * m.stride, m.outputs = count;
+  if (m.bias) m.bias += first;
+  return m;
+}
+
+// The bias is added to the product of the first inputs.
+INLINE Matrix inputs_from(Matrix m, int64_t first, int64_t count) {
+  m.weight += first, m.inputs = count;
+  if (first) m.bias = NULL;
+  return m;
+}
+
+// The columns of a layer's output that a member of a team computes.
+INLINE Share columns_of(Team team, const Matrix* m) {
+  Share share = share_of(team, m->outputs / NARROW);
+  return (Share){share.first * NARROW, share.stop * NARROW};
+}
+
+// Rows of a matrix, from `column` of the output to `stop`, or of the one that is used after it.
+INLINE Ahead ahead_of(const Chunk* chunk, const Matrix* m, int64_t column, int64_t stop, const Matrix* then,
+                      int64_t products) {
+  Share next = {column, stop};
+  if (column == stop && then) m = then, next = columns_of(chunk->team, then);
+  int64_t rows = at_most(WIDTH, next.stop - next.first), lines = m->inputs / 16;
+  int64_t at_once = (rows + products - 1) / products;
+  return (Ahead){m->weight + next.first * m->stride, m->stride - m->inputs, lines, lines, rows, at_once};
+}
+
+// out = a times a matrix. What is multiplied with `then` is not known before all members have come to the end.
+INLINE void layer(const Chunk* chunk, const float* a, Matrix m, float* out, int64_t out_stride, Destination destination,
+                  const Matrix* then) {
+  static void (*const wide[])(Product*) = FUNCTIONS(multiply);
+  static void (*const narrow[])(Product*) = FUNCTIONS(multiply_narrow);
+  int64_t rows = chunk->windows * chunk->shape->tokens, products = (rows + ROWS - 1) / ROWS, width;
   float* panel = chunk->scratch->members + chunk->team.rank * chunk->shape->member_floats;
-  Share panels = share_of(chunk->team, outer / WIDTH);
-  for (int64_t i = panels.first; i < panels.stop; i++) {
-    const float* from = weight + i * WIDTH * weight_stride;
-    for (int64_t k = 0; k < inner; k += 16) {
-      for (int j = 0; j < VECTORS; j++) {
-        transpose_into(from + 16 * j * weight_stride + k, weight_stride, panel + k * WIDTH + 16 * j);
+  Share share = columns_of(chunk->team, &m);
+  for (int64_t column = share.first; column < share.stop; column += width) {
+    width = at_most(WIDTH, share.stop - column);
+    for (int64_t k = 0; k < m.inputs; k += 16) {
+      for (int64_t j = 0; j < width; j += 16) {
+        transpose_into(m.weight + (column + j) * m.stride + k, m.stride, panel + k * WIDTH + j);
       }
     }
-    int64_t lines = inner / 16;
-    Ahead ahead = {from + WIDTH * weight_stride, weight_stride - inner, lines, lines, i + 1 < panels.stop ? WIDTH : 0};
-    Product p = {a, panel, bias ? bias + i * WIDTH : NULL, out + i * WIDTH, inner, out_stride, destination, ahead};
-    for (int64_t row = 0; row < rows; row += ROWS, p.a += ROWS * inner, p.out += ROWS * out_stride) {
+    Ahead ahead = ahead_of(chunk, &m, column + width, share.stop, then, products);
+    const float* bias = m.bias ? m.bias + column : NULL;
+    Product p = {a, panel, bias, out + column, m.inputs, out_stride, destination, ahead};
+    void (*const* multiply_rows)(Product*) = width == WIDTH ? wide : narrow;
+    for (int64_t row = 0; row < rows; row += ROWS, p.a += ROWS * m.inputs, p.out += ROWS * out_stride) {
       multiply_rows[at_most(ROWS, rows - row)](&p);
     }
   }
@@ -297,7 +344,7 @@ INLINE void attend(const Head* h, int rows) {
 FOR_EACH_NUMBER(ATTEND_ROWS)
 
 static void attention(const Chunk* chunk) {
-  static void (*const attend_rows[])(const Head*) = {NULL, attend_1, attend_2, attend_3, attend_4, attend_5, attend_6};
+  static void (*const attend_rows[])(const Head*) = FUNCTIONS(attend);
   const Shape* s = chunk->shape;
   float *keys = chunk->scratch->members + chunk->team.rank * s->member_floats, *scores = keys + s->head_dim * s->width;
   int64_t stride = 3 * s->dim;
@@ -332,27 +379,26 @@ static void run_chunk(const Chunk* chunk) {
   const Shape* s = chunk->shape;
   const Scratch* scratch = chunk->scratch;
   const Block* block = chunk->call->block;
+  Matrix qkv = matrix_of(&block->qkv, s->dim, 3 * s->dim), proj = matrix_of(&block->proj, s->dim, s->dim);
+  Matrix all_fc1 = matrix_of(&block->fc1, s->dim, s->hidden), all_fc2 = matrix_of(&block->fc2, s->hidden, s->dim);
+  Matrix fc1 = outputs_from(all_fc1, 0, s->part);
   norm_rows(chunk, &block->norm1);
   wait_for_all(chunk->team);
-  layer(chunk, scratch->normed, s->dim, block->qkv.weight, s->dim, block->qkv.bias, 3 * s->dim, scratch->qkv,
-        3 * s->dim, TO_OUTPUT);
+  layer(chunk, scratch->normed, qkv, scratch->qkv, 3 * s->dim, TO_OUTPUT, &proj);
   wait_for_all(chunk->team);
   attention(chunk);
   wait_for_all(chunk->team);
-  layer(chunk, scratch->normed, s->dim, block->proj.weight, s->dim, block->proj.bias, s->dim, chunk->x, s->dim,
-        TO_RESIDUAL);
+  layer(chunk, scratch->normed, proj, chunk->x, s->dim, TO_RESIDUAL, &fc1);
   wait_for_all(chunk->team);
   norm_rows(chunk, &block->norm2);
   wait_for_all(chunk->team);
   for (int64_t first = 0; first < s->hidden; first += s->part) {
-    int64_t part = at_most(s->part, s->hidden - first);
-    const float *bias = block->fc1.bias, *weight = block->fc1.weight;
-    layer(chunk, scratch->normed, s->dim, weight + first * s->dim, s->dim, bias ? bias + first : NULL, part,
-          scratch->hidden, part, TO_HIDDEN);
+    int64_t part = fc1.outputs, left = s->hidden - first - part;
+    Matrix fc2 = inputs_from(all_fc2, first, part);
+    layer(chunk, scratch->normed, fc1, scratch->hidden, part, TO_HIDDEN, &fc2);
     wait_for_all(chunk->team);
-    weight = block->fc2.weight;
-    layer(chunk, scratch->hidden, part, weight + first, s->hidden, first ? NULL : block->fc2.bias, s->dim, chunk->x,
-          s->dim, TO_RESIDUAL);
+    fc1 = outputs_from(all_fc1, first + part, at_most(s->part, left));
+    layer(chunk, scratch->hidden, fc2, chunk->x, s->dim, TO_RESIDUAL, left ? &fc1 : NULL);
     wait_for_all(chunk->team);
   }
 }

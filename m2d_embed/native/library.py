@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from ctypes import Structure, c_void_p
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -13,12 +15,20 @@ from torch import Tensor
 
 #: What a block's products are computed in.
 Kind = Literal["fp32", "bf16", "int8"]
+#: What of the processor computes them: the matrix unit, or vectors.
+Unit = Literal["amx", "avx512"]
 
 _LIBRARY = Path(__file__).with_name("kernels.so")
 _CPUINFO = Path("/proc/cpuinfo")
 _AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma"}
-_AMX = _AVX512 | {"avx512_bf16", "amx_tile", "amx_bf16"}
-_FEATURES: dict[Kind, set[str]] = {"fp32": _AVX512, "bf16": _AMX, "int8": _AMX | {"amx_int8"}}
+_AVX512_BF16 = _AVX512 | {"avx512_bf16"}
+_AMX = _AVX512_BF16 | {"amx_tile", "amx_bf16"}
+#: What of the processor each kind needs in which unit, the faster unit first.
+_FEATURES: dict[Kind, dict[Unit, set[str]]] = {
+    "fp32": {"avx512": _AVX512},
+    "bf16": {"amx": _AMX, "avx512": _AVX512_BF16},
+    "int8": {"amx": _AMX | {"amx_int8"}, "avx512": _AVX512_BF16 | {"avx512_vnni"}},
+}
 
 
 class Runtime(Structure):
@@ -54,15 +64,19 @@ def kernels() -> Kernels | None:
 
 
 @cache
-def available() -> tuple[Kind, ...]:
-    """The kinds of products that there are kernels for on this machine."""
+def available() -> Mapping[Kind, Unit]:
+    """The kinds of products that there are kernels for on this machine, and what computes them."""
     library = kernels()
     if library is None:
-        return ()
+        return MappingProxyType({})
     flags = _processor_flags()
-    kinds = [kind for kind, features in _FEATURES.items() if features <= flags]
-    granted = all(kind == "fp32" for kind in kinds) or library.request_amx()
-    return tuple(kind for kind in kinds if granted or kind == "fp32")
+    missing = set() if flags >= _AMX and library.request_amx() else {"amx"}
+    found: dict[Kind, Unit] = {}
+    for kind, units in _FEATURES.items():
+        possible = [unit for unit, features in units.items() if features <= flags and unit not in missing]
+        if possible:
+            found[kind] = possible[0]
+    return MappingProxyType(found)
 
 
 def is_eager_on_cpu(x: Tensor) -> bool:

@@ -1,0 +1,86 @@
+// The blocks of tiles.h on vectors: AVX-512's dot products of 2 bf16 (AVX512_BF16) and of 4 int8 (VNNI).
+
+enum {
+  HIDDEN_BYTES = 640 << 10,
+  CHUNK_ROWS = 192,
+  LEVELS_ARE_UNSIGNED = 1,  // there is no instruction for two signed factors
+};
+
+#include "tiles.h"
+
+INLINE void begin_products(void) {}
+INLINE void end_products(void) {}
+
+typedef int32_t __attribute__((may_alias)) Group;  // of the values that a dot product adds up
+
+// Half of a row tile of A times two column tiles of B: 16 vectors of sums are as many as leave room for the factors.
+enum { HALF = ROWS / 2 };
+
+#define ADD_PRODUCT(sums, a, b)                                                              \
+  sums = is_int8 ? _mm512_castsi512_ps(_mm512_dpbusd_epi32(_mm512_castps_si512(sums), a, b)) \
+                 : _mm512_dpbf16_ps(sums, (__m512bh)(a), (__m512bh)(b))
+
+INLINE void multiply_half(const uint8_t* a, Factors f, int is_int8, uint8_t* c, Sums sums, Ahead* ahead) {
+  __m512 s[HALF][2];
+  for (int r = 0; r < HALF; r++) s[r][0] = s[r][1] = _mm512_setzero_ps();
+  for (const uint8_t *b = f.b, *stop = b + f.steps * TILE; b < stop; a += TILE, b += TILE) {
+    if (ahead) fetch(ahead);
+#pragma GCC unroll 4
+    for (int i = 0; i < ROWS; i++) {
+      __m512i b0 = _mm512_load_si512(b + 64 * i), b1 = _mm512_load_si512(b + f.b_stride + 64 * i);
+#pragma GCC unroll 8
+      for (int r = 0; r < HALF; r++) {
+        __m512i group = _mm512_set1_epi32(*(const Group*)(a + 64 * r + 4 * i));
+        ADD_PRODUCT(s[r][0], group, b0);
+        ADD_PRODUCT(s[r][1], group, b1);
+      }
+    }
+  }
+  for (int r = 0; r < HALF; r++) {
+    _mm512_store_ps(c + r * sums.row, s[r][0]);
+    _mm512_store_ps(c + r * sums.row + sums.column_tile, s[r][1]);
+  }
+}
+
+// Functions of their own, in which all sums are in registers.
+static __attribute__((noinline)) void multiply_half_bf16(const uint8_t* a, const Factors* f, uint8_t* c,
+                                                         const Sums* sums, Ahead* ahead) {
+  multiply_half(a, *f, 0, c, *sums, ahead);
+}
+
+static __attribute__((noinline)) void multiply_half_int8(const uint8_t* a, const Factors* f, uint8_t* c,
+                                                         const Sums* sums, Ahead* ahead) {
+  multiply_half(a, *f, 1, c, *sums, ahead);
+}
+
+INLINE void clear_half(uint8_t* c, Sums sums) {
+  for (int r = 0; r < HALF; r++) {
+    _mm512_store_ps(c + r * sums.row, _mm512_setzero_ps());
+    _mm512_store_ps(c + r * sums.row + sums.column_tile, _mm512_setzero_ps());
+  }
+}
+
+INLINE void multiply(Factors f, int row_tiles, int is_int8, Sums sums, const Beside* beside) {
+  for (int half = 0; half < 2 * row_tiles; half++) {
+    const uint8_t* a = f.a + half / 2 * f.steps * TILE + half % 2 * (TILE / 2);
+    uint8_t* c = (uint8_t*)sums.c + half / 2 * sums.row_tile + half % 2 * HALF * sums.row;
+    Ahead* ahead = beside && half == 0 ? beside->ahead : NULL;
+    if (half % 2 == 1 && f.rows[half / 2] <= HALF) {
+      clear_half(c, sums);
+    } else if (is_int8) {
+      multiply_half_int8(a, &f, c, &sums, ahead);
+    } else {
+      multiply_half_bf16(a, &f, c, &sums, ahead);
+    }
+  }
+}
+
+// 128 times the sum of each column.
+INLINE __m512i surplus_of(const uint8_t* b, int64_t steps) {
+  __m512i sums = _mm512_setzero_si512(), levels = _mm512_set1_epi8((char)0x80);
+  for (int64_t i = 0; i < steps * ROWS; i++) sums = _mm512_dpbusd_epi32(sums, levels, _mm512_load_si512(b + 64 * i));
+  return sums;
+}
+
+int64_t m2d_avx512_scratch(const Call* call) { return bytes_of_scratch(call); }
+void m2d_avx512_run(const Call* call) { run_blocks(call); }
