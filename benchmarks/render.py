@@ -13,7 +13,7 @@ HEADLINE = {False: "accuracy", True: "mAP"}  # by whether clips have any number 
 README = Path(__file__).parents[1] / "README.md"
 CARD = Path(__file__).parents[1] / "weights" / "README.md"
 STARTUP = Path(__file__).with_name("startup.json")
-SPEED = Path(__file__).with_name("speed.json")
+CPU_SPEEDS = ("speed-amx_bf16.json", "speed-avx512_bf16.json")
 TRAINING = Path(__file__).with_name("training.json")
 SHORT_RUN = Path(__file__).with_name("short_run.json")
 QUALITY = Path(__file__).with_name("quality.json")
@@ -22,16 +22,22 @@ HEAR = Path(__file__).with_name("hear.json")
 GPU_TRAINING = Path(__file__).with_name("training-gpu.json")
 
 
-def speed_table(result: dict[str, Any]) -> str:
+def speed_tables(files: list[Path]) -> str:
     lines = [
-        f"On {on_cores(result['machine'])}. The peer is the same architecture written in timm's style in float32, fed "
-        "by nnAudio as in the reference runtime; all take turns in one run, and ratios are to it. Share: what the "
-        "model's own operations, from waveform to embedding, reach of the rate that PyTorch and oneDNN have in this "
-        "run for nothing but matrix products of the model's shapes in that precision. Memory is that beyond the loaded "
-        "model, for 8 clips of 10 s.",
-        "",
-        "![Seconds of audio per second of each runtime](benchmarks/speed.png)",
+        "The peer is the same architecture written in timm's style in float32, fed by nnAudio as in the reference "
+        "runtime; all take turns in one run, and ratios are to it. Share: what the model's own operations, from "
+        "waveform to embedding, reach of the rate that PyTorch and oneDNN have in the same run for nothing but matrix "
+        "products of the model's shapes in that precision. Memory is that beyond the loaded model, for 8 clips of 10 s."
     ]
+    for file in files:
+        result = json.loads(file.read_text())
+        plot = f"![Seconds of audio per second of each runtime](benchmarks/{file.with_suffix('.png').name})"
+        lines += ["", f"### {on_cores(result['machine'])}", "", plot, speed_table(result)]
+    return "\n".join(lines)
+
+
+def speed_table(result: dict[str, Any]) -> str:
+    lines = []
     for model, measured in result["models"].items():
         lines += ["", f"**{model}**", ""]
         lines += [
@@ -219,9 +225,10 @@ def on_cores(machine: dict[str, Any]) -> str:
 
 def startup_sentence(result: dict[str, Any]) -> str:
     seconds = result["seconds"]
+    source = f"`{result['command']}`, {on_cores(result['machine'])}"
     return (
         f"`import m2d_embed` takes {seconds['import m2d_embed']:.2f} s more than `import torch`, and loading the "
-        f"bundled model {seconds['m2d_embed.load_model()']:.2f} s (`{result['command']}`, same machine)."
+        f"bundled model {seconds['m2d_embed.load_model()']:.2f} s ({source})."
     )
 
 
@@ -236,8 +243,8 @@ def replace_section(text: str, name: str, content: str) -> str:
 
 def main() -> None:
     text = README.read_text(encoding="utf-8")
-    if SPEED.exists():
-        text = replace_section(text, "speed", speed_table(json.loads(SPEED.read_text())))
+    speeds = [file for name in CPU_SPEEDS if (file := Path(__file__).with_name(name)).exists()]
+    text = replace_section(text, "speed", speed_tables(speeds))
     text = replace_section(text, "startup", startup_sentence(json.loads(STARTUP.read_text())))
     training = training_table(json.loads(TRAINING.read_text()))
     if GPU_TRAINING.exists():

@@ -1,11 +1,13 @@
 """Speed, memory and agreement of this package's modes and of other runtimes of the same model, in one run.
 
-    python -m benchmarks.speed                 # writes benchmarks/speed.json and speed.png
+    python -m benchmarks.speed                 # writes benchmarks/speed-avx512_bf16.json, say, and the same as .png
     python -m benchmarks.speed --model base    # one of the two models, beside what is known of the other
     python -m benchmarks.speed --more          # further rounds, beside those that the JSON has of the same machine
     python -m benchmarks.speed --more --model base --cell 10x8   # of one length in seconds and batch size
     python -m benchmarks.speed --device cuda   # speed-cuda.json and speed-cuda.png
     python -m benchmarks.render                # puts them into the README
+
+There is a JSON for each kind of processor, named after its best unit for matrix products.
 
 Runtimes are in ``benchmarks/runtimes.py``; they take turns, and each is credited with its best round, as whatever else
 the machine does can only make one slower. Beside the speed stands the share that the model's operations reach of the
@@ -52,6 +54,11 @@ _RATE = 16_000  # of both models
 _SECONDS = (
     40.0  # of rounds of a cell, at least: on a machine that others use, a few short rounds may all be slowed down
 )
+
+
+def unit() -> str:
+    """What of this CPU is best at matrix products."""
+    return next(iter(machine()["matrix units"]), "cpu")
 
 
 def cells(name: str, device: str) -> list[tuple[int, int]]:
@@ -281,7 +288,7 @@ def main(
         return
     if cell and not more:
         raise typer.BadParameter("--cell is for further rounds, so give --more, too")
-    output = HERE / ("speed.json" if device == "cpu" else f"speed-{device}.json")
+    output = HERE / f"speed-{unit() if device == 'cpu' else device}.json"
     last = json.loads(output.read_text()) if output.exists() else {"models": {}}
     if more and last.get("machine") != machine():
         raise SystemExit(f"{output}: not of this machine and these versions, so no further rounds are added to it")

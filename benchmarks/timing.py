@@ -96,12 +96,13 @@ def unit_rates() -> dict[str, float]:
         return {}
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "unit_rates"
-        flags = "-O3 -std=gnu11 -mavx512f -mamx-tile -mamx-bf16 -mamx-int8 -lpthread"
+        flags = "-O3 -std=gnu11 -mavx512f -mavx512bf16 -mavx512vnni -mamx-tile -mamx-bf16 -mamx-int8 -lpthread"
         source = Path(__file__).with_name("unit_rates.c")
         subprocess.run([compiler, str(source), "-o", str(program), *flags.split()], check=True)
-        command = [str(program), str(torch.get_num_threads()), *native.available()]
+        units = [f"{kind}:{unit}" for kind, unit in native.available().items()]
+        command = [str(program), str(torch.get_num_threads()), *units]
         lines = subprocess.check_output(command, text=True).splitlines()
-    return {unit: float(rate) for unit, rate in map(str.split, lines)}
+    return {kind: float(rate) for kind, rate in map(str.split, lines)}
 
 
 def _products(device: str) -> dict[str, Callable[[int, int, int], Callable[[], Tensor]]]:

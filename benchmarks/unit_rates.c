@@ -1,8 +1,8 @@
 // What the processor's vector and matrix units do by themselves, from registers alone: no program can be faster.
 //
-//     unit_rates THREADS UNIT...        UNIT: fp32, bf16, int8
+//     unit_rates THREADS KIND:UNIT...        KIND: fp32, bf16, int8; UNIT: amx, avx512
 //
-// Prints GFLOP/s of all threads together for each unit, one line each: the best of many short spells.
+// Prints GFLOP/s of all threads together for each kind, one line each: the best of many short spells.
 
 #define _GNU_SOURCE
 #include <immintrin.h>
@@ -34,52 +34,61 @@ static void configure_tiles(void) {
   _tile_loadconfig(&config);
 }
 
-static double fp32_spell(void) {
-  __m512 sums[CHAINS], x = _mm512_set1_ps(0.5f);
-#pragma GCC unroll 12
-  for (int i = 0; i < CHAINS; i++) sums[i] = x;
-  for (long round = 0; round < VECTOR_ROUNDS; round++) {
-#pragma GCC unroll 12
-    for (int i = 0; i < CHAINS; i++) {
-      sums[i] = _mm512_fmadd_ps(sums[i], x, x);
-      __asm__ volatile("" : "+v"(sums[i]));
-    }
+// Each of many sums in registers is `product` of itself, which multiplies so many values in each of 16 lanes.
+#define VECTOR_SPELL(name, vector, product, values)                        \
+  static double name(void) {                                               \
+    vector sums[CHAINS], x;                                                \
+    memset(&x, 0, sizeof x);                                               \
+    _Pragma("GCC unroll 12") for (int i = 0; i < CHAINS; i++) sums[i] = x; \
+    for (long round = 0; round < VECTOR_ROUNDS; round++) {                 \
+      _Pragma("GCC unroll 12") for (int i = 0; i < CHAINS; i++) {          \
+        sums[i] = product;                                                 \
+        __asm__ volatile("" : "+v"(sums[i]));                              \
+      }                                                                    \
+    }                                                                      \
+    return 2.0 * 16 * (values) * CHAINS * VECTOR_ROUNDS;                   \
   }
-  return 2.0 * 16 * CHAINS * VECTOR_ROUNDS;
-}
 
-static double bf16_spell(void) {
-  for (long round = 0; round < TILE_ROUNDS; round++) {
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+VECTOR_SPELL(fp32_on_avx512, __m512, _mm512_fmadd_ps(x, x, sums[i]), 1)
+VECTOR_SPELL(bf16_on_avx512, __m512, _mm512_dpbf16_ps(sums[i], (__m512bh)x, (__m512bh)x), 2)
+VECTOR_SPELL(int8_on_avx512, __m512i, _mm512_dpbusd_epi32(sums[i], x, x), 4)
+
+// Two by two tiles, which multiply so many values for each sum.
+#define TILE_SPELL(name, product, values)                \
+  static double name(void) {                             \
+    for (long round = 0; round < TILE_ROUNDS; round++) { \
+      product(0, 4, 6);                                  \
+      product(1, 4, 7);                                  \
+      product(2, 5, 6);                                  \
+      product(3, 5, 7);                                  \
+    }                                                    \
+    return 4.0 * TILE_ROUNDS * 2 * 16 * 16 * (values);   \
   }
-  return 4.0 * TILE_ROUNDS * 2 * 16 * 16 * 32;
-}
 
-static double int8_spell(void) {
-  for (long round = 0; round < TILE_ROUNDS; round++) {
-    _tile_dpbssd(0, 4, 6);
-    _tile_dpbssd(1, 4, 7);
-    _tile_dpbssd(2, 5, 6);
-    _tile_dpbssd(3, 5, 7);
-  }
-  return 4.0 * TILE_ROUNDS * 2 * 16 * 16 * 64;
-}
+TILE_SPELL(bf16_on_amx, _tile_dpbf16ps, 32)
+TILE_SPELL(int8_on_amx, _tile_dpbssd, 64)
 
-static double (*spell)(void);
-static int uses_tiles;
+static const struct {
+  const char* name;
+  double (*spell)(void);
+  int uses_tiles;
+} units[] = {
+    {"fp32:avx512", fp32_on_avx512, 0}, {"bf16:avx512", bf16_on_avx512, 0}, {"int8:avx512", int8_on_avx512, 0},
+    {"bf16:amx", bf16_on_amx, 1},       {"int8:amx", int8_on_amx, 1},
+};
+enum { UNITS = sizeof units / sizeof units[0] };
+
+static int unit;  // that is measured
 static pthread_barrier_t together;
 
 static void* run(void* best) {
-  if (uses_tiles) configure_tiles();
+  if (units[unit].uses_tiles) configure_tiles();
   for (int i = 0; i < SPELLS; i++) {
     pthread_barrier_wait(&together);
-    double began = now(), operations = spell(), rate = operations / (now() - began) / 1e9;
+    double began = now(), operations = units[unit].spell(), rate = operations / (now() - began) / 1e9;
     if (rate > *(double*)best) *(double*)best = rate;
   }
-  if (uses_tiles) _tile_release();
+  if (units[unit].uses_tiles) _tile_release();
   return NULL;
 }
 
@@ -87,9 +96,9 @@ int main(int count, char** words) {
   int threads = count > 1 ? atoi(words[1]) : 0;
   if (threads < 1 || threads > MOST_THREADS) return 2;
   for (int i = 2; i < count; i++) {
-    uses_tiles = strcmp(words[i], "fp32") != 0;
-    spell = !uses_tiles ? fp32_spell : strcmp(words[i], "bf16") == 0 ? bf16_spell : int8_spell;
-    if (uses_tiles && syscall(SYS_arch_prctl, 0x1023, 18)) return 1;
+    for (unit = 0; unit < UNITS && strcmp(words[i], units[unit].name);) unit++;
+    if (unit == UNITS) return 2;
+    if (units[unit].uses_tiles && syscall(SYS_arch_prctl, 0x1023, 18)) return 1;
     double best[MOST_THREADS] = {0}, sum = 0;
     pthread_t workers[MOST_THREADS];
     pthread_barrier_init(&together, NULL, threads);
@@ -97,7 +106,7 @@ int main(int count, char** words) {
     for (int t = 0; t < threads; t++) pthread_join(workers[t], NULL);
     pthread_barrier_destroy(&together);
     for (int t = 0; t < threads; t++) sum += best[t];
-    printf("%s %.1f\n", words[i], sum);
+    printf("%.4s %.1f\n", words[i], sum);
   }
   return 0;
 }

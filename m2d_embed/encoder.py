@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from m2d_embed import native
 from m2d_embed.config import ModelConfig, resolve_layers
 from m2d_embed.packed import PackedBlock, PackedBlocks, can_multiply, can_pack, have_packable_dtypes, is_unhooked
 
@@ -110,10 +111,14 @@ class PatchEmbed(nn.Module):
     def forward(self, log_mel: Tensor) -> Tensor:
         """(B, 1, mels, frames) -> (B, dim, F, T)."""
         log_mel = log_mel.to(self.proj.weight.dtype)
-        if can_multiply(log_mel) and type(self.proj) is nn.Conv2d and is_unhooked(self.proj):
+        if can_multiply(log_mel) and self.is_plain():
             return self._multiply(log_mel)
         patches: Tensor = self.proj(log_mel)
         return patches
+
+    def is_plain(self) -> bool:
+        """Whether calling it does what its class says, and nothing else."""
+        return type(self.proj) is nn.Conv2d and is_unhooked(self.proj) and is_unhooked(self)
 
     def _multiply(self, log_mel: Tensor) -> Tensor:
         batch, _, mels, frames = log_mel.shape
@@ -190,15 +195,39 @@ class Encoder(nn.Module):
         Returns:
             One (B, 1 + N, dim) tensor a layer, in the order asked for, the class token first.
         """
-        wanted = resolve_layers(layers, len(self.blocks))
-        x = self.with_class_token(tokens)
         attended = None if is_audio is None else F.pad(is_audio, (1, 0), value=True)[:, None, None]
+        return self._run(self.with_class_token(tokens), layers, attended)
+
+    def _run(self, x: Tensor, layers: Sequence[int], attended: Tensor | None) -> list[Tensor]:
+        wanted = resolve_layers(layers, len(self.blocks))
         outputs: dict[int, Tensor] = {}
         for index, block in enumerate(self._runnable(x)[: max(wanted) + 1]):
             x = block(x, attended)
             if index in wanted:
                 outputs[index] = self.norm(x)
         return [outputs[index] for index in wanted]
+
+    def _tokens(self, log_mel: Tensor) -> Tensor:
+        """The class token, and what ``embed`` returns: (B, 1 + F * T, dim)."""
+        if not self._has_kernel(log_mel):
+            return self.with_class_token(self.embed(log_mel))
+        projection = self.patch_embed.proj
+        return native.tokens(log_mel, projection, self.cls_token, self.pos_embed, self.grid_size[1])
+
+    def _has_kernel(self, log_mel: Tensor) -> bool:
+        """Whether tokens are made by a kernel: not of a log-mel that PyTorch would refuse."""
+        if type(self.patch_embed) is not PatchEmbed or not self.patch_embed.is_plain() or not can_pack(log_mel):
+            return False
+        projection = self.patch_embed.proj
+        (height, width), (rows, columns) = projection.kernel_size, self.grid_size
+        return (
+            native.fits_tokens(projection)
+            and self.cls_token.dtype == self.pos_embed.dtype == torch.float32
+            and log_mel.ndim == 4
+            and log_mel.shape[1:3] == (1, rows * height)
+            and log_mel.shape[3] % width == 0
+            and 0 < log_mel.shape[3] <= columns * width
+        )
 
     def _runnable(self, x: Tensor) -> Sequence[PackedBlock]:
         """The blocks, or packed copies of them where these do the same faster."""
@@ -227,7 +256,7 @@ class Encoder(nn.Module):
             One (B, F, T, dim) tensor a layer.
         """
         batch, rows = len(log_mel), self.grid_size[0]
-        features = self.encode(self.embed(log_mel), layers)
+        features = self._run(self._tokens(log_mel), layers, None)
         return [x[:, 1:].view(batch, rows, -1, x.shape[-1]) for x in features]
 
 

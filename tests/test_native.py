@@ -10,11 +10,13 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import random_model
+from conftest import DATA, random_model
 from torch import Tensor
 
+import m2d_embed
 from m2d_embed import native, packed
 from m2d_embed.config import ModelConfig
 from m2d_embed.encoder import Block
@@ -248,6 +250,64 @@ def test_float32_keeps_no_copies_of_weights():
     as_kernel(tokens(1, 8, 192), None)
     assert not as_kernel._matrices
     assert {t.data_ptr() for t in as_kernel._pointed[1].kept} == {p.data_ptr() for p in block.parameters()}
+
+
+@needs("fp32")
+@pytest.mark.parametrize("patch", [(16, 16), (16, 8), (80, 2), (8, 4)])
+@pytest.mark.parametrize("windows", [1, 3, 20])
+@pytest.mark.parametrize("columns", [1, 7, 12])
+def test_tokens_have_the_numbers_of_the_modules(patch, windows, columns, threads):
+    """Of whole windows and shorter ones, cut out of a longer log-mel."""
+    encoder = random_model(
+        ModelConfig(embed_dim=96, depth=1, num_heads=3, input_size=(80, 12 * patch[1]), patch_size=patch)
+    ).encoder
+    generator = torch.Generator().manual_seed(0)
+    log_mel = torch.randn(windows, 1, 80, 15 * patch[1], generator=generator)[..., 3 : 3 + columns * patch[1]]
+    with torch.no_grad():
+        found = encoder._tokens(log_mel)
+        expected = encoder.with_class_token(encoder.embed(log_mel))
+        assert encoder._has_kernel(log_mel)
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
+        encoder.patch_embed.proj.bias = None
+        expected = encoder.with_class_token(encoder.embed(log_mel.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2)))
+        torch.testing.assert_close(encoder._tokens(log_mel), expected, atol=2e-5, rtol=1e-5)
+
+
+@needs("fp32")
+def test_tokens_that_no_kernel_makes():
+    """Hooks are called, other dtypes and gradients go through PyTorch, and what does not fit is refused."""
+    encoder = random_model(
+        ModelConfig(embed_dim=64, depth=1, num_heads=2, input_size=(80, 64), patch_size=(16, 16))
+    ).encoder
+    log_mel = torch.zeros(1, 1, 80, 32)
+    assert not encoder._has_kernel(log_mel)  # gradients
+    with torch.no_grad():
+        assert encoder._has_kernel(log_mel)
+        assert not encoder._has_kernel(log_mel.double())
+        for wrong in (torch.zeros(1, 1, 80, 80), torch.zeros(1, 1, 64, 32), torch.zeros(1, 1, 80, 33), log_mel[0]):
+            assert not encoder._has_kernel(wrong)
+        for module in (encoder.patch_embed, encoder.patch_embed.proj):
+            handle = module.register_forward_hook(lambda *_: None)
+            assert not encoder._has_kernel(log_mel)
+            handle.remove()
+        encoder.patch_embed = torch.nn.Sequential(encoder.patch_embed)
+        assert not encoder._has_kernel(log_mel)
+    small = random_model(
+        ModelConfig(embed_dim=16, depth=1, num_heads=1, input_size=(80, 64), patch_size=(16, 16))
+    ).encoder
+    with torch.no_grad():
+        assert not small._has_kernel(log_mel)
+
+
+@needs("fp32")
+@pytest.mark.parametrize("dtype", [kind for kind in KINDS if kind in native.available()])
+def test_embeddings_do_not_depend_on_the_batch(dtype):
+    """Not in the last bit, from files to embeddings, whatever the lengths of the clips beside one."""
+    model = m2d_embed.load_model(dtype=dtype)
+    clips = [*sorted((DATA / "digits").glob("*.opus"))[:5], *sorted((DATA / "sounds").glob("*.oga"))]
+    together = model.encode(clips, batch_size=32)
+    for clip, expected in zip(clips, together, strict=True):
+        np.testing.assert_array_equal(model.encode(clip), expected)
 
 
 @needs("fp32")

@@ -1,4 +1,7 @@
-"""Compiled kernels for CPUs: transformer blocks (AMX for bfloat16 and int8, AVX-512 for float32), and the log-mel.
+"""Compiled kernels for CPUs: the log-mel, tokens, and transformer blocks.
+
+float32 is for AVX-512; bfloat16 and int8 are for Intel's matrix unit (AMX) or, where there is none, AVX-512's dot
+products.
 
 They are compiled when the package is built, if there is a C compiler, for Linux on x86 (``hatch_build.py``). Where they
 are missing, or the processor lacks the instructions, ``packed.py`` and ``frontend.py`` do the same through PyTorch.
@@ -10,6 +13,7 @@ runs in the threads of the OpenMP runtime that torch has loaded, as many as ``to
 from m2d_embed.native.blocks import BlockLike, NativeBlock, Scratch, fits, rounded_to_int8
 from m2d_embed.native.library import Kind, available, is_eager_on_cpu, kernels
 from m2d_embed.native.log_mel import NativeLogMel
+from m2d_embed.native.tokens import fits_tokens, tokens
 
 __all__ = [
     "BlockLike",
@@ -19,7 +23,9 @@ __all__ = [
     "Scratch",
     "available",
     "fits",
+    "fits_tokens",
     "is_eager_on_cpu",
     "kernels",
     "rounded_to_int8",
+    "tokens",
 ]

@@ -37,4 +37,16 @@ typedef struct {
   int32_t threads;
 } Call;
 
+// What goes into the first block: the class token, then patches of a log-mel, embedded, each with its position added.
+// Of the call, x is written, (windows, 1 + rows * columns, dim), and the block is not read.
+typedef struct {
+  Call call;
+  const float* log_mel;  // (windows, rows * height, columns * width)
+  int64_t window_stride, mel_stride;
+  int32_t rows, columns, height, width;  // patches of a window, and values of a patch
+  int32_t dim, grid_columns;             // of `positions`, which may be more
+  Linear projection;
+  const float *class_token, *positions;  // (dim), (1 + rows * grid_columns, dim)
+} TokensCall;
+
 #endif

@@ -23,7 +23,9 @@ _SMALLEST_SCALE = 1e-12
 # --- what blocks.h declares -------------------------------------------------------------------------------------------
 
 
-class _Linear(Structure):
+class Linear(Structure):
+    """A layer, laid out as its kernel reads it."""
+
     _fields_ = (("weight", c_void_p), ("scales", c_void_p), ("bias", c_void_p), ("bias_is_bf16", c_int32))
 
 
@@ -38,11 +40,13 @@ class _Block(Structure):
     _fields_ = (
         *((name, c_int32) for name in ("dim", "hidden", "heads", "quantized")),
         *((name, _Norm) for name in ("norm1", "norm2")),
-        *((name, _Linear) for name in ("qkv", "proj", "fc1", "fc2")),
+        *((name, Linear) for name in ("qkv", "proj", "fc1", "fc2")),
     )
 
 
-class _Call(Structure):
+class Call(Structure):
+    """The residual stream, and what works on it."""
+
     _fields_ = (
         ("block", POINTER(_Block)),
         ("x", c_void_p),
@@ -86,18 +90,25 @@ class BlockLike(Protocol):
 # --- the kernels ------------------------------------------------------------------------------------------------------
 
 
-class _Functions(NamedTuple):
+class Functions(NamedTuple):
+    """A kernel, and how many bytes of scratch it needs for a call."""
+
     run: Any
     scratch: Any
 
+    @classmethod
+    def of(cls, library: ctypes.CDLL, name: str, call: type[Structure]) -> Functions:
+        """Those of a name, which take a pointer to a structure."""
+        functions = cls(library[f"m2d_{name}_run"], library[f"m2d_{name}_scratch"])
+        for function in functions:
+            function.argtypes = [POINTER(call)]
+        functions.run.restype, functions.scratch.restype = None, c_int64
+        return functions
+
 
 @cache
-def _functions(library: ctypes.CDLL, name: str) -> _Functions:
-    functions = _Functions(library[f"m2d_{name}_run"], library[f"m2d_{name}_scratch"])
-    for function in functions:
-        function.argtypes = [POINTER(_Call)]
-    functions.run.restype, functions.scratch.restype = None, c_int64
-    return functions
+def _functions(library: ctypes.CDLL, name: str) -> Functions:
+    return Functions.of(library, name, Call)
 
 
 def fits(block: BlockLike, kind: Kind) -> bool:
@@ -158,7 +169,7 @@ class NativeBlock:
             structure = self._point()
             in_place = {a for a in addresses if a is not None} == {values.data_ptr() for values in structure.kept}
             self._pointed = (addresses if in_place else [], structure)  # copies are for this call alone
-        call = _Call(
+        call = Call(
             block=ctypes.pointer(structure),
             x=x.data_ptr(),
             windows=x.shape[0],
@@ -190,13 +201,13 @@ class NativeBlock:
             kept.append(parameter.detach().to(dtype).contiguous())
             return kept[-1].data_ptr()
 
-        def linear(index: int, layer: nn.Linear) -> _Linear:
+        def linear(index: int, layer: nn.Linear) -> Linear:
             is_bf16 = self.kind != "fp32" and layer.bias is not None and layer.bias.dtype == torch.bfloat16
             bias = readable(layer.bias, torch.bfloat16 if is_bf16 else torch.float32)
             if self.kind == "fp32":
-                return _Linear(readable(layer.weight), None, bias, is_bf16)
+                return Linear(readable(layer.weight), None, bias, is_bf16)
             matrix, scales = self._matrices[index]
-            return _Linear(matrix.data_ptr(), None if scales is None else scales.data_ptr(), bias, is_bf16)
+            return Linear(matrix.data_ptr(), None if scales is None else scales.data_ptr(), bias, is_bf16)
 
         qkv, _, fc1, _ = self._layers
         linears = [linear(index, layer) for index, layer in enumerate(self._layers)]

@@ -1,9 +1,10 @@
-// Transformer blocks in float32 on AVX-512.
+// Tokens, and transformer blocks, in float32 on AVX-512.
 //
 // Weights are used as they are, with no copy of them all: 64 rows of a matrix at a time are laid out for the product,
 // in a cache of the core, and used for some hundred tokens. All sums are of float32, exp and erf to 2e-7.
 
 #include <stddef.h>
+#include <string.h>
 
 #include "teams.h"
 #include "vectors.h"
@@ -418,4 +419,75 @@ void m2d_fp32_run(const Call* call) {
   Shape shape = shape_of(call);
   Scratch scratch;
   run_in_teams(call, run_windows, lay_out(&shape, NULL, &scratch));
+}
+
+// --- tokens --------------------------------------------------------------------------------------------------------
+
+static Shape shape_of_tokens(const TokensCall* call) {
+  Shape s = {.dim = call->dim, .tokens = 1 + (int64_t)call->rows * call->columns};
+  s.part = (int64_t)call->height * call->width;  // values of a patch
+  int64_t windows = call->call.windows, teams = num_teams(windows, call->call.threads);
+  s.windows = at_most(at_least(1, CHUNK_ROWS / s.tokens), (windows + teams - 1) / teams);
+  s.members = (call->call.threads + teams - 1) / teams;
+  s.member_floats = s.part * WIDTH;
+  return s;
+}
+
+// The patches of a chunk's windows are in `hidden`.
+static int64_t lay_out_tokens(const Shape* s, float* base, Scratch* scratch) {
+  scratch->hidden = base;
+  scratch->members = base + s->windows * s->tokens * s->part;
+  return (s->windows * s->tokens * s->part + s->members * s->member_floats) * (int64_t)sizeof(float);
+}
+
+int64_t m2d_tokens_scratch(const TokensCall* call) {
+  Shape shape = shape_of_tokens(call);
+  Scratch scratch;
+  return num_teams(call->call.windows, call->call.threads) * lay_out_tokens(&shape, NULL, &scratch);
+}
+
+// A patch, and in its token's place its position; the class token is a patch of zeros.
+static void cut_patch(const TokensCall* call, const float* log_mel, int64_t token, float* patch, float* x) {
+  int64_t row = (token - 1) / call->columns, column = (token - 1) % call->columns, values = call->height * call->width;
+  const float* position = call->positions;
+  if (token == 0) {
+    memset(patch, 0, values * sizeof(float));
+  } else {
+    const float* from = log_mel + row * call->height * call->mel_stride + column * call->width;
+    for (int64_t i = 0; i < call->height; i++) {
+      memcpy(patch + i * call->width, from + i * call->mel_stride, call->width * sizeof(float));
+    }
+    position += (1 + row * call->grid_columns + column) * call->dim;
+  }
+  memcpy(x, position, call->dim * sizeof(float));
+}
+
+static void make_tokens(const Call* pointer, Team team, int64_t first, int64_t stop, uint8_t* base) {
+  const TokensCall* call = (const TokensCall*)pointer;
+  Shape s = shape_of_tokens(call);
+  Scratch scratch;
+  lay_out_tokens(&s, (float*)base, &scratch);
+  for (int64_t window = first, end; window < stop; window = end) {
+    end = end_of_chunk(window, stop, s.windows);
+    Chunk chunk = {pointer, &s, &scratch, team, pointer->x + window * s.tokens * s.dim, end - window};
+    Share tokens = share_of(team, chunk.windows * s.tokens);
+    for (int64_t i = tokens.first; i < tokens.stop; i++) {
+      const float* log_mel = call->log_mel + (window + i / s.tokens) * call->window_stride;
+      cut_patch(call, log_mel, i % s.tokens, scratch.hidden + i * s.part, chunk.x + i * s.dim);
+    }
+    wait_for_all(team);
+    layer(&chunk, scratch.hidden, matrix_of(&call->projection, s.part, s.dim), chunk.x, s.dim, TO_RESIDUAL, NULL);
+    wait_for_all(team);
+    Share windows = share_of(team, chunk.windows);
+    for (int64_t i = windows.first; i < windows.stop; i++) {
+      float* x = chunk.x + i * s.tokens * s.dim;
+      for (int64_t j = 0; j < s.dim; j++) x[j] = call->class_token[j] + call->positions[j];
+    }
+  }
+}
+
+void m2d_tokens_run(const TokensCall* call) {
+  Shape shape = shape_of_tokens(call);
+  Scratch scratch;
+  run_in_teams(&call->call, make_tokens, lay_out_tokens(&shape, NULL, &scratch));
 }

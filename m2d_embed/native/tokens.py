@@ -1,0 +1,79 @@
+"""Tokens as a kernel: patches cut, embedded and given their positions in one pass (``fp32.c``)."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import Structure, byref, c_int32, c_int64, c_void_p
+from functools import cache
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from m2d_embed.native.blocks import Call, Functions, Linear, Scratch
+from m2d_embed.native.library import Kernels, available, kernels
+
+_OUTPUTS, _INPUTS = 32, 16  # a width, and the values of a patch, must be multiples of these
+_SCRATCH = Scratch()
+
+
+class _TokensCall(Structure):
+    _fields_ = (
+        ("call", Call),
+        ("log_mel", c_void_p),
+        *((name, c_int64) for name in ("window_stride", "mel_stride")),
+        *((name, c_int32) for name in ("rows", "columns", "height", "width", "dim", "grid_columns")),
+        ("projection", Linear),
+        *((name, c_void_p) for name in ("class_token", "positions")),
+    )
+
+
+@cache
+def _functions(library: ctypes.CDLL) -> Functions:
+    return Functions.of(library, "tokens", _TokensCall)
+
+
+def fits_tokens(projection: nn.Conv2d) -> bool:
+    """Whether there is a kernel on this machine for patches of this shape."""
+    return (
+        "fp32" in available()
+        and projection.out_channels % _OUTPUTS == 0
+        and projection.weight[0].numel() % _INPUTS == 0
+        and projection.weight.dtype == torch.float32
+    )
+
+
+def tokens(log_mel: Tensor, projection: nn.Conv2d, class_token: Tensor, positions: Tensor, grid_columns: int) -> Tensor:
+    """What goes into the first block of a vision transformer. The values of a window do not depend on the others.
+
+    Args:
+        log_mel: (B, 1, mels, frames) float32 on the CPU, both whole patches.
+        projection: of patches, that ``fits_tokens``.
+        class_token: (1, 1, dim).
+        positions: (1, 1 + F * ``grid_columns``, dim), of which a shorter log-mel takes the first columns.
+        grid_columns: at least the patches that the log-mel is long.
+
+    Returns:
+        (B, 1 + F * T, dim) float32, frequency-major after the class token.
+    """
+    height, width = cast("tuple[int, int]", projection.kernel_size)
+    batch, _, mels, frames = log_mel.shape
+    log_mel = log_mel if log_mel.stride(3) == 1 else log_mel.contiguous()
+    rows, columns, dim = mels // height, frames // width, projection.out_channels
+    x = torch.empty(batch, 1 + rows * columns, dim, dtype=torch.float32, device="cpu")
+    read = [None if p is None else p.detach().float().contiguous() for p in (projection.weight, projection.bias)]
+    weight, bias = (None if p is None else p.data_ptr() for p in read)
+    first, added = class_token.detach().float().contiguous(), positions.float().contiguous()
+    compiled = cast(Kernels, kernels())
+    call = _TokensCall(
+        Call(None, x.data_ptr(), batch, x.shape[1], None, ctypes.pointer(compiled.runtime), torch.get_num_threads()),
+        log_mel.data_ptr(),
+        *(log_mel.stride(0), log_mel.stride(2)),
+        *(rows, columns, height, width, dim, grid_columns),
+        Linear(weight, None, bias, False),
+        *(first.data_ptr(), added.data_ptr()),
+    )
+    functions = _functions(compiled.library)
+    call.call.scratch = _SCRATCH.address(functions.scratch(byref(call)))
+    functions.run(byref(call))
+    return x
