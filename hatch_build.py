@@ -5,6 +5,7 @@ Without one the wheel is pure Python, and the package computes the same through 
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 LIBRARY = "m2d_embed/native/kernels.so"
+_OLDEST_GLIBC = 17  # 2.17, of manylinux2014: older than what current wheels of torch ask for
 _COMMON = (
     "-std=gnu11 -O3 -fPIC -fno-math-errno -mprefer-vector-width=512 -mfma -mavx512f -mavx512bw -mavx512vl -mavx512dq"
 )
@@ -39,7 +41,15 @@ class KernelsBuildHook(BuildHookInterface):
             return
         build_data["artifacts"].append(f"/{LIBRARY}")
         build_data["pure_python"] = False
-        build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
+        build_data["tag"] = f"py3-none-{platform_tag(Path(self.root) / LIBRARY)}"
+
+
+def platform_tag(library: Path) -> str:
+    """Which systems it runs on (PEP 600): those whose C library has the symbols that it was linked to."""
+    needed = [int(minor) for minor in re.findall(rb"\0GLIBC_2\.(\d+)", library.read_bytes())]
+    if needed:
+        return f"manylinux_2_{max(_OLDEST_GLIBC, *needed)}_x86_64"
+    return sysconfig.get_platform().replace("-", "_").replace(".", "_")
 
 
 def compile_kernels(root: Path) -> bool:

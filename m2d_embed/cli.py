@@ -694,7 +694,8 @@ def _facts(model: M2D) -> dict[str, Any]:
         "layers read": ", ".join(map(str, resolve_layers(model.features.blocks(config), config.depth))),
         "scene embedding": model.scene_embedding_size,
         "timestamp embedding": f"{model.timestamp_embedding_size}, every {config.column_ms:g} ms",
-        "CPU kernels": ", ".join(native.available()) or "none here, PyTorch computes everything",
+        "CPU kernels": ", ".join(f"{kind} ({unit})" for kind, unit in native.available().items())
+        or "none here, PyTorch computes everything",
     }
     if config.head is not None:
         facts["labels"] = f"{len(config.head.labels)} ({', '.join(config.head.labels[:3])} ...)"

@@ -278,7 +278,7 @@ def test_info_of_the_bundled_model():
     shown = run("info").stdout
     for part in (
         BUNDLED_NAME,
-        ", ".join(native.available()) or "none here",
+        ", ".join(f"{kind} ({unit})" for kind, unit in native.available().items()) or "none here",
         "bundled with m2d-embed",
         "16000 Hz",
         "6, 7, 8, 9",

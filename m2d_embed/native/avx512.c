@@ -13,48 +13,51 @@ INLINE void end_products(void) {}
 
 typedef int32_t __attribute__((may_alias)) Group;  // of the values that a dot product adds up
 
-// Half of a row tile of A times two column tiles of B: 16 vectors of sums are as many as leave room for the factors.
-enum { HALF = ROWS / 2 };
+// Half of a row tile of A times two column tiles of B: 16 vectors of sums are as many as leave room for the factors. Of
+// what is beyond a window's tokens, a quarter of a tile is computed at most.
+enum { HALF = ROWS / 2, QUARTER = ROWS / 4 };
 
 #define ADD_PRODUCT(sums, a, b)                                                              \
   sums = is_int8 ? _mm512_castsi512_ps(_mm512_dpbusd_epi32(_mm512_castps_si512(sums), a, b)) \
                  : _mm512_dpbf16_ps(sums, (__m512bh)(a), (__m512bh)(b))
 
-INLINE void multiply_half(const uint8_t* a, Factors f, int is_int8, uint8_t* c, Sums sums, Ahead* ahead) {
+INLINE void multiply_rows(const uint8_t* a, const Factors* f, int rows, int is_int8, uint8_t* c, const Sums* sums,
+                          Ahead* ahead) {
   __m512 s[HALF][2];
-  for (int r = 0; r < HALF; r++) s[r][0] = s[r][1] = _mm512_setzero_ps();
-  for (const uint8_t *b = f.b, *stop = b + f.steps * TILE; b < stop; a += TILE, b += TILE) {
+  for (int r = 0; r < rows; r++) s[r][0] = s[r][1] = _mm512_setzero_ps();
+  int64_t to_second = f->b_stride;
+  for (const uint8_t *b = f->b, *stop = b + f->steps * TILE; b < stop; a += TILE, b += TILE) {
     if (ahead) fetch(ahead);
 #pragma GCC unroll 4
     for (int i = 0; i < ROWS; i++) {
-      __m512i b0 = _mm512_load_si512(b + 64 * i), b1 = _mm512_load_si512(b + f.b_stride + 64 * i);
+      __m512i b0 = _mm512_load_si512(b + 64 * i), b1 = _mm512_load_si512(b + to_second + 64 * i);
 #pragma GCC unroll 8
-      for (int r = 0; r < HALF; r++) {
+      for (int r = 0; r < rows; r++) {
         __m512i group = _mm512_set1_epi32(*(const Group*)(a + 64 * r + 4 * i));
         ADD_PRODUCT(s[r][0], group, b0);
         ADD_PRODUCT(s[r][1], group, b1);
       }
     }
   }
-  for (int r = 0; r < HALF; r++) {
-    _mm512_store_ps(c + r * sums.row, s[r][0]);
-    _mm512_store_ps(c + r * sums.row + sums.column_tile, s[r][1]);
+  for (int r = 0; r < rows; r++) {
+    _mm512_store_ps(c + r * sums->row, s[r][0]);
+    _mm512_store_ps(c + r * sums->row + sums->column_tile, s[r][1]);
   }
 }
 
-// Functions of their own, in which all sums are in registers.
-static __attribute__((noinline)) void multiply_half_bf16(const uint8_t* a, const Factors* f, uint8_t* c,
-                                                         const Sums* sums, Ahead* ahead) {
-  multiply_half(a, *f, 0, c, *sums, ahead);
-}
+// For each kind and number of rows a function of its own, in which all sums are in registers.
+#define MULTIPLY_ROWS(name, rows, is_int8)                                                                     \
+  static __attribute__((noinline)) void name(const uint8_t* a, const Factors* f, uint8_t* c, const Sums* sums, \
+                                             Ahead* ahead) {                                                   \
+    multiply_rows(a, f, rows, is_int8, c, sums, ahead);                                                        \
+  }
+MULTIPLY_ROWS(multiply_half_bf16, HALF, 0)
+MULTIPLY_ROWS(multiply_half_int8, HALF, 1)
+MULTIPLY_ROWS(multiply_quarter_bf16, QUARTER, 0)
+MULTIPLY_ROWS(multiply_quarter_int8, QUARTER, 1)
 
-static __attribute__((noinline)) void multiply_half_int8(const uint8_t* a, const Factors* f, uint8_t* c,
-                                                         const Sums* sums, Ahead* ahead) {
-  multiply_half(a, *f, 1, c, *sums, ahead);
-}
-
-INLINE void clear_half(uint8_t* c, Sums sums) {
-  for (int r = 0; r < HALF; r++) {
+INLINE void clear_rows(uint8_t* c, Sums sums, int first) {
+  for (int r = first; r < HALF; r++) {
     _mm512_store_ps(c + r * sums.row, _mm512_setzero_ps());
     _mm512_store_ps(c + r * sums.row + sums.column_tile, _mm512_setzero_ps());
   }
@@ -64,14 +67,14 @@ INLINE void multiply(Factors f, int row_tiles, int is_int8, Sums sums, const Bes
   for (int half = 0; half < 2 * row_tiles; half++) {
     const uint8_t* a = f.a + half / 2 * f.steps * TILE + half % 2 * (TILE / 2);
     uint8_t* c = (uint8_t*)sums.c + half / 2 * sums.row_tile + half % 2 * HALF * sums.row;
+    int64_t rows = f.rows[half / 2] - half % 2 * HALF;
     Ahead* ahead = beside && half == 0 ? beside->ahead : NULL;
-    if (half % 2 == 1 && f.rows[half / 2] <= HALF) {
-      clear_half(c, sums);
-    } else if (is_int8) {
-      multiply_half_int8(a, &f, c, &sums, ahead);
-    } else {
-      multiply_half_bf16(a, &f, c, &sums, ahead);
+    if (rows > QUARTER) {
+      (is_int8 ? multiply_half_int8 : multiply_half_bf16)(a, &f, c, &sums, ahead);
+      continue;
     }
+    if (rows > 0) (is_int8 ? multiply_quarter_int8 : multiply_quarter_bf16)(a, &f, c, &sums, ahead);
+    clear_rows(c, sums, rows > 0 ? QUARTER : 0);
   }
 }
 

@@ -1,7 +1,10 @@
 // Transformer blocks with bfloat16 or int8 products of tiles, all else in float32.
 //
 // How tiles are multiplied is up to the file that includes this: amx.c leaves it to Intel's matrix unit, avx512.c does
-// it with vectors.
+// it with vectors. Such a file defines the functions that are declared here without a body, and these constants:
+//   CHUNK_ROWS           tokens that go through a block together: more reuse of the weights, less of the cache;
+//   HIDDEN_BYTES         of an MLP between its layers: what a core's own cache holds beside all else;
+//   LEVELS_ARE_UNSIGNED  whether int8 values of A are stored with 128 added.
 //
 // A block takes few passes over memory: what is between two matrix products (normalisation, GELU, softmax, rounding) is
 // done while the values are in the cache, and written in the order in which the next product reads it.
