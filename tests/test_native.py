@@ -106,11 +106,11 @@ def test_the_kernels_were_built():
 
 
 @pytest.mark.parametrize("shape", SHAPES[:3])
-@pytest.mark.parametrize("count", [1, 6, 16, 31, 33, 96, 191])
-@pytest.mark.parametrize("windows", [1, 3, 8])
-def test_a_block_has_the_numbers_of_its_module(kind, shape, count, windows, threads):
+@pytest.mark.parametrize("count", [1, 6, 16, 20, 31, 33, 96, 191])
+def test_a_block_has_the_numbers_of_its_module(kind, shape, count, threads):
     block = random_block(*shape)
-    assert error(block, NativeBlock(block, kind, Scratch()), tokens(windows, count, shape[0])) < CLOSE[kind]
+    for windows in (1, 3, 8):
+        assert error(block, NativeBlock(block, kind, Scratch()), tokens(windows, count, shape[0])) < CLOSE[kind]
 
 
 @pytest.mark.parametrize("count", [5, 33])

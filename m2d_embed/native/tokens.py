@@ -38,7 +38,7 @@ def fits_tokens(projection: nn.Conv2d) -> bool:
     return (
         "fp32" in available()
         and projection.out_channels % _OUTPUTS == 0
-        and projection.weight[0].numel() % _INPUTS == 0
+        and projection.weight.shape[1:].numel() % _INPUTS == 0
         and projection.weight.dtype == torch.float32
     )
 
