@@ -234,7 +234,8 @@ INLINE Ahead ahead_of(const Chunk* chunk, const Matrix* m, int64_t column, int64
   return (Ahead){m->weight + next.first * m->stride, m->stride - m->inputs, lines, lines, rows, at_once};
 }
 
-// out = a times a matrix. What is multiplied with `then` is not known before all members have come to the end.
+// out = a times a matrix. While the last of it is multiplied, `then` is fetched, the matrix of the next product, or
+// NULL.
 INLINE void layer(const Chunk* chunk, const float* a, Matrix m, float* out, int64_t out_stride, Destination destination,
                   const Matrix* then) {
   static void (*const wide[])(Product*) = FUNCTIONS(multiply);
