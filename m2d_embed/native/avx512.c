@@ -34,6 +34,7 @@ INLINE void multiply_rows(const uint8_t* a, const Factors* f, int rows, int is_i
 #pragma GCC unroll 8
       for (int r = 0; r < rows; r++) {
         __m512i group = _mm512_set1_epi32(*(const Group*)(a + 64 * r + 4 * i));
+        __asm__("" : "+v"(group));  // without it Clang 16 crashes
         ADD_PRODUCT(s[r][0], group, b0);
         ADD_PRODUCT(s[r][1], group, b1);
       }
