@@ -212,7 +212,7 @@ class Encoder(nn.Module):
         if not self._has_kernel(log_mel):
             return self.with_class_token(self.embed(log_mel))
         projection = self.patch_embed.proj
-        return native.tokens(log_mel, projection, self.cls_token, self.pos_embed, self.grid_size[1])
+        return native.make_tokens(log_mel, projection, self.cls_token, self.pos_embed, self.grid_size[1])
 
     def _has_kernel(self, log_mel: Tensor) -> bool:
         """Whether tokens are made by a kernel: not of a log-mel that PyTorch would refuse."""

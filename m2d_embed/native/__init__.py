@@ -13,7 +13,7 @@ runs in the threads of the OpenMP runtime that torch has loaded, as many as ``to
 from m2d_embed.native.blocks import BlockLike, NativeBlock, Scratch, fits, rounded_to_int8
 from m2d_embed.native.library import Kind, available, is_eager_on_cpu, kernels
 from m2d_embed.native.log_mel import NativeLogMel
-from m2d_embed.native.tokens import fits_tokens, tokens
+from m2d_embed.native.tokens import fits_tokens, make_tokens
 
 __all__ = [
     "BlockLike",
@@ -26,6 +26,6 @@ __all__ = [
     "fits_tokens",
     "is_eager_on_cpu",
     "kernels",
+    "make_tokens",
     "rounded_to_int8",
-    "tokens",
 ]

@@ -43,7 +43,9 @@ def fits_tokens(projection: nn.Conv2d) -> bool:
     )
 
 
-def tokens(log_mel: Tensor, projection: nn.Conv2d, class_token: Tensor, positions: Tensor, grid_columns: int) -> Tensor:
+def make_tokens(
+    log_mel: Tensor, projection: nn.Conv2d, class_token: Tensor, positions: Tensor, grid_columns: int
+) -> Tensor:
     """What goes into the first block of a vision transformer. The values of a window do not depend on the others.
 
     Args:
