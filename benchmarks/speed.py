@@ -51,9 +51,8 @@ _CLIPS = HERE.parent / "tests" / "data"
 _MIB = 1 << 20
 _AST_CLIP = 10
 _RATE = 16_000  # of both models
-_SECONDS = (
-    40.0  # of rounds of a cell, at least: on a machine that others use, a few short rounds may all be slowed down
-)
+# Of rounds of a cell, at least: on a machine that others use, a few short rounds may all be slowed down.
+_SECONDS = 40.0
 
 
 def unit() -> str:

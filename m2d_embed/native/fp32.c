@@ -6,6 +6,7 @@
 #include <stddef.h>
 #include <string.h>
 
+#include "ahead.h"
 #include "teams.h"
 #include "vectors.h"
 
@@ -140,26 +141,6 @@ INLINE void add_products(const float* a, int64_t a_stride, const float* b, int64
 
 typedef enum { TO_OUTPUT, TO_RESIDUAL, TO_HIDDEN } Destination;
 
-// What is to come next is asked for while this is multiplied: 64 rows of a matrix, some columns of them.
-typedef struct {
-  const float* next;
-  int64_t to_next_row;    // from the end of a row's columns
-  int64_t lines_per_row;  // of 16 values
-  int64_t lines, rows;    // left of this row, and of all
-  int64_t at_once;        // lines
-} Ahead;
-
-INLINE void fetch(Ahead* ahead) {
-  for (int64_t i = 0; i < ahead->at_once && ahead->rows; i++) {
-    _mm_prefetch(ahead->next, _MM_HINT_T1);
-    ahead->next += 16;
-    if (--ahead->lines == 0) {
-      ahead->lines = ahead->lines_per_row, ahead->rows--;
-      ahead->next += ahead->to_next_row;
-    }
-  }
-}
-
 typedef struct {
   const float *a, *panel, *bias;
   float* out;
@@ -231,7 +212,8 @@ INLINE Ahead ahead_of(const Chunk* chunk, const Matrix* m, int64_t column, int64
   if (column == stop && then) m = then, next = columns_of(chunk->team, then);
   int64_t rows = at_most(WIDTH, next.stop - next.first), lines = m->inputs / 16;
   int64_t at_once = (rows + products - 1) / products;
-  return (Ahead){m->weight + next.first * m->stride, m->stride - m->inputs, lines, lines, rows, at_once};
+  const uint8_t* from = (const uint8_t*)(m->weight + next.first * m->stride);
+  return (Ahead){from, lines, lines, rows, (m->stride - m->inputs) * (int64_t)sizeof(float), at_once};
 }
 
 // out = a times a matrix. While the last of it is multiplied, `then` is fetched, the matrix of the next product, or

@@ -20,6 +20,7 @@
 
 #include <stddef.h>
 
+#include "ahead.h"
 #include "teams.h"
 #include "vectors.h"
 
@@ -384,29 +385,10 @@ INLINE void finish_rows(Pending* p, int64_t dim, Destination destination, int is
   p->done++;
 }
 
-// The next 32 columns of B are asked for while these are used: they are far away, in memory or a cache that cores
-// share.
-typedef struct {
-  const uint8_t* next;
-  int64_t lines, lines_per_tile_column;  // left of this column of tiles
-  int64_t tile_columns, to_next;         // left, and bytes from the end of one to the next
-  int64_t at_once;                       // lines in a step
-} Ahead;
-
+// The next 32 columns of B.
 INLINE Ahead ahead_of(const Matrix* m, const uint8_t* next, int is_there, int64_t row_pairs) {
-  int64_t lines = m->steps * (TILE / 64), at_once = (2 * lines + m->steps * row_pairs - 1) / (m->steps * row_pairs);
+  int64_t lines = m->steps * (TILE / LINE), at_once = (2 * lines + m->steps * row_pairs - 1) / (m->steps * row_pairs);
   return (Ahead){next, lines, lines, is_there ? 2 : 0, m->stride - m->steps * TILE, at_once};
-}
-
-INLINE void fetch(Ahead* ahead) {
-  for (int64_t i = 0; i < ahead->at_once && ahead->tile_columns; i++) {
-    _mm_prefetch(ahead->next, _MM_HINT_T1);
-    ahead->next += 64;
-    if (--ahead->lines == 0) {
-      ahead->lines = ahead->lines_per_tile_column, ahead->tile_columns--;
-      ahead->next += ahead->to_next;
-    }
-  }
 }
 
 // What a product is going to be added to, too, which is used when the next one is computed.
@@ -494,7 +476,7 @@ INLINE void layer(const Chunk* chunk, Matrix m, const uint8_t* a, const float* r
 
 // --- what is between products --------------------------------------------------------------------------------------
 
-// Round 64 values to int8: to = value / step; unsigned, 128 stands for 0.
+// Round 64 values to int8: to = value / step; if levels are unsigned, 128 stands for 0.
 INLINE void round_to_int8(const __m512 values[4], __m512 reciprocal, uint8_t* to) {
   for (int i = 0; i < 4; i++) {
     __m128i levels = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(values[i], reciprocal)));
