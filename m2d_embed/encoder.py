@@ -10,8 +10,9 @@ positions) and ``encode`` (class token, blocks, norm) are apart so that pre-trai
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from m2d_embed import native
 from m2d_embed.config import ModelConfig, resolve_layers
-from m2d_embed.packed import PackedBlock, PackedBlocks, can_multiply, can_pack, have_packable_dtypes, is_unhooked
+from m2d_embed.packed import PackedBlocks, can_multiply, can_pack, have_packable_dtypes, is_unhooked, run_each
 
 
 class Attention(nn.Module):
@@ -200,12 +201,14 @@ class Encoder(nn.Module):
 
     def _run(self, x: Tensor, layers: Sequence[int], attended: Tensor | None) -> list[Tensor]:
         wanted = resolve_layers(layers, len(self.blocks))
+        run: Callable[[Tensor, range, Tensor | None], Tensor]
+        run, done = self._packed_blocks(x) or partial(run_each, self.blocks), 0
         outputs: dict[int, Tensor] = {}
-        for index, block in enumerate(self._runnable(x)[: max(wanted) + 1]):
-            x = block(x, attended)
-            if index in wanted:
-                outputs[index] = self.norm(x)
-        return [outputs[index] for index in wanted]
+        for layer in sorted(set(wanted)):
+            x = run(x, range(done, layer + 1), attended)
+            outputs[layer] = self.norm(x)
+            done = layer + 1
+        return [outputs[layer] for layer in wanted]
 
     def _tokens(self, log_mel: Tensor) -> Tensor:
         """The class token, and what ``embed`` returns: (B, 1 + F * T, dim)."""
@@ -229,21 +232,20 @@ class Encoder(nn.Module):
             and 0 < log_mel.shape[3] <= columns * width
         )
 
-    def _runnable(self, x: Tensor) -> Sequence[PackedBlock]:
-        """The blocks, or packed copies of them where these do the same faster."""
-        modules = cast("Sequence[PackedBlock]", self.blocks)
+    def _packed_blocks(self, x: Tensor) -> PackedBlocks | None:
+        """Packed copies of the blocks, where these do the same faster."""
         if torch.compiler.is_compiling():
-            return modules
+            return None
         if self.training or x.device.type != "cpu":
             self._packed = None  # gives the memory back
-            return modules
+            return None
         if not can_pack(x):
-            return modules
-        if self._packed is None or not self._packed.is_current(self.blocks, self.quantize):
+            return None
+        if self._packed is None or not self._packed.is_current(self.blocks, self.norm, self.quantize):
             plain = all(type(module) in _BLOCK_PARTS and is_unhooked(module) for module in self.blocks.modules())
             packable = plain and have_packable_dtypes(self.blocks)
-            self._packed = PackedBlocks(self.blocks, self.quantize) if packable else None
-        return self._packed.blocks if self._packed is not None else modules
+            self._packed = PackedBlocks(self.blocks, self.norm, self.quantize) if packable else None
+        return self._packed
 
     def forward(self, log_mel: Tensor, layers: Sequence[int] = (-1,)) -> list[Tensor]:
         """Patch features of one window.
@@ -255,9 +257,12 @@ class Encoder(nn.Module):
         Returns:
             One (B, F, T, dim) tensor a layer.
         """
-        batch, rows = len(log_mel), self.grid_size[0]
-        features = self._run(self._tokens(log_mel), layers, None)
-        return [x[:, 1:].view(batch, rows, -1, x.shape[-1]) for x in features]
+        x, rows = self._tokens(log_mel), self.grid_size[0]
+        packed = self._packed_blocks(x)
+        features = packed.features(x, resolve_layers(layers, len(self.blocks)), rows) if packed else None
+        if features is not None:
+            return [patches.transpose(1, 2) for patches in features]
+        return [tokens[:, 1:].view(len(x), rows, -1, x.shape[-1]) for tokens in self._run(x, layers, None)]
 
 
 def init_linears(module: nn.Module) -> None:

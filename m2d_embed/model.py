@@ -497,25 +497,36 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
 
     def _frames(self, log_mel: Tensor, features: FeatureConfig, shift: int = 0) -> Tensor:
         """(B, 1, mels, frames) -> (B, T, D), leaving out the first ``shift`` frames."""
-        return frame_features(self._patches(log_mel, features.blocks(self.config), shift), features)
+        batch = len(log_mel)
+        encoded = self._encode_clips(log_mel, features.blocks(self.config), shift)
+        joined = [
+            frame_features(per_layer, features).reshape(batch, -1, features.frame_dim(self.config))
+            for per_layer in encoded
+        ]
+        return joined[0] if len(joined) == 1 else torch.cat(joined, dim=1)
 
     def _patches(self, log_mel: Tensor, layers: Sequence[int], shift: int = 0) -> list[Tensor]:
         """Encode window by window and join the kept columns: one (B, F, T, d) float32 tensor a layer."""
-        batch, grid_rows = len(log_mel), self.config.grid_size[0]
+        batch = len(log_mel)
+        joined: list[list[Tensor]] = [[] for _ in layers]
+        for per_layer in self._encode_clips(log_mel, layers, shift):
+            for layer, patches in enumerate(per_layer):
+                joined[layer].append(patches.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3))
+        return [torch.cat(parts, dim=2) for parts in joined]
+
+    def _encode_clips(self, log_mel: Tensor, layers: Sequence[int], shift: int) -> Iterator[list[Tensor]]:
+        """The kept columns of all full windows of all clips, then of the last, shorter ones.
+
+        Each time one (B * n, F, T, d) float32 tensor a layer, the n windows of a clip one after the other.
+        """
         windows = cut(log_mel.shape[-1], self.config, shift)
         if not windows:
-            empty = log_mel.new_empty(batch, grid_rows, 0, self.config.embed_dim)
-            return [empty for _ in layers]
-        widths = {w.stop - w.start for w in windows}
-        joined: list[list[Tensor]] = [[] for _ in layers]
-        for width in sorted(widths, reverse=True):  # all full windows of all clips together, then the last, shorter one
+            yield [log_mel.new_empty(len(log_mel), self.config.grid_size[0], 0, self.config.embed_dim) for _ in layers]
+        for width in sorted({w.stop - w.start for w in windows}, reverse=True):
             group = [w for w in windows if w.stop - w.start == width]
             stacked = torch.stack([pad_to_patch(log_mel[..., w.start : w.stop], self.config) for w in group], dim=1)
-            for layer, output in enumerate(self._encode_windows(stacked.flatten(0, 1), layers)):
-                patches = output[..., : group[0].columns, :]  # (B * n, F, T, d)
-                patches = patches.reshape(batch, len(group), *patches.shape[1:]).transpose(1, 2)
-                joined[layer].append(patches.flatten(2, 3).float())  # (B, F, n * T, d)
-        return [torch.cat(parts, dim=2) for parts in joined]
+            outputs = self._encode_windows(stacked.flatten(0, 1), layers)
+            yield [output[..., : group[0].columns, :].float() for output in outputs]
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:

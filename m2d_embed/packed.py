@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, cast
 
 import torch
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2d_embed import native
-from m2d_embed.native import BlockLike, NativeBlock
+from m2d_embed.native import BlockLike, NativeBlocks
 
 _MOST_PACKED = 280_000_000  # bytes of copies; beyond it the second layers of MLPs, the last first, stay as they are
 _SAMPLES = 16  # elements of a matrix that are compared to find out whether it has changed
@@ -37,7 +37,7 @@ _FEW_SCORES = 30_000  # of attention: as many as a single clip of 1 to 3 s has
 
 
 Product = Callable[[Tensor], Tensor]
-#: (B, tokens, dim) float32 and the mask of ``encoder.attend`` -> the same tensor, changed in place.
+#: (B, tokens, dim) float32 and the mask of ``encoder.attend`` -> the same, perhaps changed in place.
 PackedBlock = Callable[[Tensor, Tensor | None], Tensor]
 
 
@@ -62,42 +62,69 @@ def supports_int8() -> bool:
     return "int8" in native.available() or (_HAS_KERNELS and bool(torch.cpu._is_vnni_supported()))
 
 
+def run_each(blocks: nn.ModuleList | list[PackedBlock], x: Tensor, which: range, attended: Tensor | None) -> Tensor:
+    """(B, tokens, dim) -> the same, through a run of blocks; ``attended`` as in ``encoder.attend``."""
+    for index in which:
+        x = blocks[index](x, attended)
+    return x
+
+
 class PackedBlocks:
     """Packed copies of blocks.
 
     Args:
         blocks: the encoder's, of the types that it was built of.
+        norm: what the encoder's features are read through.
         quantize: multiply in int8; otherwise in the dtype of the matrices.
+
+    Attributes:
+        kernel: of our own, or None.
+        copies: for oneDNN, if there is no kernel.
     """
 
-    def __init__(self, blocks: nn.ModuleList, quantize: bool):
+    def __init__(self, blocks: nn.ModuleList, norm: nn.Module, quantize: bool):
         self.quantize = quantize
+        self._norm = norm
         self._blocks = blocks
+        self._num_blocks = len(blocks)
         # Dictionaries, as looking up modules by name takes longer than a small matrix product.
         self._children = [(m._modules, name, child) for m in blocks.modules() for name, child in m._modules.items()]
         self._layers = list(_layers(blocks))
         self._identities = [_identity(layer) for layer in self._layers]
         self._views = [_spread(layer.weight) for layer in self._layers]
         self._samples = torch.cat(self._views)
-        self.blocks: list[PackedBlock]
-        kind = _kind(blocks, quantize)
-        if all(native.fits(block, kind) for block in _as_blocks(blocks)):
-            scratch = native.Scratch()
-            self.blocks = [NativeBlock(block, kind, scratch) for block in _as_blocks(blocks)]
-        elif quantize:
-            self.blocks = [_QuantizedBlock(block) for block in _as_blocks(blocks)]
-        else:
+        layers, kind = list(_as_blocks(blocks)), _kind(blocks, quantize)
+        self._reads_features = type(norm) is nn.LayerNorm and norm.normalized_shape == (layers[0].attn.qkv.in_features,)
+        readable = cast(nn.LayerNorm, norm) if self._reads_features else None
+        self.kernel = NativeBlocks(layers, readable, kind) if native.fits(layers, kind) else None
+        self.copies: list[PackedBlock] = []
+        if self.kernel is None and quantize:
+            self.copies = [_QuantizedBlock(block) for block in layers]
+        elif self.kernel is None:
             whole = len(blocks) - _num_too_large(blocks)
-            self.blocks = [_PackedBlock(block, index < whole) for index, block in enumerate(_as_blocks(blocks))]
+            self.copies = [_PackedBlock(block, index < whole) for index, block in enumerate(layers)]
 
-    def is_current(self, blocks: nn.ModuleList, quantize: bool) -> bool:
+    def __call__(self, x: Tensor, blocks: range, attended: Tensor | None) -> Tensor:
+        """(B, tokens, dim) float32 through a run of blocks, perhaps in place; ``attended`` as in ``encoder.attend``."""
+        if self.kernel is not None and attended is None:
+            return self.kernel(x, blocks)
+        return run_each(self.copies or self._blocks, x, blocks, attended)
+
+    def features(self, x: Tensor, layers: Sequence[int], rows: int) -> list[Tensor] | None:
+        """As ``NativeBlocks.features``, or None if there is no kernel, or the norm has been replaced or hooked into."""
+        if self.kernel is None or not self._reads_features or not is_unhooked(self._norm):
+            return None
+        return self.kernel.features(x, layers, rows)
+
+    def is_current(self, blocks: nn.ModuleList, norm: nn.Module, quantize: bool) -> bool:
         """Whether the blocks are still those that were packed, with the same weights, and nothing hooks into them.
 
         A change through ``.data`` leaves no trace in the tensor, so some elements of each matrix are compared as well.
         """
         return (
             blocks is self._blocks
-            and len(blocks) == len(self.blocks)
+            and norm is self._norm
+            and len(blocks) == self._num_blocks
             and quantize == self.quantize
             and all(siblings.get(name) is module for siblings, name, module in self._children)
             and all(is_unhooked(module) for _, _, module in self._children)

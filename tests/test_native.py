@@ -23,7 +23,7 @@ from m2d_embed.config import ModelConfig
 from m2d_embed.encoder import Block
 from m2d_embed.frontend import LogMel
 from m2d_embed.model import DTYPES
-from m2d_embed.native import NativeBlock, NativeLogMel, Scratch, blocks, library
+from m2d_embed.native import NativeBlocks, NativeLogMel, blocks, library
 from m2d_embed.packed import PackedBlocks
 
 COMPILER = next(filter(shutil.which, ("cc", "gcc", "clang")), None)
@@ -31,6 +31,7 @@ KINDS = ("fp32", "bf16", "int8")
 UNITS = {"fp32": ("avx512",), "bf16": ("amx", "avx512"), "int8": ("amx", "avx512")}
 #: How far a block may be from float32, as a share of what it adds.
 CLOSE = {"fp32": 2e-6, "bf16": 6e-3, "int8": 2.5e-2}
+ONE = range(1)
 SHAPES = [(64, 2, 256), (192, 3, 768), (128, 1, 192), (768, 12, 3072)]  # width, heads, MLP
 
 
@@ -83,9 +84,19 @@ def tokens(windows: int, count: int, dim: int, seed: int = 0) -> Tensor:
     return torch.randn(windows, count, dim, generator=torch.Generator().manual_seed(seed))
 
 
-def error(block: Block, native_block: NativeBlock, x: Tensor) -> float:
+def kernel(kind: native.Kind, *modules: Block) -> NativeBlocks:
+    """Of blocks, with a norm that does something."""
+    norm = torch.nn.LayerNorm(modules[0].norm1.normalized_shape[0], eps=1e-5)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        torch.nn.init.normal_(norm.weight, 1, 0.2)
+        torch.nn.init.normal_(norm.bias, 0, 0.2)
+    return NativeBlocks(modules, norm.requires_grad_(False), kind)
+
+
+def error(block: Block, as_kernel: NativeBlocks, x: Tensor) -> float:
     expected = block(x)
-    found = native_block(x.clone(), None)
+    found = as_kernel(x.clone(), ONE)
     assert found.shape == x.shape and found.isfinite().all()
     return float((found - expected).norm() / (expected - x).norm())
 
@@ -110,7 +121,7 @@ def test_the_kernels_were_built():
 def test_a_block_has_the_numbers_of_its_module(kind, shape, count, threads):
     block = random_block(*shape)
     for windows in (1, 3, 8):
-        assert error(block, NativeBlock(block, kind, Scratch()), tokens(windows, count, shape[0])) < CLOSE[kind]
+        assert error(block, kernel(kind, block), tokens(windows, count, shape[0])) < CLOSE[kind]
 
 
 @pytest.mark.parametrize("count", [5, 33])
@@ -119,12 +130,12 @@ def test_a_block_of_odd_widths(kind, count, threads):
     if kind == "int8":
         pytest.skip("int8 tiles are 64 values long")
     block = random_block(96, 3, 160)
-    assert error(block, NativeBlock(block, kind, Scratch()), tokens(3, count, 96)) < CLOSE[kind]
+    assert error(block, kernel(kind, block), tokens(3, count, 96)) < CLOSE[kind]
 
 
 def test_a_block_of_the_size_of_a_base_model(kind):
     block = random_block(*SHAPES[3])
-    assert error(block, NativeBlock(block, kind, Scratch()), tokens(3, 191, 768)) < CLOSE[kind]
+    assert error(block, kernel(kind, block), tokens(3, 191, 768)) < CLOSE[kind]
 
 
 @pytest.mark.parametrize("name", ["attn.qkv.bias", "attn.proj.bias", "mlp.fc1.bias", "mlp.fc2.bias", "norm1.bias"])
@@ -132,12 +143,12 @@ def test_parameters_that_are_missing(kind, name):
     block = random_block(64, 2, 256)
     parent, _, parameter = name.rpartition(".")
     block.get_submodule(parent).register_parameter(parameter, None)
-    assert error(block, NativeBlock(block, kind, Scratch()), tokens(2, 31, 64)) < CLOSE[kind]
+    assert error(block, kernel(kind, block), tokens(2, 31, 64)) < CLOSE[kind]
 
 
 def test_biases_of_other_dtypes(kind):
     block = random_block(64, 2, 256)
-    as_kernel = NativeBlock(block, kind, Scratch())
+    as_kernel = kernel(kind, block)
     assert error(block, as_kernel, tokens(2, 31, 64)) < CLOSE[kind]
     for dtype in (torch.bfloat16, torch.float64, torch.float16):
         half = block.mlp.fc1.bias.data.to(dtype)
@@ -155,11 +166,11 @@ def test_large_and_small_values(kind):
     """Scores of thousands, where a softmax overflows unless it is careful, and tokens that are all alike."""
     block = random_block(64, 2, 256)
     block.attn.qkv.weight *= 30
-    as_kernel = NativeBlock(block, kind, Scratch())
+    as_kernel = kernel(kind, block)
     x = tokens(2, 40, 64)
     x[0] *= 1e4
     x[1] = 1e-6
-    expected, found = block(x), as_kernel(x.clone(), None)
+    expected, found = block(x), as_kernel(x.clone(), ONE)
     assert found.isfinite().all()
     if kind == "fp32":
         assert (found[0] - expected[0]).norm() / (expected[0] - x[0]).norm() < 1e-3  # differences of large scores
@@ -170,46 +181,45 @@ def test_large_and_small_values(kind):
 def test_what_is_not_finite_stays_in_its_window(kind, value):
     block = random_block(64, 2, 256)
     x = tokens(3, 20, 64)
-    expected = NativeBlock(block, kind, Scratch())(x.clone(), None)
+    expected = kernel(kind, block)(x.clone(), ONE)
     x[1, 3, 5] = value
-    found = NativeBlock(block, kind, Scratch())(x.clone(), None)
+    found = kernel(kind, block)(x.clone(), ONE)
     torch.testing.assert_close(found[[0, 2]], expected[[0, 2]], atol=0, rtol=0)
     assert kind == "int8" or not found[1].isfinite().all()
 
 
 def test_memory_that_held_something_else(kind):
     """What is left of scratch from a call before must not come into the numbers, not even NaN times 0."""
-    block, scratch = random_block(64, 2, 256), Scratch()
-    as_kernel = NativeBlock(block, kind, scratch)
+    as_kernel = kernel(kind, random_block(64, 2, 256))
     x = tokens(1, 17, 64)
-    expected = as_kernel(x.clone(), None)
-    scratch.memory.fill_(255)
-    torch.testing.assert_close(as_kernel(x.clone(), None), expected, atol=0, rtol=0)
+    expected = as_kernel(x.clone(), ONE)
+    as_kernel.scratch.memory.fill_(255)
+    torch.testing.assert_close(as_kernel(x.clone(), ONE), expected, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("shape", [SHAPES[1], (128, 2, 3072)])  # the second one's MLP goes in parts
 def test_a_window_does_not_depend_on_the_others(kind, shape, threads):
     """Not even in the last bit: neither its rounding nor the order of its sums."""
     block = random_block(*shape)
-    as_kernel = NativeBlock(block, kind, Scratch())
+    as_kernel = kernel(kind, block)
     x = tokens(7, 50, shape[0])
     x[::2] *= 100
-    together = as_kernel(x.clone(), None)
+    together = as_kernel(x.clone(), ONE)
     for index in range(7):
-        alone = as_kernel(x[index : index + 1].clone(), None)
+        alone = as_kernel(x[index : index + 1].clone(), ONE)
         torch.testing.assert_close(together[index : index + 1], alone, atol=0, rtol=0)
 
 
 def test_two_threads_of_python_at_once(kind):
     block = random_block(192, 3, 768)
-    as_kernel = NativeBlock(block, kind, Scratch())
+    as_kernel = kernel(kind, block)
     inputs = [tokens(2, 40 + 20 * index, 192) for index in range(4)]
-    expected = [as_kernel(x.clone(), None) for x in inputs]
+    expected = [as_kernel(x.clone(), ONE) for x in inputs]
     wrong: list[int] = []
 
     def run(index: int) -> None:
         with torch.no_grad():
-            results = (as_kernel(inputs[index].clone(), None) for _ in range(50))
+            results = (as_kernel(inputs[index].clone(), ONE) for _ in range(50))
             wrong.extend(index for result in results if not torch.equal(result, expected[index]))
 
     workers = [threading.Thread(target=run, args=(index,)) for index in range(4)]
@@ -220,25 +230,64 @@ def test_two_threads_of_python_at_once(kind):
     assert not wrong
 
 
-def test_a_mask_goes_to_the_block_itself(kind):
-    block = random_block(64, 2, 256)
+def test_a_mask_goes_to_the_blocks_themselves(kind):
+    modules = torch.nn.ModuleList([random_block(64, 2, 256), random_block(64, 2, 256, seed=1)])
     attended = (torch.arange(20) < torch.tensor([[12], [20]]))[:, None, None]
     x = tokens(2, 20, 64)
-    torch.testing.assert_close(NativeBlock(block, kind, Scratch())(x.clone(), attended), block(x, attended))
+    found = PackedBlocks(modules, torch.nn.LayerNorm(64), kind == "int8")(x.clone(), range(2), attended)
+    torch.testing.assert_close(found, modules[1](modules[0](x, attended), attended))
+
+
+@pytest.mark.parametrize("windows", [1, 3, 8])
+def test_blocks_run_one_after_the_other(kind, threads, windows):
+    modules = [random_block(64, 2, 256, seed) for seed in range(4)]
+    together = kernel(kind, *modules)
+    x = tokens(windows, 50, 64)
+    expected = x.clone()
+    for module in modules[1:]:
+        expected = kernel(kind, module)(expected, ONE)
+    torch.testing.assert_close(together(x.clone(), range(1, 4)), expected, atol=0, rtol=0)
+    torch.testing.assert_close(together(together(x.clone(), range(1, 3)), range(3, 4)), expected, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("windows", [1, 3, 8])
+@pytest.mark.parametrize("layers", [[0], [2], [1, 0, 3], [2, 2]])
+def test_features_are_what_the_norm_makes_of_the_tokens(kind, threads, windows, layers):
+    rows, columns = 5, 7
+    modules = [random_block(64, 2, 256, seed) for seed in range(4)]
+    as_kernel = kernel(kind, *modules)
+    x = tokens(windows, 1 + rows * columns, 64)
+    found = as_kernel.features(x.clone(), layers, rows)
+    assert len(found) == len(layers)
+    for layer, features in zip(layers, found, strict=True):
+        after = as_kernel(x.clone(), range(layer + 1))
+        expected = as_kernel._norm(after[:, 1:]).view(windows, rows, columns, 64).transpose(1, 2)
+        torch.testing.assert_close(features, expected, atol=2e-6, rtol=2e-6)
+
+
+def test_features_through_a_norm_without_parameters():
+    block = random_block(64, 2, 256)
+    if not native.fits([block], "fp32"):
+        pytest.skip("no kernel was built, or suits this CPU")
+    norm, x = torch.nn.LayerNorm(64, elementwise_affine=False), tokens(2, 13, 64)
+    found = NativeBlocks([block], norm, "fp32").features(x.clone(), [0], 3)[0]
+    expected = norm(block(x)[:, 1:]).view(2, 3, 4, 64).transpose(1, 2)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 def test_tokens_that_are_not_contiguous(kind):
     block = random_block(64, 2, 256)
     wide = tokens(2, 20, 128)
-    expected = NativeBlock(block, kind, Scratch())(wide[..., ::2].contiguous(), None)
-    torch.testing.assert_close(NativeBlock(block, kind, Scratch())(wide[..., ::2], None), expected, atol=0, rtol=0)
+    expected = kernel(kind, block)(wide[..., ::2].contiguous(), ONE)
+    torch.testing.assert_close(kernel(kind, block)(wide[..., ::2], ONE), expected, atol=0, rtol=0)
 
 
 def test_shapes_that_do_not_fit_are_left_to_onednn(kind):
-    assert not native.fits(random_block(32, 2, 128), kind)
-    assert not native.fits(random_block(192, 12, 768), kind)  # 16 values a head
-    assert native.fits(random_block(96, 3, 160), kind) == (kind != "int8")
-    assert native.fits(random_block(192, 3, 768), kind)
+    assert not native.fits([random_block(32, 2, 128)], kind)
+    assert not native.fits([random_block(192, 12, 768)], kind)  # 16 values a head
+    assert native.fits([random_block(96, 3, 160)], kind) == (kind != "int8")
+    assert native.fits([random_block(192, 3, 768)] * 2, kind)
+    assert not native.fits([random_block(192, 3, 768), random_block(192, 3, 384)], kind)
 
 
 def test_a_model_uses_them(kind):
@@ -247,17 +296,18 @@ def test_a_model_uses_them(kind):
     with torch.no_grad():
         model.scene(tokens(1, 8000, 1)[..., 0])
     assert model.encoder._packed is not None
-    assert [type(block) for block in model.encoder._packed.blocks] == [NativeBlock] * 2
-    assert {block.kind for block in model.encoder._packed.blocks} == {kind}
+    assert model.encoder._packed.kernel is not None and not model.encoder._packed.copies
+    assert model.encoder._packed.kernel.kind == kind
 
 
 @needs("fp32")
 def test_float32_keeps_no_copies_of_weights():
     block = random_block(192, 3, 768)
-    as_kernel = NativeBlock(block, "fp32", Scratch())
-    as_kernel(tokens(1, 8, 192), None)
+    as_kernel = kernel("fp32", block)
+    as_kernel(tokens(1, 8, 192), ONE)
     assert not as_kernel._matrices
-    assert {t.data_ptr() for t in as_kernel._pointed[1].kept} == {p.data_ptr() for p in block.parameters()}
+    parameters = [*block.parameters(), *as_kernel._norm.parameters()]
+    assert {t.data_ptr() for t in as_kernel._pointed.kept} == {p.data_ptr() for p in parameters}
 
 
 @needs("fp32")
@@ -376,9 +426,9 @@ def test_without_the_library_onednn_does_it(monkeypatch, tmp_path):
     monkeypatch.setattr(blocks, "available", dict)
     modules = torch.nn.ModuleList([random_block(64, 2, 256)])
     x = tokens(2, 20, 64)
-    torch.testing.assert_close(
-        PackedBlocks(modules, False).blocks[0](x.clone(), None), modules[0](x), atol=1e-5, rtol=0
-    )
+    found = PackedBlocks(modules, torch.nn.LayerNorm(64), False)
+    assert found.kernel is None and found.features(x, [0], 1) is None
+    torch.testing.assert_close(found(x.clone(), ONE, None), modules[0](x), atol=1e-5, rtol=0)
 
 
 AVX512 = "fma avx512f avx512bw avx512vl avx512dq"

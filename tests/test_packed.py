@@ -70,7 +70,7 @@ def test_copies_take_no_more_memory_than_they_may(onednn, monkeypatch, too_large
     monkeypatch.setattr(packed, "_MOST_PACKED", whole - too_large * second)
     audio = clips(2, 8_000)
     torch.testing.assert_close(fast(model, audio), plain(model, audio), atol=2e-6, rtol=0)
-    blocks = model.encoder._packed.blocks
+    blocks = model.encoder._packed.copies
     as_they_are = [copied.fc2 is block.mlp.fc2 for copied, block in zip(blocks, model.encoder.blocks, strict=True)]
     assert as_they_are == [index >= 3 - too_large for index in range(3)]
     monkeypatch.setattr(packed, "_MOST_PACKED", 0)
@@ -214,7 +214,7 @@ def test_training_mode_keeps_no_copies(model):
 # --- out of the way ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["blocks.1", "blocks.1.attn", "blocks.1.mlp.fc1", "blocks.1.norm2"])
+@pytest.mark.parametrize("name", ["blocks.1", "blocks.1.attn", "blocks.1.mlp.fc1", "blocks.1.norm2", "norm"])
 def test_hooks_are_called(model, name):
     audio, calls = clips(1, 16_000), []
     fast(model, audio)
@@ -246,6 +246,17 @@ def test_replaced_layers_are_called(model):
     block.attn.proj = Doubled(block.attn.proj)
     torch.testing.assert_close(fast(model, audio), plain(model, audio), atol=2e-6, rtol=0)
     assert not is_packed(model)
+
+
+def test_a_replaced_norm_is_called(model):
+    audio = clips(1, 16_000)
+    before = fast(model, audio)
+    model.encoder.norm = torch.nn.LayerNorm(model.config.embed_dim)
+    torch.nn.init.constant_(model.encoder.norm.weight, 2)
+    torch.testing.assert_close(fast(model, audio), plain(model, audio), atol=4e-6, rtol=0)
+    assert (fast(model, audio) - before).abs().max() > 0.1
+    model.encoder.norm = torch.nn.RMSNorm(model.config.embed_dim)
+    torch.testing.assert_close(fast(model, audio), plain(model, audio), atol=4e-6, rtol=0)
 
 
 def test_blocks_are_added_and_taken_away(model):

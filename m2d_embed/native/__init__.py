@@ -10,7 +10,7 @@ The library is plain C, called through ctypes, which lets go of the GIL; it hold
 runs in the threads of the OpenMP runtime that torch has loaded, as many as ``torch.get_num_threads()``.
 """
 
-from m2d_embed.native.blocks import BlockLike, NativeBlock, Scratch, fits, rounded_to_int8
+from m2d_embed.native.blocks import BlockLike, NativeBlocks, fits, rounded_to_int8
 from m2d_embed.native.library import Kind, available, is_eager_on_cpu, kernels
 from m2d_embed.native.log_mel import NativeLogMel
 from m2d_embed.native.tokens import fits_tokens, make_tokens
@@ -18,9 +18,8 @@ from m2d_embed.native.tokens import fits_tokens, make_tokens
 __all__ = [
     "BlockLike",
     "Kind",
-    "NativeBlock",
+    "NativeBlocks",
     "NativeLogMel",
-    "Scratch",
     "available",
     "fits",
     "fits_tokens",

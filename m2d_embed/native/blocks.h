@@ -27,18 +27,23 @@ typedef struct {
   Linear qkv, proj, fc1, fc2;
 } Block;
 
-// x is (windows, tokens, dim) float32, changed in place.
+// Blocks of one shape, one after the other; x is (windows, tokens, dim) float32, changed in place. Of some blocks
+// features are read: all tokens but the first, frequency-major in x, through a norm.
 typedef struct {
-  const Block* block;
+  const Block* blocks;
+  int64_t num_blocks;
   float* x;
   int64_t windows, tokens;
   uint8_t* scratch;
   const Runtime* runtime;
   int32_t threads;
+  int32_t rows;            // tokens of a column of features
+  float* const* features;  // of each block (windows, columns, rows, dim), or NULL; or NULL for all
+  const Norm* norm;        // of features
 } Call;
 
 // What goes into the first block: the class token, then patches of a log-mel, embedded, each with its position added.
-// Of the call, x is written, (windows, 1 + rows * columns, dim), and the block is not read.
+// Of the call, x is written, (windows, 1 + rows * columns, dim), and the blocks are not read.
 typedef struct {
   Call call;
   const float* log_mel;  // (windows, rows * height, columns * width)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Iterator
-from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
+from collections.abc import Iterator, Sequence
+from ctypes import POINTER, Array, Structure, byref, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from m2d_embed.native.library import Kernels, Kind, Runtime, available, kernels
+from m2d_embed.native.library import Kernels, Kind, Runtime, available, in_large_pages, kernels
 
 #: Widths must be multiples of these: of a block's vectors, of those of one head.
 _MULTIPLES: dict[Kind, tuple[int, int]] = {"fp32": (32, 32), "bf16": (32, 32), "int8": (64, 32)}
@@ -34,9 +34,6 @@ class _Norm(Structure):
 
 
 class _Block(Structure):
-    """``kept`` are the tensors that it points to."""
-
-    kept: list[Tensor]
     _fields_ = (
         *((name, c_int32) for name in ("dim", "hidden", "heads", "quantized")),
         *((name, _Norm) for name in ("norm1", "norm2")),
@@ -48,13 +45,17 @@ class Call(Structure):
     """The residual stream, and what works on it."""
 
     _fields_ = (
-        ("block", POINTER(_Block)),
+        ("blocks", POINTER(_Block)),
+        ("num_blocks", c_int64),
         ("x", c_void_p),
         ("windows", c_int64),
         ("tokens", c_int64),
         ("scratch", c_void_p),
         ("runtime", POINTER(Runtime)),
         ("threads", c_int32),
+        ("rows", c_int32),
+        ("features", POINTER(c_void_p)),
+        ("norm", POINTER(_Norm)),
     )
 
 
@@ -84,8 +85,6 @@ class BlockLike(Protocol):
     attn: AttentionLike
     mlp: MlpLike
 
-    def __call__(self, x: Tensor, attended: Tensor | None) -> Tensor: ...
-
 
 # --- the kernels ------------------------------------------------------------------------------------------------------
 
@@ -111,18 +110,24 @@ def _functions(library: ctypes.CDLL, name: str) -> Functions:
     return Functions.of(library, name, Call)
 
 
-def fits(block: BlockLike, kind: Kind) -> bool:
-    """Whether there is a kernel for a block of this shape on this machine."""
-    multiple, head_multiple = _MULTIPLES[kind]
-    dim, hidden, heads = block.attn.qkv.in_features, block.mlp.fc1.out_features, block.attn.num_heads
-    return kind in available() and dim % multiple == 0 and hidden % multiple == 0 and dim % (heads * head_multiple) == 0
+def fits(blocks: Sequence[BlockLike], kind: Kind) -> bool:
+    """Whether there is a kernel for blocks of this shape, which they must share, on this machine."""
+    shapes = {_shape(block) for block in blocks}
+    if kind not in available() or len(shapes) != 1:
+        return False
+    (dim, hidden, heads), (multiple, head_multiple) = shapes.pop(), _MULTIPLES[kind]
+    return dim % multiple == 0 and hidden % multiple == 0 and dim % (heads * head_multiple) == 0
 
 
-# --- a block ----------------------------------------------------------------------------------------------------------
+def _shape(block: BlockLike) -> tuple[int, int, int]:
+    return block.attn.qkv.in_features, block.mlp.fc1.out_features, block.attn.num_heads
+
+
+# --- blocks -----------------------------------------------------------------------------------------------------------
 
 
 class Scratch(threading.local):
-    """Memory of a thread for what is between the layers of a block; blocks share it, as they run one after another."""
+    """Memory of a thread for what is between the layers of a block."""
 
     def __init__(self) -> None:
         self.memory = torch.empty(0, dtype=torch.uint8, device="cpu")
@@ -130,69 +135,106 @@ class Scratch(threading.local):
     def address(self, size: int) -> int:
         """Where ``size`` bytes are."""
         if len(self.memory) < size:
-            self.memory = torch.empty(size, dtype=torch.uint8, device="cpu")
+            self.memory = in_large_pages(size)
         return self.memory.data_ptr()
 
 
-class NativeBlock:
-    """A block that runs as a kernel; the residual stream is float32, and changed in place.
+class _Pointed(NamedTuple):
+    """Structures that point to parameters."""
 
-    In float32 it reads the block's own weights. Otherwise it holds a copy of the matrices, laid out for the kernel (and
+    addresses: list[int | None]  # where the parameters were; empty if ``kept`` are copies of some
+    blocks: Array[_Block]
+    norm: _Norm
+    kept: list[Tensor]  # what they point to
+
+
+class NativeBlocks:
+    """Blocks that run as a kernel, one after the other.
+
+    In float32 it reads the blocks' own weights. Otherwise it holds a copy of the matrices, laid out for the kernel (and
     rounded, in int8), while biases and norms are read anew in every call.
 
     Args:
-        block: of a shape that ``fits``.
-        kind: what its products are computed in.
-        scratch: shared by all blocks of an encoder.
+        blocks: that ``fit``.
+        norm: what features are read through; None if none are.
+        kind: what products are computed in.
     """
 
-    def __init__(self, block: BlockLike, kind: Kind, scratch: Scratch):
-        self.block = block
+    def __init__(self, blocks: Sequence[BlockLike], norm: nn.LayerNorm | None, kind: Kind):
         self.kind = kind
-        self._scratch = scratch
+        self.scratch = Scratch()
         compiled = cast(Kernels, kernels())
         self._functions = _functions(compiled.library, "fp32" if kind == "fp32" else available()[kind])
         self._runtime = ctypes.pointer(compiled.runtime)
-        self._norms = (block.norm1, block.norm2)
-        self._layers = (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
-        self._matrices = [] if kind == "fp32" else [_lay_out(layer.weight, kind) for layer in self._layers]
-        self._pointed: tuple[list[int | None], _Block] = ([], _Block())  # to what, as one: threads may exchange it
+        self._norm = norm
+        self._shape = _shape(blocks[0])
+        self._parts = [
+            ((block.norm1, block.norm2), (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2))
+            for block in blocks
+        ]
+        self._matrices = _lay_out([layer.weight for _, layers in self._parts for layer in layers], kind)
+        self._pointed = _Pointed([], (_Block * 0)(), _Norm(), [])  # replaced as a whole: threads may exchange it
 
-    def __call__(self, x: Tensor, attended: Tensor | None) -> Tensor:
-        """(B, tokens, dim) float32 -> the same. With a mask of tokens the block itself is called."""
-        if attended is not None:
-            return self.block(x, attended)
+    def __call__(self, x: Tensor, blocks: range) -> Tensor:
+        """(B, tokens, dim) float32 -> the same, changed in place if it is contiguous, by a run of blocks."""
         x = x.contiguous()
+        self._run(x, blocks, 1, None)
+        return x
+
+    def features(self, x: Tensor, layers: Sequence[int], rows: int) -> list[Tensor]:
+        """What comes of all tokens but the first, through the norm, of some layers.
+
+        Args:
+            x: (B, 1 + F * T, dim) float32, frequency-major, which is changed if it is contiguous.
+            layers: indices of blocks, from 0 on.
+            rows: F.
+
+        Returns:
+            One (B, T, F, dim) tensor a layer.
+        """
+        x = x.contiguous()
+        windows, tokens, dim = x.shape
+        read = (c_void_p * (max(layers) + 1))()
+        found: dict[int, Tensor] = {}
+        for layer in layers:
+            found[layer] = torch.empty(windows, (tokens - 1) // rows, rows, dim, dtype=torch.float32, device="cpu")
+            read[layer] = found[layer].data_ptr()
+        self._run(x, range(len(read)), rows, read)
+        return [found[layer] for layer in layers]
+
+    def _run(self, x: Tensor, blocks: range, rows: int, features: Array[c_void_p] | None) -> None:
+        pointed = self._pointed
         addresses = [None if p is None else p.data_ptr() for p in self._parameters()]
-        pointed_to, structure = self._pointed
-        if addresses != pointed_to:
-            structure = self._point()
-            in_place = {a for a in addresses if a is not None} == {values.data_ptr() for values in structure.kept}
-            self._pointed = (addresses if in_place else [], structure)  # copies are for this call alone
+        if addresses != pointed.addresses:
+            self._pointed = pointed = self._point(addresses)
         call = Call(
-            block=ctypes.pointer(structure),
+            blocks=ctypes.pointer(pointed.blocks[blocks.start]),
+            num_blocks=len(blocks),
             x=x.data_ptr(),
             windows=x.shape[0],
             tokens=x.shape[1],
             runtime=self._runtime,
             threads=torch.get_num_threads(),
+            rows=rows,
+            features=features,
+            norm=ctypes.pointer(pointed.norm),
         )
-        call.scratch = self._scratch.address(self._functions.scratch(byref(call)))
+        call.scratch = self.scratch.address(self._functions.scratch(byref(call)))
         self._functions.run(byref(call))
-        return x
 
     def _parameters(self) -> Iterator[Tensor | None]:
         """What is read in every call."""
-        for norm in self._norms:
-            yield norm._parameters["weight"]  # faster than norm.weight
-            yield norm._parameters["bias"]
-        for layer in self._layers:
-            yield layer._parameters["bias"]
-            if not self._matrices:
-                yield layer._parameters["weight"]
+        for norms, layers in (([] if self._norm is None else [self._norm], []), *self._parts):
+            for norm in norms:
+                yield norm._parameters["weight"]  # faster than norm.weight
+                yield norm._parameters["bias"]
+            for layer in layers:
+                yield layer._parameters["bias"]
+                if self.kind == "fp32":
+                    yield layer._parameters["weight"]
 
-    def _point(self) -> _Block:
-        """A structure that points to the parameters where they are now, or to what a kernel can read in their place."""
+    def _point(self, addresses: list[int | None]) -> _Pointed:
+        """Structures that point to the parameters, or to what a kernel can read in their place."""
         kept: list[Tensor] = []
 
         def readable(parameter: Tensor | None, dtype: torch.dtype = torch.float32) -> int | None:
@@ -201,29 +243,43 @@ class NativeBlock:
             kept.append(parameter.detach().to(dtype).contiguous())
             return kept[-1].data_ptr()
 
-        def linear(index: int, layer: nn.Linear) -> Linear:
-            is_bf16 = self.kind != "fp32" and layer.bias is not None and layer.bias.dtype == torch.bfloat16
-            bias = readable(layer.bias, torch.bfloat16 if is_bf16 else torch.float32)
+        def linear(layer: nn.Linear) -> Linear:
             if self.kind == "fp32":
-                return Linear(readable(layer.weight), None, bias, is_bf16)
-            matrix, scales = self._matrices[index]
-            return Linear(matrix.data_ptr(), None if scales is None else scales.data_ptr(), bias, is_bf16)
+                return Linear(readable(layer.weight), None, readable(layer.bias), False)
+            tiles, scales = next(matrices)
+            is_bf16 = layer.bias is not None and layer.bias.dtype == torch.bfloat16
+            bias = readable(layer.bias, torch.bfloat16 if is_bf16 else torch.float32)
+            return Linear(tiles.data_ptr(), None if scales is None else scales.data_ptr(), bias, is_bf16)
 
-        qkv, _, fc1, _ = self._layers
-        linears = [linear(index, layer) for index, layer in enumerate(self._layers)]
-        norms = [_Norm(readable(norm.weight), readable(norm.bias), norm.eps) for norm in self._norms]
-        shape = (qkv.in_features, fc1.out_features, self.block.attn.num_heads, int(self.kind == "int8"))
-        structure = _Block(*shape, *norms, *linears)
-        structure.kept = kept
-        return structure
+        def structure(norm: nn.LayerNorm) -> _Norm:
+            return _Norm(readable(norm.weight), readable(norm.bias), norm.eps)
+
+        matrices = iter(self._matrices)
+        blocks = (_Block * len(self._parts))()
+        for index, (norms, layers) in enumerate(self._parts):
+            blocks[index] = _Block(*self._shape, self.kind == "int8", *map(structure, norms), *map(linear, layers))
+        norm = _Norm() if self._norm is None else structure(self._norm)
+        in_place = {address for address in addresses if address is not None} == {values.data_ptr() for values in kept}
+        return _Pointed(addresses if in_place else [], blocks, norm, kept)
 
 
-def _lay_out(weight: Tensor, kind: Kind) -> tuple[Tensor, Tensor | None]:
-    """(out, in) -> tiles of B as ``tiles.h`` describes them; of int8 also what a step of each row is worth."""
-    if kind == "bf16":
-        return _tiles(weight.detach().to(torch.bfloat16), 2), None
-    rounded, scales = rounded_to_int8(weight)
-    return _tiles(rounded, 4), scales
+class _Matrix(NamedTuple):
+    tiles: Tensor  # as ``tiles.h`` describes them
+    scales: Tensor | None  # int8: what a step of each row is worth
+
+
+def _lay_out(weights: list[Tensor], kind: Kind) -> list[_Matrix]:
+    """Matrices, (out, in), as a kernel reads them: in float32 as they are, and so there is nothing here."""
+    if kind == "fp32":
+        return []
+    dtype = torch.bfloat16 if kind == "bf16" else torch.int8
+    sizes = [weight.numel() * dtype.itemsize for weight in weights]
+    found = []
+    for weight, memory in zip(weights, in_large_pages(sum(sizes)).split(sizes), strict=True):
+        rounded, scales = (weight.detach().to(dtype), None) if kind == "bf16" else rounded_to_int8(weight)
+        tiles = _as_tiles(rounded)
+        found.append(_Matrix(memory.view(dtype).view(tiles.shape).copy_(tiles), scales))
+    return found
 
 
 def rounded_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -233,8 +289,8 @@ def rounded_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / scales[:, None]).round().to(torch.int8), scales
 
 
-def _tiles(weight: Tensor, together: int) -> Tensor:
-    """(out, in) -> (out / 16, in / (16 * together), 16, 16, together)."""
+def _as_tiles(weight: Tensor) -> Tensor:
+    """(out, in) -> (out / 16, in / (16 * n), 16, 16, n), a view; n is 2 in bfloat16, 4 in int8."""
     rows, columns = weight.shape
-    cut = weight.view(rows // 16, 16, columns // (16 * together), 16, together)
-    return cut.permute(0, 2, 3, 1, 4).contiguous()
+    together = 4 // weight.itemsize
+    return weight.view(rows // 16, 16, columns // (16 * together), 16, together).permute(0, 2, 3, 1, 4)

@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "ahead.h"
+#include "features.h"
 #include "teams.h"
 #include "vectors.h"
 
@@ -36,7 +37,6 @@ typedef struct {
 } Scratch;
 
 typedef struct {
-  const Call* call;
   const Shape* shape;
   const Scratch* scratch;
   Team team;
@@ -45,7 +45,7 @@ typedef struct {
 } Chunk;
 
 static Shape shape_of(const Call* call) {
-  const Block* block = call->block;
+  const Block* block = call->blocks;
   Shape s = {.dim = block->dim, .hidden = block->hidden, .heads = block->heads, .tokens = call->tokens};
   s.head_dim = s.dim / s.heads;
   s.width = rounded_up(s.tokens, WIDTH);
@@ -248,22 +248,7 @@ static void norm_rows(const Chunk* chunk, const Norm* norm) {
   int64_t dim = chunk->shape->dim;
   Share rows = share_of(chunk->team, chunk->windows * chunk->shape->tokens);
   for (int64_t row = rows.first; row < rows.stop; row++) {
-    const float* x = chunk->x + row * dim;
-    float* to = chunk->scratch->normed + row * dim;
-    __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
-    for (int64_t i = 0; i < dim; i += 16) sum = _mm512_add_ps(sum, _mm512_loadu_ps(x + i));
-    __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / dim);
-    for (int64_t i = 0; i < dim; i += 16) {
-      __m512 centred = _mm512_sub_ps(_mm512_loadu_ps(x + i), mean);
-      squares = _mm512_fmadd_ps(centred, centred, squares);
-    }
-    __m512 factor = _mm512_set1_ps(1.0f / __builtin_sqrtf(_mm512_reduce_add_ps(squares) / dim + norm->eps));
-    for (int64_t i = 0; i < dim; i += 16) {
-      __m512 v = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(x + i), mean), factor);
-      if (norm->weight) v = _mm512_mul_ps(v, _mm512_loadu_ps(norm->weight + i));
-      if (norm->bias) v = _mm512_add_ps(v, _mm512_loadu_ps(norm->bias + i));
-      _mm512_storeu_ps(to + i, v);
-    }
+    norm_row(chunk->x + row * dim, norm, dim, chunk->scratch->normed + row * dim);
   }
 }
 
@@ -359,13 +344,14 @@ static void attention(const Chunk* chunk) {
 
 // --- a block -------------------------------------------------------------------------------------------------------
 
-static void run_chunk(const Chunk* chunk) {
+// A block, for the windows of a chunk. `then` is the one that is run next, or NULL.
+static void run_chunk(const Chunk* chunk, const Block* block, const Block* then) {
   const Shape* s = chunk->shape;
   const Scratch* scratch = chunk->scratch;
-  const Block* block = chunk->call->block;
-  Matrix qkv = matrix_of(&block->qkv, s->dim, 3 * s->dim), proj = matrix_of(&block->proj, s->dim, s->dim);
+  Matrix qkv = matrix_of(&block->qkv, s->dim, 3 * s->dim), next_qkv, proj = matrix_of(&block->proj, s->dim, s->dim);
   Matrix all_fc1 = matrix_of(&block->fc1, s->dim, s->hidden), all_fc2 = matrix_of(&block->fc2, s->hidden, s->dim);
   Matrix fc1 = outputs_from(all_fc1, 0, s->part);
+  if (then) next_qkv = matrix_of(&then->qkv, s->dim, 3 * s->dim);
   norm_rows(chunk, &block->norm1);
   wait_for_all(chunk->team);
   layer(chunk, scratch->normed, qkv, scratch->qkv, 3 * s->dim, TO_OUTPUT, &proj);
@@ -381,8 +367,8 @@ static void run_chunk(const Chunk* chunk) {
     Matrix fc2 = inputs_from(all_fc2, first, part);
     layer(chunk, scratch->normed, fc1, scratch->hidden, part, TO_HIDDEN, &fc2);
     wait_for_all(chunk->team);
-    fc1 = outputs_from(all_fc1, first + part, at_most(s->part, left));
-    layer(chunk, scratch->hidden, fc2, chunk->x, s->dim, TO_RESIDUAL, left ? &fc1 : NULL);
+    if (left) fc1 = outputs_from(all_fc1, first + part, at_most(s->part, left));
+    layer(chunk, scratch->hidden, fc2, chunk->x, s->dim, TO_RESIDUAL, left ? &fc1 : then ? &next_qkv : NULL);
     wait_for_all(chunk->team);
   }
 }
@@ -391,10 +377,14 @@ static void run_windows(const Call* call, Team team, int64_t first, int64_t stop
   Shape shape = shape_of(call);
   Scratch scratch;
   lay_out(&shape, (float*)base, &scratch);
-  for (int64_t window = first, end; window < stop; window = end) {
-    end = end_of_chunk(window, stop, shape.windows);
-    float* x = call->x + window * shape.tokens * shape.dim;
-    run_chunk(&(Chunk){call, &shape, &scratch, team, x, end - window});
+  for (const Block *block = call->blocks, *last = block + call->num_blocks - 1; block <= last; block++) {
+    for (int64_t window = first, end; window < stop; window = end) {
+      end = end_of_chunk(window, stop, shape.windows);
+      float* x = call->x + window * shape.tokens * shape.dim;
+      const Block* then = end < stop ? block : block < last ? block + 1 : NULL;
+      run_chunk(&(Chunk){&shape, &scratch, team, x, end - window}, block, then);
+      read_features(call, block, team, window, end);
+    }
   }
 }
 
@@ -452,7 +442,7 @@ static void make_tokens(const Call* pointer, Team team, int64_t first, int64_t s
   lay_out_tokens(&s, (float*)base, &scratch);
   for (int64_t window = first, end; window < stop; window = end) {
     end = end_of_chunk(window, stop, s.windows);
-    Chunk chunk = {pointer, &s, &scratch, team, pointer->x + window * s.tokens * s.dim, end - window};
+    Chunk chunk = {&s, &scratch, team, pointer->x + window * s.tokens * s.dim, end - window};
     Share tokens = share_of(team, chunk.windows * s.tokens);
     for (int64_t i = tokens.first; i < tokens.stop; i++) {
       const float* log_mel = call->log_mel + (window + i / s.tokens) * call->window_stride;

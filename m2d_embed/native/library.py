@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
+import sys
 from collections.abc import Mapping
-from ctypes import Structure, c_void_p
+from ctypes import Structure, c_size_t, c_void_p
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +20,7 @@ Kind = Literal["fp32", "bf16", "int8"]
 #: What of the processor computes them: the matrix unit, or vectors.
 Unit = Literal["amx", "avx512"]
 
+_LARGE_PAGE = 2 << 20
 _LIBRARY = Path(__file__).with_name("kernels.so")
 _CPUINFO = Path("/proc/cpuinfo")
 _AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma"}
@@ -77,6 +80,19 @@ def available() -> Mapping[Kind, Unit]:
         if possible:
             found[kind] = possible[0]
     return MappingProxyType(found)
+
+
+def in_large_pages(size: int) -> Tensor:
+    """(size,) uint8 of unset memory on the CPU, in pages of 2 MiB where the system has them to give.
+
+    Matrix products read so much memory that looking up where its pages are takes some time.
+    """
+    memory = torch.empty(size, dtype=torch.uint8, device="cpu")
+    if size >= _LARGE_PAGE and sys.platform == "linux":
+        start, stop = memory.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE, memory.data_ptr() + size
+        # It is advice: whatever comes of it, the memory can be used.
+        ctypes.CDLL(None).madvise(c_void_p(start), c_size_t(stop - start), mmap.MADV_HUGEPAGE)
+    return memory
 
 
 def is_eager_on_cpu(x: Tensor) -> bool:

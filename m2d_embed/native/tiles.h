@@ -21,6 +21,7 @@
 #include <stddef.h>
 
 #include "ahead.h"
+#include "features.h"
 #include "teams.h"
 #include "vectors.h"
 
@@ -135,7 +136,7 @@ typedef struct {
 } Scratch;
 
 static Shape shape_of(const Call* call) {
-  const Block* block = call->block;
+  const Block* block = call->blocks;
   Shape s = {.dim = block->dim, .hidden = block->hidden, .heads = block->heads, .quantized = block->quantized};
   s.head_dim = s.dim / s.heads;
   s.tokens = call->tokens;
@@ -186,7 +187,6 @@ static int64_t bytes_of_scratch(const Call* call) {
 typedef enum { TO_HEADS, TO_RESIDUAL, TO_HIDDEN } Destination;
 
 typedef struct {
-  const Call* call;
   const Shape* shape;
   const Scratch* scratch;
   Team team;
@@ -199,18 +199,18 @@ enum { ROW_PAIRS = ROWS / 2 };
 // What a layer multiplies with: all of its matrix, or what has to do with some of its inputs or outputs.
 typedef struct {
   const uint8_t* weight;  // B tiles, those of a column `stride` bytes after the ones before
-  int64_t stride, steps;
+  int64_t stride, steps, outputs;
   const float *scales, *bias;  // bias as it is in the model, in float32 or bf16
   int bias_is_bf16;
 } Matrix;
 
-INLINE Matrix matrix_of(const Linear* linear, int64_t inputs, int is_int8) {
+INLINE Matrix matrix_of(const Linear* linear, int64_t inputs, int64_t outputs, int is_int8) {
   int64_t steps = inputs / (is_int8 ? 64 : 32);
-  return (Matrix){linear->weight, steps * TILE, steps, linear->scales, linear->bias, linear->bias_is_bf16};
+  return (Matrix){linear->weight, steps * TILE, steps, outputs, linear->scales, linear->bias, linear->bias_is_bf16};
 }
 
-INLINE Matrix outputs_from(Matrix m, int64_t first) {
-  m.weight += first / 16 * m.stride, m.scales += first;
+INLINE Matrix outputs_from(Matrix m, int64_t first, int64_t count) {
+  m.weight += first / 16 * m.stride, m.scales += first, m.outputs = count;
   if (m.bias) m.bias = (const float*)((const uint8_t*)m.bias + first * (m.bias_is_bf16 ? 2 : 4));
   return m;
 }
@@ -385,10 +385,15 @@ INLINE void finish_rows(Pending* p, int64_t dim, Destination destination, int is
   p->done++;
 }
 
-// The next 32 columns of B.
-INLINE Ahead ahead_of(const Matrix* m, const uint8_t* next, int is_there, int64_t row_pairs) {
-  int64_t lines = m->steps * (TILE / LINE), at_once = (2 * lines + m->steps * row_pairs - 1) / (m->steps * row_pairs);
-  return (Ahead){next, lines, lines, is_there ? 2 : 0, m->stride - m->steps * TILE, at_once};
+// The pairs of columns of a layer's output that a member of a team computes.
+INLINE Share pairs_of(Team team, int64_t outputs) { return share_of(team, outputs / PAIR); }
+
+// Two columns of tiles of B, from `pair` of them to `stop`, or of the matrix that is used after it.
+INLINE Ahead ahead_of(const Matrix* m, Share pairs, const Matrix* then, Team team, int64_t products) {
+  if (pairs.first == pairs.stop && then) m = then, pairs = pairs_of(team, then->outputs);
+  int64_t lines = m->steps * (TILE / LINE), runs = pairs.first < pairs.stop ? 2 : 0;
+  int64_t at_once = (2 * lines + products - 1) / products;
+  return (Ahead){m->weight + 2 * pairs.first * m->stride, lines, lines, runs, m->stride - m->steps * TILE, at_once};
 }
 
 // What a product is going to be added to, too, which is used when the next one is computed.
@@ -441,18 +446,19 @@ INLINE void product(Factors factors, int row_tiles, Pending* next, const Beside*
   while (beside->last->done < beside->last->total) finish_some(beside);
 }
 
-// A layer, or part of it, for all rows of the chunk: a are their A tiles.
-INLINE void layer(const Chunk* chunk, Matrix m, const uint8_t* a, const float* row_scales, int64_t outputs,
-                  Destination destination, int is_int8) {
+// A layer, or part of it, for all rows of the chunk: a are their A tiles. While the last of it is multiplied, `then` is
+// fetched, the matrix of the next layer, or NULL.
+INLINE void layer(const Chunk* chunk, Matrix m, const uint8_t* a, const float* row_scales, Destination destination,
+                  int is_int8, const Matrix* then) {
   const Shape* s = chunk->shape;
   Pending turns[2];
   turns[0].done = turns[0].total = turns[1].done = turns[1].total = 0;
   int turn = 0;
   int64_t tiles = chunk->windows * s->token_tiles;
-  Share pairs = share_of(chunk->team, outputs / PAIR);
+  Share pairs = pairs_of(chunk->team, m.outputs);
   for (int64_t pair = pairs.first; pair < pairs.stop; pair++) {
     const uint8_t* b = m.weight + pair * 2 * m.stride;
-    Ahead ahead = ahead_of(&m, b + 2 * m.stride, pair + 1 < pairs.stop, (tiles + 1) / 2);
+    Ahead ahead = ahead_of(&m, (Share){pair + 1, pairs.stop}, then, chunk->team, m.steps * ((tiles + 1) / 2));
     Columns columns;
     choose_columns(&columns, s, &m, destination, pair);
     for (Rows rows = {0, 0, 0}; rows.tile < tiles; rows = next_tile(next_tile(rows, s), s)) {
@@ -467,7 +473,7 @@ INLINE void layer(const Chunk* chunk, Matrix m, const uint8_t* a, const float* r
       } else {
         product(factors, 1, next, &beside);
       }
-      prepare(next, chunk, &columns, destination, rows, row_tiles, row_scales, outputs);
+      prepare(next, chunk, &columns, destination, rows, row_tiles, row_scales, m.outputs);
       turn = 1 - turn;
     }
   }
@@ -693,14 +699,20 @@ static void attention(const Chunk* chunk, uint8_t* to) {
 
 // --- a block -------------------------------------------------------------------------------------------------------
 
-INLINE void run_chunk(const Chunk* chunk, int is_int8) {
+// A block, for the windows of a chunk. `then` is the one that is run next, or NULL.
+INLINE void run_chunk(const Chunk* chunk, const Block* block, const Block* then, int is_int8) {
   const Shape* s = chunk->shape;
   const Scratch* scratch = chunk->scratch;
-  const Block* block = chunk->call->block;
-  const float* scales = scratch->row_scales;
+  const float *scales = scratch->row_scales, *hidden_scales = scratch->hidden_scales;
+  Matrix qkv = matrix_of(&block->qkv, s->dim, 3 * s->dim, is_int8), next_qkv;
+  Matrix proj = matrix_of(&block->proj, s->dim, s->dim, is_int8);
+  Matrix all_fc1 = matrix_of(&block->fc1, s->dim, s->hidden, is_int8);
+  Matrix all_fc2 = matrix_of(&block->fc2, s->hidden, s->dim, is_int8);
+  Matrix fc1 = outputs_from(all_fc1, 0, at_most(s->part, s->hidden));
+  if (then) next_qkv = matrix_of(&then->qkv, s->dim, 3 * s->dim, is_int8);
   norm_rows(chunk, &block->norm1, is_int8);
   wait_for_all(chunk->team);
-  layer(chunk, matrix_of(&block->qkv, s->dim, is_int8), scratch->rounded, scales, 3 * s->dim, TO_HEADS, is_int8);
+  layer(chunk, qkv, scratch->rounded, scales, TO_HEADS, is_int8, &proj);
   wait_for_all(chunk->team);
   attention(chunk, is_int8 ? scratch->unquantized : scratch->rounded);
   wait_for_all(chunk->team);
@@ -708,21 +720,21 @@ INLINE void run_chunk(const Chunk* chunk, int is_int8) {
     quantize_rows(chunk, s->dim, scratch->rounded, scratch->row_scales);
     wait_for_all(chunk->team);
   }
-  layer(chunk, matrix_of(&block->proj, s->dim, is_int8), scratch->rounded, scales, s->dim, TO_RESIDUAL, is_int8);
+  layer(chunk, proj, scratch->rounded, scales, TO_RESIDUAL, is_int8, &fc1);
   wait_for_all(chunk->team);
   norm_rows(chunk, &block->norm2, is_int8);
   wait_for_all(chunk->team);
-  Matrix fc1 = matrix_of(&block->fc1, s->dim, is_int8), fc2 = matrix_of(&block->fc2, s->hidden, is_int8);
   for (int64_t first = 0; first < s->hidden; first += s->part) {
-    int64_t part = at_most(s->part, s->hidden - first);
-    layer(chunk, outputs_from(fc1, first), scratch->rounded, scales, part, TO_HIDDEN, is_int8);
+    int64_t part = fc1.outputs, left = s->hidden - first - part;
+    Matrix fc2 = inputs_from(all_fc2, first, part, is_int8);
+    layer(chunk, fc1, scratch->rounded, scales, TO_HIDDEN, is_int8, &fc2);
     wait_for_all(chunk->team);
     if (is_int8) {
       quantize_rows(chunk, part, scratch->hidden, scratch->hidden_scales);
       wait_for_all(chunk->team);
     }
-    layer(chunk, inputs_from(fc2, first, part, is_int8), scratch->hidden, scratch->hidden_scales, s->dim, TO_RESIDUAL,
-          is_int8);
+    if (left) fc1 = outputs_from(all_fc1, first + part, at_most(s->part, left));
+    layer(chunk, fc2, scratch->hidden, hidden_scales, TO_RESIDUAL, is_int8, left ? &fc1 : then ? &next_qkv : NULL);
     wait_for_all(chunk->team);
   }
 }
@@ -736,14 +748,18 @@ static void run_windows(const Call* call, Team team, int64_t first, int64_t stop
   Scratch scratch;
   lay_out(&shape, base, &scratch);
   begin_products();
-  for (int64_t window = first, end; window < stop; window = end) {
-    end = end_of_chunk(window, stop, shape.windows);
-    float* x = call->x + window * shape.tokens * shape.dim;
-    Chunk chunk = {call, &shape, &scratch, team, x, end - window};
-    if (shape.quantized) {
-      run_chunk(&chunk, 1);
-    } else {
-      run_chunk(&chunk, 0);
+  for (const Block *block = call->blocks, *last = block + call->num_blocks - 1; block <= last; block++) {
+    for (int64_t window = first, end; window < stop; window = end) {
+      end = end_of_chunk(window, stop, shape.windows);
+      float* x = call->x + window * shape.tokens * shape.dim;
+      Chunk chunk = {&shape, &scratch, team, x, end - window};
+      const Block* then = end < stop ? block : block < last ? block + 1 : NULL;
+      if (shape.quantized) {
+        run_chunk(&chunk, block, then, 1);
+      } else {
+        run_chunk(&chunk, block, then, 0);
+      }
+      read_features(call, block, team, window, end);
     }
   }
   end_products();

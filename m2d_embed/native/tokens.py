@@ -68,7 +68,13 @@ def make_tokens(
     first, added = class_token.detach().float().contiguous(), positions.float().contiguous()
     compiled = cast(Kernels, kernels())
     call = _TokensCall(
-        Call(None, x.data_ptr(), batch, x.shape[1], None, ctypes.pointer(compiled.runtime), torch.get_num_threads()),
+        Call(
+            x=x.data_ptr(),
+            windows=batch,
+            tokens=x.shape[1],
+            runtime=ctypes.pointer(compiled.runtime),
+            threads=torch.get_num_threads(),
+        ),
         log_mel.data_ptr(),
         *(log_mel.stride(0), log_mel.stride(2)),
         *(rows, columns, height, width, dim, grid_columns),
