@@ -1,13 +1,14 @@
 """Speed, memory and agreement of this package's modes and of other runtimes of the same model, in one run.
 
-    python -m benchmarks.speed                 # writes benchmarks/speed-avx512_bf16.json, say, and the same as .png
+    python -m benchmarks.speed                 # writes benchmarks/speed-avx512_bf16-family26.json, say, and a .png
     python -m benchmarks.speed --model base    # one of the two models, beside what is known of the other
     python -m benchmarks.speed --more          # further rounds, beside those that the JSON has of the same machine
     python -m benchmarks.speed --more --model base --cell 10x8   # of one length in seconds and batch size
     python -m benchmarks.speed --device cuda   # speed-cuda.json and speed-cuda.png
     python -m benchmarks.render                # puts them into the README
 
-There is a JSON for each kind of processor, named after its best unit for matrix products.
+There is a JSON for each kind of processor, named after its best unit for matrix products and its family: 6 are Intel's
+Xeons, 25 is AMD's Zen 4, 26 is Zen 5.
 
 Runtimes are in ``benchmarks/runtimes.py``; they take turns, and each is credited with its best round, as whatever else
 the machine does can only make one slower. Beside the speed stands the share that the model's operations reach of the
@@ -55,9 +56,11 @@ _RATE = 16_000  # of both models
 _SECONDS = 40.0
 
 
-def unit() -> str:
-    """What of this CPU is best at matrix products."""
-    return next(iter(machine()["matrix units"]), "cpu")
+def kind_of_cpu() -> str:
+    """What of this CPU is best at matrix products, and its family, if it states one."""
+    facts = machine()
+    unit = next(iter(facts["matrix units"]), "cpu")
+    return f"{unit}-family{facts['family']}" if facts["family"] else unit
 
 
 def cells(name: str, device: str) -> list[tuple[int, int]]:
@@ -287,7 +290,7 @@ def main(
         return
     if cell and not more:
         raise typer.BadParameter("--cell is for further rounds, so give --more, too")
-    output = HERE / f"speed-{unit() if device == 'cpu' else device}.json"
+    output = HERE / f"speed-{kind_of_cpu() if device == 'cpu' else device}.json"
     last = json.loads(output.read_text()) if output.exists() else {"models": {}}
     if more and last.get("machine") != machine():
         raise SystemExit(f"{output}: not of this machine and these versions, so no further rounds are added to it")

@@ -25,15 +25,15 @@ _SECONDS = 10.0  # of rounds of products, at least
 
 def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
-    cpu = platform.processor() or platform.machine()
-    flags = ""
+    cpu, family, flags = platform.processor() or platform.machine(), None, ""
     if Path("/proc/cpuinfo").exists():
         lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
         fields = {key.strip(): value.strip() for key, _, value in lines}
-        cpu, flags = fields.get("model name", cpu), fields.get("flags", "")
+        cpu, family, flags = fields.get("model name", cpu), fields.get("cpu family"), fields.get("flags", "")
     units = [unit for unit in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if unit in flags.split()]
     facts = {
         "cpu": cpu,
+        "family": family,
         "matrix units": units[:1],
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

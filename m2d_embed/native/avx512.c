@@ -13,21 +13,22 @@ INLINE void end_products(void) {}
 
 typedef int32_t __attribute__((may_alias)) Group;  // of the values that a dot product adds up
 
-// Half of a row tile of A times two column tiles of B: 16 vectors of sums are as many as leave room for the factors. Of
-// what is beyond a window's tokens, a quarter of a tile is computed at most.
+// Half of a row tile of A times two column tiles of B: 16 vectors of sums leave room for the factors, and for what is
+// done beside it. Of what is beyond a window's tokens, a quarter of a tile is computed at most.
 enum { HALF = ROWS / 2, QUARTER = ROWS / 4 };
 
 #define ADD_PRODUCT(sums, a, b)                                                              \
   sums = is_int8 ? _mm512_castsi512_ps(_mm512_dpbusd_epi32(_mm512_castps_si512(sums), a, b)) \
                  : _mm512_dpbf16_ps(sums, (__m512bh)(a), (__m512bh)(b))
 
+// Something may be done beside it, or nothing (NULL).
 INLINE void multiply_rows(const uint8_t* a, const Factors* f, int rows, int is_int8, uint8_t* c, const Sums* sums,
-                          Ahead* ahead) {
+                          const Beside* beside) {
   __m512 s[HALF][2];
   for (int r = 0; r < rows; r++) s[r][0] = s[r][1] = _mm512_setzero_ps();
   int64_t to_second = f->b_stride;
   for (const uint8_t *b = f->b, *stop = b + f->steps * TILE; b < stop; a += TILE, b += TILE) {
-    if (ahead) fetch(ahead);
+    if (beside) fetch(beside->ahead), finish_some(beside);
 #pragma GCC unroll 4
     for (int i = 0; i < ROWS; i++) {
       __m512i b0 = _mm512_load_si512(b + 64 * i), b1 = _mm512_load_si512(b + to_second + 64 * i);
@@ -46,16 +47,44 @@ INLINE void multiply_rows(const uint8_t* a, const Factors* f, int rows, int is_i
   }
 }
 
-// For each kind and number of rows a function of its own, in which all sums are in registers.
-#define MULTIPLY_ROWS(name, rows, is_int8)                                                                     \
-  static __attribute__((noinline)) void name(const uint8_t* a, const Factors* f, uint8_t* c, const Sums* sums, \
-                                             Ahead* ahead) {                                                   \
-    multiply_rows(a, f, rows, is_int8, c, sums, ahead);                                                        \
+// For each kind and number of rows, and whatever is done beside it, a function of its own, in which all sums are in
+// registers.
+#define MULTIPLY_ROWS(name, rows, is_int8)                                                                       \
+  static __attribute__((noinline)) void name(const uint8_t* a, const Factors* f, uint8_t* c, const Sums* sums) { \
+    multiply_rows(a, f, rows, is_int8, c, sums, NULL);                                                           \
   }
 MULTIPLY_ROWS(multiply_half_bf16, HALF, 0)
 MULTIPLY_ROWS(multiply_half_int8, HALF, 1)
 MULTIPLY_ROWS(multiply_quarter_bf16, QUARTER, 0)
 MULTIPLY_ROWS(multiply_quarter_int8, QUARTER, 1)
+
+#define MULTIPLY_BESIDE(name, destination, is_int8)                                                            \
+  static __attribute__((noinline)) void name(const uint8_t* a, const Factors* f, uint8_t* c, const Sums* sums, \
+                                             const Beside* beside) {                                           \
+    Beside known = {beside->ahead, beside->last, beside->dim, destination, is_int8};                           \
+    multiply_rows(a, f, HALF, is_int8, c, sums, &known);                                                       \
+  }
+MULTIPLY_BESIDE(multiply_beside_heads_bf16, TO_HEADS, 0)
+MULTIPLY_BESIDE(multiply_beside_heads_int8, TO_HEADS, 1)
+MULTIPLY_BESIDE(multiply_beside_residual_bf16, TO_RESIDUAL, 0)
+MULTIPLY_BESIDE(multiply_beside_residual_int8, TO_RESIDUAL, 1)
+MULTIPLY_BESIDE(multiply_beside_hidden_bf16, TO_HIDDEN, 0)
+MULTIPLY_BESIDE(multiply_beside_hidden_int8, TO_HIDDEN, 1)
+
+INLINE void multiply_beside(const uint8_t* a, const Factors* f, int is_int8, uint8_t* c, const Sums* sums,
+                            const Beside* beside) {
+  switch (beside->destination) {
+    case TO_HEADS:
+      (is_int8 ? multiply_beside_heads_int8 : multiply_beside_heads_bf16)(a, f, c, sums, beside);
+      break;
+    case TO_RESIDUAL:
+      (is_int8 ? multiply_beside_residual_int8 : multiply_beside_residual_bf16)(a, f, c, sums, beside);
+      break;
+    case TO_HIDDEN:
+      (is_int8 ? multiply_beside_hidden_int8 : multiply_beside_hidden_bf16)(a, f, c, sums, beside);
+      break;
+  }
+}
 
 INLINE void clear_rows(uint8_t* c, Sums sums, int first) {
   for (int r = first; r < HALF; r++) {
@@ -69,12 +98,15 @@ INLINE void multiply(Factors f, int row_tiles, int is_int8, Sums sums, const Bes
     const uint8_t* a = f.a + half / 2 * f.steps * TILE + half % 2 * (TILE / 2);
     uint8_t* c = (uint8_t*)sums.c + half / 2 * sums.row_tile + half % 2 * HALF * sums.row;
     int64_t rows = f.rows[half / 2] - half % 2 * HALF;
-    Ahead* ahead = beside && half == 0 ? beside->ahead : NULL;
-    if (rows > QUARTER) {
-      (is_int8 ? multiply_half_int8 : multiply_half_bf16)(a, &f, c, &sums, ahead);
+    if (rows > QUARTER && beside) {
+      multiply_beside(a, &f, is_int8, c, &sums, beside);
       continue;
     }
-    if (rows > 0) (is_int8 ? multiply_quarter_int8 : multiply_quarter_bf16)(a, &f, c, &sums, ahead);
+    if (rows > QUARTER) {
+      (is_int8 ? multiply_half_int8 : multiply_half_bf16)(a, &f, c, &sums);
+      continue;
+    }
+    if (rows > 0) (is_int8 ? multiply_quarter_int8 : multiply_quarter_bf16)(a, &f, c, &sums);
     clear_rows(c, sums, rows > 0 ? QUARTER : 0);
   }
 }

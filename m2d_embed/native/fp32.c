@@ -7,7 +7,7 @@
 #include <string.h>
 
 #include "ahead.h"
-#include "features.h"
+#include "outputs.h"
 #include "teams.h"
 #include "vectors.h"
 

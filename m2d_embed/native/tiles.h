@@ -21,7 +21,7 @@
 #include <stddef.h>
 
 #include "ahead.h"
-#include "features.h"
+#include "outputs.h"
 #include "teams.h"
 #include "vectors.h"
 

@@ -1,7 +1,7 @@
 // What is read of a block's output.
 
-#ifndef M2D_FEATURES_H
-#define M2D_FEATURES_H
+#ifndef M2D_OUTPUTS_H
+#define M2D_OUTPUTS_H
 
 #include "blocks.h"
 #include "vectors.h"
