@@ -10,7 +10,7 @@ positions) and ``encode`` (class token, blocks, norm) are apart so that pre-trai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,15 @@ from torch import Tensor, nn
 
 from m2d_embed import native
 from m2d_embed.config import ModelConfig, resolve_layers
-from m2d_embed.packed import PackedBlocks, can_multiply, can_pack, have_packable_dtypes, is_unhooked, run_each
+from m2d_embed.packed import (
+    PackedBlocks,
+    RunBlocks,
+    can_multiply,
+    can_pack,
+    have_packable_dtypes,
+    is_unhooked,
+    run_each,
+)
 
 
 class Attention(nn.Module):
@@ -197,18 +205,19 @@ class Encoder(nn.Module):
             One (B, 1 + N, dim) tensor a layer, in the order asked for, the class token first.
         """
         attended = None if is_audio is None else F.pad(is_audio, (1, 0), value=True)[:, None, None]
-        return self._run(self.with_class_token(tokens), layers, attended)
+        x = self.with_class_token(tokens)
+        run = self._packed_blocks(x) or partial(run_each, self.blocks)
+        return self._read(run, x, resolve_layers(layers, len(self.blocks)), attended)
 
-    def _run(self, x: Tensor, layers: Sequence[int], attended: Tensor | None) -> list[Tensor]:
-        wanted = resolve_layers(layers, len(self.blocks))
-        run: Callable[[Tensor, range, Tensor | None], Tensor]
-        run, done = self._packed_blocks(x) or partial(run_each, self.blocks), 0
+    def _read(self, run: RunBlocks, x: Tensor, layers: Sequence[int], attended: Tensor | None) -> list[Tensor]:
+        """Run the blocks and read layers, each (B, 1 + N, dim), through the final norm."""
         outputs: dict[int, Tensor] = {}
-        for layer in sorted(set(wanted)):
+        done = 0
+        for layer in sorted(set(layers)):
             x = run(x, range(done, layer + 1), attended)
             outputs[layer] = self.norm(x)
             done = layer + 1
-        return [outputs[layer] for layer in wanted]
+        return [outputs[layer] for layer in layers]
 
     def _tokens(self, log_mel: Tensor) -> Tensor:
         """The class token, and what ``embed`` returns: (B, 1 + F * T, dim)."""
@@ -257,12 +266,13 @@ class Encoder(nn.Module):
         Returns:
             One (B, F, T, dim) tensor a layer.
         """
-        x, rows = self._tokens(log_mel), self.grid_size[0]
+        wanted, rows = resolve_layers(layers, len(self.blocks)), self.grid_size[0]
+        x = self._tokens(log_mel)
         packed = self._packed_blocks(x)
-        features = packed.features(x, resolve_layers(layers, len(self.blocks)), rows) if packed else None
-        if features is not None:
-            return [patches.transpose(1, 2) for patches in features]
-        return [tokens[:, 1:].view(len(x), rows, -1, x.shape[-1]) for tokens in self._run(x, layers, None)]
+        if packed is not None and packed.can_read:
+            return [patches.transpose(1, 2) for patches in packed.features(x, wanted, rows)]
+        features = self._read(packed or partial(run_each, self.blocks), x, wanted, None)
+        return [tokens[:, 1:].view(len(x), rows, -1, x.shape[-1]) for tokens in features]
 
 
 def init_linears(module: nn.Module) -> None:

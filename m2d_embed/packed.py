@@ -39,6 +39,8 @@ _FEW_SCORES = 30_000  # of attention: as many as a single clip of 1 to 3 s has
 Product = Callable[[Tensor], Tensor]
 #: (B, tokens, dim) float32 and the mask of ``encoder.attend`` -> the same, perhaps changed in place.
 PackedBlock = Callable[[Tensor, Tensor | None], Tensor]
+#: The same of a run of blocks, whose indices come second.
+RunBlocks = Callable[[Tensor, range, Tensor | None], Tensor]
 
 
 def can_multiply(x: Tensor) -> bool:
@@ -94,9 +96,9 @@ class PackedBlocks:
         self._views = [_spread(layer.weight) for layer in self._layers]
         self._samples = torch.cat(self._views)
         layers, kind = list(_as_blocks(blocks)), _kind(blocks, quantize)
-        self._reads_features = type(norm) is nn.LayerNorm and norm.normalized_shape == (layers[0].attn.qkv.in_features,)
-        readable = cast(nn.LayerNorm, norm) if self._reads_features else None
-        self.kernel = NativeBlocks(layers, readable, kind) if native.fits(layers, kind) else None
+        is_usual = type(norm) is nn.LayerNorm and norm.normalized_shape == (layers[0].attn.qkv.in_features,)
+        self._readable = cast(nn.LayerNorm, norm) if is_usual else None
+        self.kernel = NativeBlocks(layers, self._readable, kind) if native.fits(layers, kind) else None
         self.copies: list[PackedBlock] = []
         if self.kernel is None and quantize:
             self.copies = [_QuantizedBlock(block) for block in layers]
@@ -110,10 +112,14 @@ class PackedBlocks:
             return self.kernel(x, blocks)
         return run_each(self.copies or self._blocks, x, blocks, attended)
 
-    def features(self, x: Tensor, layers: Sequence[int], rows: int) -> list[Tensor] | None:
-        """As ``NativeBlocks.features``, or None if there is no kernel, or the norm has been replaced or hooked into."""
-        if self.kernel is None or not self._reads_features or not is_unhooked(self._norm):
-            return None
+    @property
+    def can_read(self) -> bool:
+        """Whether there are ``features``: there is a kernel, and the norm is a plain one that nothing hooks into."""
+        return self.kernel is not None and self._readable is not None and is_unhooked(self._readable)
+
+    def features(self, x: Tensor, layers: Sequence[int], rows: int) -> list[Tensor]:
+        """As ``NativeBlocks.features``."""
+        assert self.kernel is not None
         return self.kernel.features(x, layers, rows)
 
     def is_current(self, blocks: nn.ModuleList, norm: nn.Module, quantize: bool) -> bool:

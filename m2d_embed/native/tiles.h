@@ -12,8 +12,9 @@
 // A tile is 16 rows of 64 bytes. Of a product A B there are
 //   A tiles: 16 rows of 32 bf16 (64 int8) consecutive values along the inner dimension;
 //   B tiles: 16 rows, each 2 bf16 (4 int8) consecutive values along the inner dimension for each of 16 columns.
-// All matrices here are arrays of such tiles, [row or column tile][step along the inner dimension]. Rows are tokens;
-// every window begins with a new tile, and rows beyond its tokens hold zeros or what comes of zeros.
+// All matrices here are arrays of such tiles, [row or column tile][step along the inner dimension]. Rows are tokens.
+// For attention every window begins with a new tile, and rows beyond its tokens hold zeros or what comes of zeros;
+// after it all tokens of a chunk follow one another, and rows beyond the last may hold anything.
 
 #ifndef M2D_TILES_H
 #define M2D_TILES_H
@@ -669,12 +670,13 @@ INLINE void attend(const Chunk* chunk, int64_t head, int64_t query_tile, int row
     Factors factors = {weights, columns, s->token_steps * TILE, s->token_steps, {tokens, below}};
     multiply(factors, row_tiles, 0, one_by_one(c), NULL);
     for (int i = 0; i < row_tiles; i++) {
-      uint8_t* tile = to + ((window * s->token_tiles + query_tile + i) * all_steps + first + step) * TILE;
-      for (int r = 0; r < ROWS; r++) {
+      int64_t row = window * s->tokens + (query_tile + i) * ROWS;
+      for (int r = 0; r < at_most(ROWS, tokens - i * ROWS); r++, row++) {
         __m512 factor = _mm512_set1_ps(reciprocals[i * ROWS + r]);
         __m512 low = _mm512_mul_ps(_mm512_load_ps(c[i][0][r]), factor);
         __m512 high = _mm512_mul_ps(_mm512_load_ps(c[i][1][r]), factor);
-        _mm512_store_si512(tile + 64 * r, as_bf16(low, high));
+        uint8_t* tile = to + (row / ROWS * all_steps + first + step) * TILE;
+        _mm512_store_si512(tile + row % ROWS * 64, as_bf16(low, high));
       }
     }
   }
@@ -699,9 +701,18 @@ static void attention(const Chunk* chunk, uint8_t* to) {
 
 // --- a block -------------------------------------------------------------------------------------------------------
 
+// As if all tokens of a chunk were of one window.
+INLINE Shape joined(const Chunk* chunk) {
+  Shape s = *chunk->shape;
+  s.tokens *= chunk->windows;
+  s.token_tiles = rounded_up(s.tokens, ROWS) / ROWS;
+  return s;
+}
+
 // A block, for the windows of a chunk. `then` is the one that is run next, or NULL.
 INLINE void run_chunk(const Chunk* chunk, const Block* block, const Block* then, int is_int8) {
-  const Shape* s = chunk->shape;
+  const Shape *s = chunk->shape, all = joined(chunk);
+  Chunk flat = {&all, chunk->scratch, chunk->team, chunk->x, 1};
   const Scratch* scratch = chunk->scratch;
   const float *scales = scratch->row_scales, *hidden_scales = scratch->hidden_scales;
   Matrix qkv = matrix_of(&block->qkv, s->dim, 3 * s->dim, is_int8), next_qkv;
@@ -717,24 +728,24 @@ INLINE void run_chunk(const Chunk* chunk, const Block* block, const Block* then,
   attention(chunk, is_int8 ? scratch->unquantized : scratch->rounded);
   wait_for_all(chunk->team);
   if (is_int8) {
-    quantize_rows(chunk, s->dim, scratch->rounded, scratch->row_scales);
+    quantize_rows(&flat, s->dim, scratch->rounded, scratch->row_scales);
     wait_for_all(chunk->team);
   }
-  layer(chunk, proj, scratch->rounded, scales, TO_RESIDUAL, is_int8, &fc1);
+  layer(&flat, proj, scratch->rounded, scales, TO_RESIDUAL, is_int8, &fc1);
   wait_for_all(chunk->team);
-  norm_rows(chunk, &block->norm2, is_int8);
+  norm_rows(&flat, &block->norm2, is_int8);
   wait_for_all(chunk->team);
   for (int64_t first = 0; first < s->hidden; first += s->part) {
     int64_t part = fc1.outputs, left = s->hidden - first - part;
     Matrix fc2 = inputs_from(all_fc2, first, part, is_int8);
-    layer(chunk, fc1, scratch->rounded, scales, TO_HIDDEN, is_int8, &fc2);
+    layer(&flat, fc1, scratch->rounded, scales, TO_HIDDEN, is_int8, &fc2);
     wait_for_all(chunk->team);
     if (is_int8) {
-      quantize_rows(chunk, part, scratch->hidden, scratch->hidden_scales);
+      quantize_rows(&flat, part, scratch->hidden, scratch->hidden_scales);
       wait_for_all(chunk->team);
     }
     if (left) fc1 = outputs_from(all_fc1, first + part, at_most(s->part, left));
-    layer(chunk, fc2, scratch->hidden, hidden_scales, TO_RESIDUAL, is_int8, left ? &fc1 : then ? &next_qkv : NULL);
+    layer(&flat, fc2, scratch->hidden, hidden_scales, TO_RESIDUAL, is_int8, left ? &fc1 : then ? &next_qkv : NULL);
     wait_for_all(chunk->team);
   }
 }
