@@ -60,7 +60,7 @@ def speed_table(result: dict[str, Any]) -> str:
             f"GFLOP/s of matrix products: {rates}.{alone} A file of an hour: {hours}. Least cosine similarity of scene "
             f"embeddings with float32, {clips} real clips: {shown}.",
         ]
-    further = "".join(f", further rounds by `{command}`" for command in dict.fromkeys(result["further rounds"]))
+    further = "".join(f", then by `{command}`" for command in dict.fromkeys(result["further rounds"]))
     lines += ["", f"Measured by `{result['command']}`{further}; all lengths and batch sizes are in its JSON."]
     return "\n".join(lines)
 

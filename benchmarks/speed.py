@@ -4,6 +4,7 @@
     python -m benchmarks.speed --model base    # one of the two models, beside what is known of the other
     python -m benchmarks.speed --more          # further rounds, beside those that the JSON has of the same machine
     python -m benchmarks.speed --more --model base --cell 10x8   # of one length in seconds and batch size
+    python -m benchmarks.speed --more --once   # no rounds, but what is measured once: start, memory, agreement
     python -m benchmarks.speed --device cuda   # speed-cuda.json and speed-cuda.png
     python -m benchmarks.render                # puts them into the README
 
@@ -52,6 +53,7 @@ _CLIPS = HERE.parent / "tests" / "data"
 _MIB = 1 << 20
 _AST_CLIP = 10
 _RATE = 16_000  # of both models
+_FORGET = Path("/proc/self/clear_refs")  # Linux: 5 sets the peak of memory to what there is now
 # Of rounds of a cell, at least: on a machine that others use, a few short rounds may all be slowed down.
 _SECONDS = 40.0
 
@@ -240,9 +242,12 @@ def _peak_memory(device: str) -> int:
 
 
 def _memory(device: str) -> int:
-    """Bytes now: what loading needed for a while must not hide what comes after."""
+    """Bytes now; the peak is forgotten: what loading needed for a while must not stand for what comes after."""
     if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
+    if _FORGET.exists():
+        _FORGET.write_text("5")
     resident: int = psutil.Process().memory_info().rss
     return resident
 
@@ -279,6 +284,9 @@ def main(
     cell: Annotated[
         list[str] | None, typer.Option(help="With --more: seconds and batch, as 10x8; all by default.")
     ] = None,
+    once: Annotated[
+        bool, typer.Option("--once", help="With --more: what is measured once, anew, and no rounds.")
+    ] = False,
     task: Annotated[str, typer.Option(hidden=True)] = "",
     argument: Annotated[list[str] | None, typer.Option(hidden=True)] = None,
 ) -> None:
@@ -288,14 +296,15 @@ def main(
     if task:
         print(json.dumps({"start": _start_task, "hour": _hour_task}[task](*(argument or ()))))
         return
-    if cell and not more:
-        raise typer.BadParameter("--cell is for further rounds, so give --more, too")
+    if (cell or once) and not more:
+        raise typer.BadParameter("--cell and --once are for further rounds, so give --more, too")
     output = HERE / f"speed-{kind_of_cpu() if device == 'cpu' else device}.json"
     last = json.loads(output.read_text()) if output.exists() else {"models": {}}
     if more and last.get("machine") != machine():
         raise SystemExit(f"{output}: not of this machine and these versions, so no further rounds are added to it")
     command = f"python -m benchmarks.speed --rounds {rounds}" + (f" --device {device}" if device != "cpu" else "")
     again = " ".join([command, "--more", *(f"--model {m}" for m in model or ()), *(f"--cell {c}" for c in cell or ())])
+    again += " --once" if once else ""
     result: dict[str, Any] = {
         "command": last["command"] if more else command,
         "further rounds": [*last.get("further rounds", []), again] if more else [],
@@ -306,9 +315,9 @@ def main(
     for name in model or MODELS:
         before = result["models"].get(MODELS[name], {}) if more else {}
         with tempfile.TemporaryDirectory() as folder:
-            measured = compare(name, rounds, device, Path(folder), cell or [], before)
-            once = {} if before else _once(name, device, Path(folder))
-            result["models"][MODELS[name]] = before | measured | once
+            measured = {} if once else compare(name, rounds, device, Path(folder), cell or [], before)
+            single = _once(name, device, Path(folder)) if once or not before else {}
+            result["models"][MODELS[name]] = before | measured | single
         output.write_text(json.dumps(result, indent=1) + "\n")
         plot(result, output.with_suffix(".png"))
 

@@ -274,19 +274,24 @@ def _lay_out(weights: list[Tensor], kind: Kind) -> list[_Matrix]:
         return []
     dtype = torch.bfloat16 if kind == "bf16" else torch.int8
     sizes = [weight.numel() * dtype.itemsize for weight in weights]
+    outputs = [len(weight) for weight in weights]
+    # All in one piece each: small ones between large ones would keep those from being given back to the system.
+    memories, kept = in_large_pages(sum(sizes)).split(sizes), torch.empty(sum(outputs), device="cpu").split(outputs)
     found = []
-    for weight, memory in zip(weights, in_large_pages(sum(sizes)).split(sizes), strict=True):
-        rounded, scales = (weight.detach().to(dtype), None) if kind == "bf16" else rounded_to_int8(weight)
+    for weight, memory, scales in zip(weights, memories, kept, strict=True):
+        rounded, steps = (weight.detach().to(dtype), None) if kind == "bf16" else rounded_to_int8(weight)
         tiles = _as_tiles(rounded)
-        found.append(_Matrix(memory.view(dtype).view(tiles.shape).copy_(tiles), scales))
+        laid_out = memory.view(dtype).view(tiles.shape).copy_(tiles)
+        found.append(_Matrix(laid_out, None if steps is None else scales.copy_(steps)))
     return found
 
 
 def rounded_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """A matrix, (out, in), in int8, and what a step of each of its rows is worth, (out,) float32."""
-    weight = weight.detach().float()
-    scales = (weight.abs().amax(dim=1) / _INT8_LARGEST).clamp_min(_SMALLEST_SCALE)
-    return (weight / scales[:, None]).round().to(torch.int8), scales
+    values = weight.detach().to(torch.float32, copy=True)  # changed in place, for memory's sake
+    largest = torch.maximum(values.amax(dim=1), -values.amin(dim=1))
+    scales = (largest / _INT8_LARGEST).clamp_min(_SMALLEST_SCALE)
+    return values.div_(scales[:, None]).round_().to(torch.int8), scales
 
 
 def _as_tiles(weight: Tensor) -> Tensor:
