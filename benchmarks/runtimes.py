@@ -9,7 +9,6 @@ All have the same shape, and where weights can be shared the same weights; each 
   extractor; it hears 10.24 s at a time, so longer clips are cut, and shorter ones padded by the extractor.
 """
 
-import copy
 import importlib.util
 import warnings
 from collections.abc import Callable
@@ -72,16 +71,21 @@ def build(runtime: str, name: str, device: str, folder: Path) -> Run:
     family, *settings = runtime.split(", ")
     if family == "transformers AST":
         return _build_ast(device)
-    model = load(name)
     if family == "reference style":
-        return ReferenceStyle(model.config).eval().to(device)
+        return ReferenceStyle(load(name).config).eval().to(device)
     if family == "m2d-embed":
-        model = model.to(device).set_dtype(DTYPES[settings[0]])
+        model = load(name).to(device).set_dtype(DTYPES[settings[0]])
         return model.compile_encoder().scene if "compiled" in settings else model.scene
+    file = exported(name, folder)
+    return _build_onnxruntime(file) if family == "ONNX Runtime" else _build_openvino(file, settings[0])
+
+
+def exported(name: str, folder: Path) -> Path:
+    """The ONNX file of a model, made if it is not there."""
     file = folder / f"{name}.onnx"
     if not file.exists():
-        export_onnx(copy.deepcopy(model), file)
-    return _build_onnxruntime(file) if family == "ONNX Runtime" else _build_openvino(file, settings[0])
+        export_onnx(load(name), file)
+    return file
 
 
 def _build_onnxruntime(file: Path) -> Run:

@@ -35,7 +35,7 @@ import soxr
 import torch
 import typer
 
-from benchmarks.runtimes import PRODUCTS, REFERENCE, build, load, runtimes
+from benchmarks.runtimes import PRODUCTS, REFERENCE, build, exported, load, runtimes
 from benchmarks.timing import machine, measure, product_rates, unit_rates
 from m2d_embed.audio import find_audio, open_clip
 from m2d_embed.config import ModelConfig
@@ -152,6 +152,8 @@ def _share(runtime: str, rate: float, rates: dict[str, float]) -> float | None:
 
 def starts(name: str, device: str, folder: Path) -> dict[str, dict[str, float]]:
     """Of each runtime, in a process of its own: the seconds to a first result, and memory beyond the loaded model."""
+    if device == "cpu":
+        exported(name, folder)  # which is not part of starting
     return {runtime: _child("start", runtime, name, device, str(folder)) for runtime in runtimes(name, device)}
 
 
