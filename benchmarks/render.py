@@ -220,7 +220,8 @@ def training_row(model: str, row: dict[str, Any]) -> str:
 
 def on_cores(machine: dict[str, Any]) -> str:
     units = ", ".join(machine["matrix units"]) or "no matrix units"
-    return f"{machine['cores']} cores of {machine['cpu']} ({units}), torch {machine['torch']}"
+    family = f", family {machine['family']}" if machine.get("family") else ""
+    return f"{machine['cores']} cores of {machine['cpu']}{family} ({units}), torch {machine['torch']}"
 
 
 def startup_sentence(result: dict[str, Any]) -> str:
