@@ -20,6 +20,7 @@ WRITING = "writing results"
 
 _IN_ORDER = (OPENING, WAITING, LOG_MEL, ENCODER, DEVICE, WRITING)
 _MUCH_WAITING = 0.2  # of the run's time
+_NEXT_TO_NOTHING = 0.005  # of it
 _MEGABYTE = 1 << 20
 _NOTHING: AbstractContextManager[None] = nullcontext()
 
@@ -84,13 +85,13 @@ class Profile(Stopwatch):
     def table(self, threads: int) -> str:
         """The result in words and numbers, of a run with so many threads that decoded."""
         wall = self.wall_seconds()
-        stages = [(name, self.seconds[name]) for name in _IN_ORDER if self.seconds[name] >= 0.005]
+        stages = [(name, self.seconds[name]) for name in _IN_ORDER if self.seconds[name] >= _NEXT_TO_NOTHING * wall]
         stages.append(("the rest", max(0.0, wall - sum(seconds for _, seconds in stages))))
-        lines = [f"{wall:.2f} s for {self.audio_seconds:.1f} s of audio, {self.audio_seconds / wall:.0f} x real time"]
-        lines += [f"  {name:<24}{seconds:>9.2f} s {100 * seconds / wall:>4.0f} %" for name, seconds in stages]
+        lines = [f"{wall:.3f} s for {self.audio_seconds:.1f} s of audio, {self.audio_seconds / wall:.0f} x real time"]
+        lines += [f"  {name:<24}{seconds:>9.3f} s {100 * seconds / wall:>4.0f} %" for name, seconds in stages]
         if self.seconds[DECODING]:
             where = f"in {threads} thread{'s' if threads > 1 else ''} besides" if threads else "while waited for"
-            lines.append(f"  {DECODING:<24}{self.seconds[DECODING]:>9.2f} s, {where}")
+            lines.append(f"  {DECODING:<24}{self.seconds[DECODING]:>9.3f} s, {where}")
         if self.batches:
             fill, full = 100 * self.windows / self.room, self.room / self.batches
             lines.append(f"{self.batches} batches, on average {fill:.0f} % full ({full:.0f} windows)")
