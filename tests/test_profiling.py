@@ -23,17 +23,24 @@ def test_a_table(monkeypatch):
     for windows in (4, 4, 1):
         profile.count_batch(windows, room=4)
     lines = profile.table(threads=2).splitlines()
-    assert lines[0] == "10.00 s for 100.0 s of audio, 10 x real time"
+    assert lines[0] == "10.000 s for 100.0 s of audio, 10 x real time"
     rows = [re.split(r" {2,}", line.strip()) for line in lines[1:6]]
     assert rows[:4] == [
-        ["waiting for decoding", "1.00 s", "10 %"],
-        ["encoder", "8.00 s", "80 %"],
-        ["writing results", "0.50 s", "5 %"],
-        ["the rest", "0.50 s", "5 %"],
+        ["waiting for decoding", "1.000 s", "10 %"],
+        ["encoder", "8.000 s", "80 %"],
+        ["writing results", "0.500 s", "5 %"],
+        ["the rest", "0.500 s", "5 %"],
     ]
-    assert rows[4] == ["decoding", "3.00 s, in 2 threads besides"]
+    assert rows[4] == ["decoding", "3.000 s, in 2 threads besides"]
     assert lines[6] == "3 batches, on average 75 % full (4 windows)"
     assert lines[-1] == "limited by the model"
+
+
+def test_a_short_run_shows_its_stages(monkeypatch):
+    """And leaves out what took next to nothing of it."""
+    table = a_profile(monkeypatch, wall=0.04, ENCODER=0.004, WRITING=0.0001).table(threads=0)
+    assert re.search(r"encoder +0\.004 s +10 %", table)
+    assert "writing results" not in table
 
 
 @pytest.mark.parametrize(
