@@ -152,7 +152,7 @@ def _share(runtime: str, rate: float, rates: dict[str, float]) -> float | None:
 
 def starts(name: str, device: str, folder: Path) -> dict[str, dict[str, float]]:
     """Of each runtime, in a process of its own: the seconds to a first result, and memory beyond the loaded model."""
-    if device == "cpu":
+    if any(runtime.startswith(("ONNX Runtime", "OpenVINO")) for runtime in runtimes(name, device)):
         exported(name, folder)  # which is not part of starting
     return {runtime: _child("start", runtime, name, device, str(folder)) for runtime in runtimes(name, device)}
 
