@@ -115,7 +115,10 @@ class PackedBlocks:
     @property
     def can_read(self) -> bool:
         """Whether there are ``features``: there is a kernel, and the norm is a plain one that nothing hooks into."""
-        return self.kernel is not None and self._readable is not None and is_unhooked(self._readable)
+        norm = self._readable
+        if self.kernel is None or norm is None or not is_unhooked(norm):
+            return False
+        return all(p is None or p.dtype == torch.float32 for p in norm._parameters.values())
 
     def features(self, x: Tensor, layers: Sequence[int], rows: int) -> list[Tensor]:
         """As ``NativeBlocks.features``."""

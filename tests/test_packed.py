@@ -259,6 +259,23 @@ def test_a_replaced_norm_is_called(model):
     torch.testing.assert_close(fast(model, audio), plain(model, audio), atol=4e-6, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["norm", "blocks.1.norm2"])
+def test_the_eps_of_a_norm_is_read_anew(model, name):
+    audio = clips(1, 16_000)
+    before = fast(model, audio)
+    model.encoder.get_submodule(name).eps = 1.0
+    torch.testing.assert_close(fast(model, audio), plain(model, audio), atol=2e-6, rtol=0)
+    assert (fast(model, audio) - before).abs().max() > 1e-3
+
+
+def test_a_norm_of_another_dtype_is_not_silently_cast(model):
+    audio = clips(1, 16_000)
+    fast(model, audio)
+    model.encoder.norm.double()
+    with pytest.raises(RuntimeError):
+        fast(model, audio)
+
+
 def test_blocks_are_added_and_taken_away(model):
     audio = clips(1, 16_000)
     fast(model, audio)

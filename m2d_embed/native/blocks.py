@@ -142,7 +142,9 @@ class Scratch(threading.local):
 class _Pointed(NamedTuple):
     """Structures that point to parameters."""
 
-    addresses: list[int | None]  # where the parameters were; empty if ``kept`` are copies of some
+    addresses: list[
+        float | None
+    ]  # where the parameters were, and each norm's eps; empty if ``kept`` are copies of some
     blocks: Array[_Block]
     norm: _Norm
     kept: list[Tensor]  # what they point to
@@ -172,6 +174,7 @@ class NativeBlocks:
             ((block.norm1, block.norm2), (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2))
             for block in blocks
         ]
+        self._norms = [*([] if norm is None else [norm]), *(norm for norms, _ in self._parts for norm in norms)]
         self._matrices = _lay_out([layer.weight for _, layers in self._parts for layer in layers], kind)
         self._pointed = _Pointed([], (_Block * 0)(), _Norm(), [])  # replaced as a whole: threads may exchange it
 
@@ -204,7 +207,8 @@ class NativeBlocks:
 
     def _run(self, x: Tensor, blocks: range, rows: int, features: Array[c_void_p] | None) -> None:
         pointed = self._pointed
-        addresses = [None if p is None else p.data_ptr() for p in self._parameters()]
+        addresses: list[float | None] = [None if p is None else p.data_ptr() for p in self._parameters()]
+        addresses += [norm.eps for norm in self._norms]
         if addresses != pointed.addresses:
             self._pointed = pointed = self._point(addresses)
         call = Call(
@@ -224,16 +228,16 @@ class NativeBlocks:
 
     def _parameters(self) -> Iterator[Tensor | None]:
         """What is read in every call."""
-        for norms, layers in (([] if self._norm is None else [self._norm], []), *self._parts):
-            for norm in norms:
-                yield norm._parameters["weight"]  # faster than norm.weight
-                yield norm._parameters["bias"]
+        for norm in self._norms:
+            yield norm._parameters["weight"]  # faster than norm.weight
+            yield norm._parameters["bias"]
+        for _, layers in self._parts:
             for layer in layers:
                 yield layer._parameters["bias"]
                 if self.kind == "fp32":
                     yield layer._parameters["weight"]
 
-    def _point(self, addresses: list[int | None]) -> _Pointed:
+    def _point(self, addresses: list[float | None]) -> _Pointed:
         """Structures that point to the parameters, or to what a kernel can read in their place."""
         kept: list[Tensor] = []
 
@@ -259,7 +263,7 @@ class NativeBlocks:
         for index, (norms, layers) in enumerate(self._parts):
             blocks[index] = _Block(*self._shape, self.kind == "int8", *map(structure, norms), *map(linear, layers))
         norm = _Norm() if self._norm is None else structure(self._norm)
-        in_place = {address for address in addresses if address is not None} == {values.data_ptr() for values in kept}
+        in_place = {p.data_ptr() for p in self._parameters() if p is not None} == {p.data_ptr() for p in kept}
         return _Pointed(addresses if in_place else [], blocks, norm, kept)
 
 
