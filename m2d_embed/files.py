@@ -1,0 +1,60 @@
+"""Files that are there wholly or not at all, whatever happens while they are written."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Write a file that appears under its name only when the block has ended well, in place of one that was there.
+
+    The block is given the path of a new, empty file beside it, whose name nobody else has, so that two writers at once
+    do not disturb each other: the last to finish wins. It is on the disk before it gets its name, and the name is on
+    the disk when the block is left, so that a power cut leaves the old file or the new one.
+
+    Raises:
+        OSError: if the disk is full or not writable. Nothing is left behind then.
+    """
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
+    try:
+        partial.touch(exist_ok=False)
+        mode = partial.stat().st_mode
+        yield partial
+        partial.chmod(mode)  # libraries that make a file of their own give it only to its owner
+        sync(partial)
+        partial.replace(path)
+        sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """``text`` in UTF-8, by ``atomic_write``."""
+    with atomic_write(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """``content`` as JSON, by ``atomic_write``."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:  # Windows opens no folders; its renames are durable
+        return
+    try:
+        with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():  # not all file systems can
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
