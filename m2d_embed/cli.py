@@ -27,9 +27,9 @@ from m2d_embed.errors import AudioError, ConfigError, M2DEmbedError, ModelNotFou
 
 if TYPE_CHECKING:
     from m2d_embed.heads.tagging import Tag
+    from m2d_embed.jobs.shards import Shard, ShardSummary
     from m2d_embed.model import M2D
     from m2d_embed.pretrain.corpus import CorpusSummary
-    from m2d_embed.jobs.shards import Shard, ShardSummary
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _A_TAGGER = "m2d_as_vit_base-80x1001p16x16-240213_AS-FT_enconly"
@@ -155,7 +155,7 @@ def embed(
     the last process to finish puts the shards together.
     """
     from m2d_embed.batching import Pipeline
-    from m2d_embed.jobs.embed import Options, embed_files
+    from m2d_embed.jobs.embed import embed_files
     from m2d_embed.jobs.shards import Shard, embed_shard, local_device
     from m2d_embed.profiling import Profile, Stopwatch
 
@@ -168,6 +168,7 @@ def embed(
     if compile_model:
         loaded.compile_encoder()
     stopwatch = Profile() if profile else Stopwatch()
+    pipeline = Pipeline(workers, stopwatch)
     started = time.perf_counter()
     hidden = None if part is None or part.number == 1 else True  # one bar on a terminal
     with tqdm(total=len(files) if part is None else None, unit="clip", disable=hidden) as bar:
@@ -177,13 +178,12 @@ def embed(
             if error is not None:
                 tqdm.write(f"skipped: {error}", file=sys.stderr)
 
-        options = Options(batch_size, Pipeline(workers, stopwatch), on_progress)
         if part is None:
-            summary = embed_files(loaded, files, output, kind.value, overwrite=overwrite, options=options)
+            summary = embed_files(loaded, files, output, kind.value, batch_size, overwrite, on_progress, pipeline)
         else:
-            shared = embed_shard(loaded, files, output, part, kind.value, options=options)
+            shared = embed_shard(loaded, files, output, part, kind.value, batch_size, on_progress, pipeline)
     if isinstance(stopwatch, Profile):
-        print(stopwatch.table(options.pipeline.threads_for(loaded.device)))
+        print(stopwatch.table(pipeline.threads_for(loaded.device)))
     if part is not None:
         _report_shard(shared, part, output, exits=bool(shard))
         return
@@ -292,7 +292,7 @@ def similar(
     among: Annotated[
         list[Path],
         typer.Argument(
-            help="Sound files or folders to search, or what 'embed' wrote: .npz, .parquet, a folder or pattern of these."
+            help="Sound files or folders to search, or what 'embed' wrote: .npz, .parquet, folders or patterns."
         ),
     ],
     model: Model = "",
@@ -768,8 +768,8 @@ def _read_index(files: Sequence[Path], model: M2D) -> tuple[list[str], Any]:
     if differing:
         shown = ", ".join(f"{key}={scenes.settings.get(key)!r}, not {mine[key]!r}" for key in differing)
         raise ConfigError(
-            f"{files[0]}: made with another model or other settings ({shown}); give the --model and --dtype it was made "
-            "with, or embed the clips again without options for features."
+            f"{files[0]}: made with another model or other settings ({shown}); give the --model and --dtype it was "
+            "made with, or embed the clips again without options for features."
         )
     root = scenes.settings.get("root", "")
     return [_shown_from_here(name, root) for name in scenes.names], scenes.embeddings

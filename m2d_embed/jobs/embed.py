@@ -16,11 +16,10 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
@@ -36,6 +35,8 @@ from m2d_embed.model import M2D
 from m2d_embed.profiling import OPENING, WRITING
 
 Array = npt.NDArray[Any]
+
+OnProgress = Callable[[Path, AudioError | None], None]
 
 STORE_IN_FOLDER = "_m2d_embed"  # readers of folders of Parquet files pass over such a name
 _CLIPS_AT_A_TIME = 2048  # looked at and sorted together
@@ -61,17 +62,12 @@ class Summary:
     failed: dict[Path, AudioError]
 
 
-@dataclass(frozen=True)
-class Options:
-    """How files are embedded; results do not depend on it.
+class Options(NamedTuple):
+    """How files are embedded, as in ``embed_files``; results do not depend on it."""
 
-    ``batch_size`` windows at most are encoded at a time, ``pipeline`` says how many threads read ahead, and
-    ``on_progress`` is called for each file as it is done, with its error if it is a bad one.
-    """
-
-    batch_size: int = 32
-    pipeline: Pipeline = DEFAULT_PIPELINE
-    on_progress: Callable[[Path, AudioError | None], None] = field(default=lambda file, error: None)
+    batch_size: int
+    on_progress: OnProgress
+    pipeline: Pipeline
 
 
 def embed_files(
@@ -79,9 +75,10 @@ def embed_files(
     files: Sequence[str | os.PathLike[str]],
     output: str | os.PathLike[str],
     kind: Kind = "scene",
-    *,
+    batch_size: int = 32,
     overwrite: bool = False,
-    options: Options | None = None,
+    on_progress: OnProgress = lambda file, error: None,
+    pipeline: Pipeline = DEFAULT_PIPELINE,
 ) -> Summary:
     """Embed files into ``output``. Give the same call again after it was killed, and it goes on.
 
@@ -90,8 +87,10 @@ def embed_files(
         files: what to embed; the output keeps their order and their names.
         output: ``*.npz``, ``*.parquet``, or a folder that gets one ``.npy`` a clip.
         kind: "scene" or "timestamps", with their times in ms.
+        batch_size: windows encoded at a time, at most.
         overwrite: replace an existing output, and drop what an unfinished run left.
-        options: batch size, threads and progress.
+        on_progress: called for each file as it is done, with its error if it is a bad one.
+        pipeline: how many threads read files ahead, and who is told where the time goes.
 
     Returns:
         What was done. Bad files are left out of the output, and have their errors here.
@@ -106,14 +105,9 @@ def embed_files(
     made = open_output(Path(output), kind, paths)
     with made.store.claim():
         made.begin(job_settings(model, kind), overwrite)
-        return embed_into(made, model, paths, options or Options())
-
-
-def embed_into(output: Output, model: M2D, files: Sequence[Path], options: Options) -> Summary:
-    """Embed what is not done yet, and finish the output."""
-    summary = embed_missing(output, model, files, options)
-    with options.pipeline.stopwatch.stage(WRITING):
-        output.finish([file for file in files if file not in summary.failed])
+        summary = embed_missing(made, model, paths, Options(batch_size, on_progress, pipeline))
+        with pipeline.stopwatch.stage(WRITING):
+            made.finish([file for file in paths if file not in summary.failed])
     return summary
 
 
@@ -193,10 +187,16 @@ def _results(
             clips = [clip for _, _, clip in chunk]
             if kind == "scene":
                 for index, scene in encode_scenes(model, clips, model.features, size, pipeline):
-                    yield *chunk[index][:2], scene if isinstance(scene, AudioError) else Result(scene.numpy()[None], None)
+                    yield (
+                        *chunk[index][:2],
+                        scene if isinstance(scene, AudioError) else Result(scene.numpy()[None], None),
+                    )
                 continue
             for index, result in encode_timestamps(model, clips, model.features, size, pipeline):
-                yield *chunk[index][:2], Result(*map(Tensor.numpy, result)) if isinstance(result, Timestamps) else result
+                yield (
+                    *chunk[index][:2],
+                    Result(*map(Tensor.numpy, result)) if isinstance(result, Timestamps) else result,
+                )
                 del result
 
 

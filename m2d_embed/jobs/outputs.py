@@ -66,7 +66,7 @@ def _write_parquet(path: Path, store: PartStore, listing: Listing, settings: dic
         for block in _blocks(store, listing, dim):
             vectors = store.gather(EMBEDDINGS, block, reader)
             shown = [name := next(names) if rows.first == 0 else name for rows in block]
-            places = pa.array(np.repeat(np.arange(len(block), dtype=np.int32), [rows.count for rows in block]))
+            places = pa.array(np.repeat(np.arange(len(block), dtype=np.int32), [rows.length for rows in block]))
             columns = [pa.DictionaryArray.from_arrays(places, pa.array(shown, pa.string())).dictionary_decode()]
             if timed:
                 columns.append(pa.array(store.gather(TIMES, block, reader)))
@@ -199,8 +199,9 @@ def _read_parquet(file: Path) -> Scenes:
         if b"m2d_embed" not in metadata:
             if {_NAMES_COLUMN, _EMBEDDINGS_COLUMN} <= {*opened.schema_arrow.names}:
                 raise ConfigError(
-                    f"{file}: does not say which model made it. Programs that save a table anew (pandas, polars, DuckDB) "
-                    "drop the metadata that m2d-embed writes; give the file as it was written, or embed the sounds again."
+                    f"{file}: does not say which model made it. Programs that save a table anew (pandas, polars, "
+                    "DuckDB) drop the metadata that m2d-embed writes; give the file as it was written, or embed the "
+                    "sounds again."
                 )
             raise KeyError("no columns file and embedding")
         settings = json.loads(metadata[b"m2d_embed"])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import replace
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
 
+from m2d_embed.config import ModelConfig
 from m2d_embed.model import M2D
 
 Kind = Literal["scene", "timestamps"]
@@ -16,23 +17,23 @@ Kind = Literal["scene", "timestamps"]
 #: Raised whenever the same model and sound give other numbers than before, beyond the rounding of sums.
 NUMERICS = 2
 
+_NOT_COMPUTED = ("name", "source", "license", "head", "clap", "layers", "scene_pooling")
+
 
 def fingerprint(model: M2D, kind: Kind) -> str:
     """A hash of all that an embedding depends on besides the sound: weights, configuration, features, numerics.
 
-    Of the configuration all counts but its name and origin: two models of equal weights that normalise the log-mel in
-    another way are two models.
+    Two models of equal weights that normalise the log-mel in another way are two models; their names do not count.
     """
-    features = model.features
     parts = {
         "numerics": NUMERICS,
         "kind": kind,
-        "config": json.loads(replace(model.config, name="", source="", license="").to_json()),
+        "config": _computation(model.config),
         "dtype": str(model.dtype),
         "features": _features(model, kind),
     }
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(model.encoder.state_dict().items()):
         digest.update(f"\0{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:32]
@@ -48,6 +49,11 @@ def job_settings(model: M2D, kind: Kind) -> dict[str, Any]:
         **_features(model, kind),
         "dim": model.scene_embedding_size if kind == "scene" else model.timestamp_embedding_size,
     }
+
+
+def _computation(config: ModelConfig) -> dict[str, Any]:
+    """The front end and the encoder; names and heads do not change an embedding, features are looked at as chosen."""
+    return {key: value for key, value in asdict(config).items() if key not in _NOT_COMPUTED}
 
 
 def _features(model: M2D, kind: Kind) -> dict[str, Any]:

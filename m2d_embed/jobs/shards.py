@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from m2d_embed.batching import DEFAULT_PIPELINE, Pipeline
 from m2d_embed.errors import AudioError, ConfigError
 from m2d_embed.files import write_json
-from m2d_embed.jobs.embed import FileOutput, Options, Output, Summary, embed_missing, open_output
+from m2d_embed.jobs.embed import FileOutput, OnProgress, Options, Output, Summary, embed_missing, open_output
 from m2d_embed.jobs.outputs import names_in
 from m2d_embed.jobs.settings import Kind, job_settings
 from m2d_embed.jobs.store import compare_settings, key_of, stamp_of
@@ -116,8 +117,9 @@ def embed_shard(
     output: str | os.PathLike[str],
     shard: Shard,
     kind: Kind = "scene",
-    *,
-    options: Options | None = None,
+    batch_size: int = 32,
+    on_progress: OnProgress = lambda file, error: None,
+    pipeline: Pipeline = DEFAULT_PIPELINE,
 ) -> ShardSummary:
     """Embed one share of the files; make the output if this was the last.
 
@@ -127,7 +129,7 @@ def embed_shard(
         output: of the whole job: ``*.npz``, ``*.parquet``, or a folder that gets one ``.npy`` a clip.
         shard: which share this process takes.
         kind: "scene" or "timestamps".
-        options: batch size, threads and progress.
+        batch_size, on_progress, pipeline: as in ``embed_files``.
 
     Raises:
         BusyError: if another process works on this share, or a run without shards on the output.
@@ -143,11 +145,12 @@ def embed_shard(
         return ShardSummary(Summary(0, 0, {}), [], finished)
     with made.store.claim(str(shard)):
         made.join(job.settings)
-        share = job.share(shard)
+        dealt = job.agree_on_shares()
         job.record_of(shard.number).unlink(missing_ok=True)
-        summary = embed_missing(made, model, share, options or Options())
-        write_json(job.record_of(shard.number), {"clips": len(share)})
-    return job.put_together(summary)
+        share = dealt[shard.number - 1]
+        summary = embed_missing(made, model, share, Options(batch_size, on_progress, pipeline))
+        write_json(job.record_of(shard.number), {"files": len(share)})
+    return job.put_together(summary, dealt)
 
 
 def shares(sizes: Sequence[int], count: int) -> list[list[int]]:
@@ -211,8 +214,8 @@ class _Job:
         }
         return Summary(0, len(names), lacking)
 
-    def share(self, shard: Shard) -> list[Path]:
-        """The files of a shard, by the plan of the process that came first; ConfigError if that planned otherwise.
+    def agree_on_shares(self) -> list[list[Path]]:
+        """The files of every shard, by the plan of the process that came first; ConfigError if that planned otherwise.
 
         Sizes are those of the plan: a file that has changed since does not move to another shard.
         """
@@ -229,23 +232,22 @@ class _Job:
                 f"{self.made.output}: processes of this job were given {what}; give all of them the same, or remove "
                 f"{plan_file.parent} to begin anew."
             )
-        return [self.files[i] for i in shares(plan["sizes"], self.count)[shard.number - 1]]
+        return [[self.files[i] for i in share] for share in shares(plan["sizes"], self.count)]
 
     def record_of(self, number: int) -> Path:
-        """Says that a share is done; whatever of it is lost later is missed when the output is made."""
+        """Says that a share is done. It does not say that its results are still there."""
         return self.store.folder / f"part-done-{number}-of-{self.count}.done"
 
-    def put_together(self, share: Summary) -> ShardSummary:
+    def put_together(self, share: Summary, dealt: Sequence[Sequence[Path]]) -> ShardSummary:
         """Make the output, unless a share is not done yet, or another process is still at work, and will do it."""
         with self.store.exclusively():
             if not self.store.is_begun:  # another process has done so meanwhile, and our lock made the folder again
                 self.store.remove()
                 return ShardSummary(share, [], None)
-            missing = [number for number in range(1, self.count + 1) if not self.record_of(number).exists()]
+            self.store.refresh()
+            missing = [number for number, files in enumerate(dealt, 1) if not self._is_done(number, files)]
             if missing or self.store.any_at_work():
                 return ShardSummary(share, missing, None)
-            self.store.refresh()
-            self._require_all()
             errors = {file: self.store.error_of(key_of(file)) for file in self.files}
             failed = {file: AudioError(error) for file, error in errors.items() if error is not None}
             good = [file for file in self.files if file not in failed]
@@ -254,10 +256,5 @@ class _Job:
                 leftover.unlink(missing_ok=True)
             return ShardSummary(share, [], Summary(0, len(good), failed))
 
-    def _require_all(self) -> None:
-        lost = [file for file in self.files if not self.store.has(key_of(file))]
-        if lost:
-            raise ConfigError(
-                f"{self.made.output}: {len(lost)} results are lost, e.g. that of {lost[0]}; give the commands of all "
-                "shards again, and these are made anew."
-            )
+    def _is_done(self, number: int, files: Sequence[Path]) -> bool:
+        return self.record_of(number).exists() and all(self.store.has(key_of(file)) for file in files)

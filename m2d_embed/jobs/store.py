@@ -50,6 +50,7 @@ _EVERYTHING = "all"  # the share of a run that does the whole job
 _NO_STAMP = (-1, -1, -1)
 _MOST_OPEN = 8  # files of parts: a job of a million clips has thousands, and a process may open a thousand
 _READ_BYTES = 1 << 20
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, IndexError)  # what reading a record that is damaged can raise
 
 
 class BusyError(ConfigError):
@@ -76,10 +77,10 @@ class Rows(NamedTuple):
 
     key: str
     first: int
-    count: int
+    length: int
 
 
-class _Record(NamedTuple):
+class Record(NamedTuple):
     """What is written down about a part; ``files`` are name -> (bytes, CRC-32)."""
 
     run: str
@@ -220,7 +221,7 @@ class PartStore:
                 records.append((file.stem, _read_record(file)))
             except FileNotFoundError:  # removed by another process meanwhile
                 continue
-            except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+            except _DAMAGE as error:
                 log.warning("%s: damaged, so what it stands for is made anew (%s).", file, error)
                 file.unlink(missing_ok=True)
         for name, record in sorted(records, key=lambda one: (one[1].made_ns, one[0])):
@@ -241,9 +242,8 @@ class PartStore:
             if wanted is not None and number not in wanted:
                 continue
             record_file = self.folder / f"{part.name}.json"
-            try:
-                record = _read_record(record_file)
-            except FileNotFoundError:  # removed by another process meanwhile
+            record = self.record(part.name)
+            if record is None:  # removed by another process meanwhile
                 continue
             owned = {name for entry in record.entries for name in entry.files}
             current = [e for place, e in enumerate(record.entries) if self._where.get(e.key) == number << 32 | place]
@@ -252,7 +252,12 @@ class PartStore:
             lost = [e for e in current if bad & set(e.files or record.files)]
             if lost:
                 what = ", ".join(sorted(bad)[:3]) + (" ..." if len(bad) > 3 else "")
-                log.warning("%s: files of an earlier run are lost or damaged, so %d results are made anew (%s).", self.output, len(lost), what)
+                log.warning(
+                    "%s: files of an earlier run are lost or damaged, so %d results are made anew (%s).",
+                    self.output,
+                    len(lost),
+                    what,
+                )
             for entry in lost:
                 del self._where[entry.key]
             if len(lost) == len(current):
@@ -266,15 +271,27 @@ class PartStore:
     def forget_everything(self) -> None:
         """Remove all parts with their files, and the settings."""
         for file in self.folder.glob("part-*.json"):
-            try:
-                names = [*_read_record(file).files]
-            except (OSError, ValueError, KeyError, TypeError, IndexError):  # damaged: what it stood for is replaced
-                names = []
-            file.unlink(missing_ok=True)
-            for name in names:
-                (self.data / name).unlink(missing_ok=True)
+            self.drop(file.stem)
         (self.folder / _SETTINGS).unlink(missing_ok=True)
         self._parts, self._where, self._names = [], {}, set()
+
+    def drop(self, name: str) -> None:
+        """Remove a part with its files."""
+        record = self.record(name)
+        (self.folder / f"{name}.json").unlink(missing_ok=True)  # first: without it the rest does not count
+        for file in record.files if record else ():
+            (self.data / file).unlink(missing_ok=True)
+
+    def record(self, name: str) -> Record | None:
+        """What is recorded of a part; None if there is no such part, or its record is damaged."""
+        try:
+            return _read_record(self.folder / f"{name}.json")
+        except _DAMAGE:
+            return None
+
+    def names(self) -> list[str]:
+        """The names of all parts that have records, of whatever run."""
+        return sorted(file.stem for file in self.folder.glob("part-*.json"))
 
     # --- looking up -------------------------------------------------------------------------------------------------
 
@@ -333,12 +350,12 @@ class PartStore:
     def commit(self, name: str, entries: Sequence[Entry], files: Iterable[Path]) -> None:
         """Record a part, ``part-*``, whose files are on the disk and below ``data``; from now on it counts."""
         sums = {file.relative_to(self.data).as_posix(): _size_and_crc(file) for file in files}
-        record = _Record(self.run, time.time_ns(), list(entries), sums)
+        record = Record(self.run, time.time_ns(), list(entries), sums)
         with atomic_write(self.folder / f"{name}.json") as partial:
             partial.write_bytes(_encode_record(record))
         self._register(name, record)
 
-    def _register(self, name: str, record: _Record) -> None:
+    def _register(self, name: str, record: Record) -> None:
         entries = record.entries
         starts = np.zeros(len(entries) + 1, np.int64)
         np.cumsum([entry.rows for entry in entries], out=starts[1:])
@@ -404,7 +421,7 @@ class _ArrayFile:
     def read_into(self, rows: Array, first: int) -> None:
         """Fill ``rows``, contiguous, from the ``first`` row of the file on."""
         self.stream.seek(self.begin + first * self.row_bytes)
-        left = memoryview(rows).cast("B") if rows.nbytes else memoryview(b"")
+        left = rows.data.cast("B") if rows.nbytes else memoryview(b"")
         while left:
             read = self.stream.readinto(left)
             if not read:
@@ -452,7 +469,7 @@ def blocks(counts: Iterable[tuple[str, int]], most_rows: int) -> Iterator[list[R
 def stamp_of(path: str | os.PathLike[str]) -> Stamp:
     """Size, time of change in ns and inode of a file; ``(-2, 0, 0)`` if it cannot be looked at."""
     try:
-        status = os.stat(path)
+        status = Path(path).stat()
     except (OSError, ValueError):
         return -2, 0, 0
     # Inodes of some file systems have 64 bits without a sign.
@@ -461,7 +478,7 @@ def stamp_of(path: str | os.PathLike[str]) -> Stamp:
 
 def key_of(path: str | os.PathLike[str]) -> str:
     """The absolute path without ``..``: a run that is resumed from another folder finds its results."""
-    return os.path.abspath(path)
+    return os.path.abspath(path)  # noqa: PTH100  (Path.absolute keeps "..")
 
 
 def same_content(file: Path, recorded: tuple[int, int]) -> bool:
@@ -503,21 +520,23 @@ def _read_settings(file: Path) -> dict[str, Any]:
     return settings
 
 
-def _encode_record(record: _Record) -> bytes:
+def _encode_record(record: Record) -> bytes:
     """One line of JSON, and one with its CRC-32."""
     body = json.dumps(record._asdict(), ensure_ascii=True).encode()
     return b"%s\n%08x\n" % (body, zlib.crc32(body))
 
 
-def _read_record(file: Path) -> _Record:
-    """ValueError, KeyError, TypeError or IndexError if it is damaged."""
+def _read_record(file: Path) -> Record:
+    """Raises one of ``_DAMAGE`` if there is something wrong with it."""
     body, crc, *_ = file.read_bytes().split(b"\n")
     if int(crc, 16) != zlib.crc32(body):
         raise ValueError("its checksum is wrong")
     held = json.loads(body)
-    entries = [Entry(key, rows, tuple(stamp), error, tuple(names)) for key, rows, stamp, error, names in held["entries"]]
+    entries = [
+        Entry(key, rows, tuple(stamp), error, tuple(names)) for key, rows, stamp, error, names in held["entries"]
+    ]
     files = {name: (size, crc) for name, (size, crc) in held["files"].items()}
-    return _Record(held["run"], held["made_ns"], entries, files)
+    return Record(held["run"], held["made_ns"], entries, files)
 
 
 def _size_and_crc(file: Path) -> tuple[int, int]:
