@@ -22,6 +22,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import time
 import uuid
 import zlib
@@ -50,6 +51,7 @@ _EVERYTHING = "all"  # the share of a run that does the whole job
 _NO_STAMP = (-1, -1, -1)
 _MOST_OPEN = 8  # files of parts: a job of a million clips has thousands, and a process may open a thousand
 _READ_BYTES = 1 << 20
+_OURS = re.compile(r"(claims|all|\d+-of-\d+)\.lock|part-.*|\..*\.partial")
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, IndexError)  # what reading a record that is damaged can raise
 
 
@@ -78,6 +80,14 @@ class Rows(NamedTuple):
     key: str
     first: int
     length: int
+
+
+class Place(NamedTuple):
+    """Where the rows of a result are: in which ``.npy``, the first, and how many."""
+
+    file: Path
+    first: int
+    rows: int
 
 
 class Record(NamedTuple):
@@ -200,6 +210,8 @@ class PartStore:
         else:
             foreign = [path.name for path in self.folder.iterdir() if not _is_ours(path.name)]
             if foreign:
+                for name in (_CLAIMS, _EVERYTHING):  # made by us
+                    self._lock_file(name).unlink(missing_ok=True)
                 raise ConfigError(f"{self.folder}: holds other things, e.g. {min(foreign)}; choose another name.")
             recorded = dict(settings)
             write_json(file, recorded)
@@ -231,8 +243,9 @@ class PartStore:
         """Remove what killed runs left half done in the folder; only with everything claimed."""
         for file in self.folder.glob(TEMPORARY):
             file.unlink(missing_ok=True)
+        recorded = {*self.names()}
         for file in self.folder.glob("part-*"):
-            if file.name.partition(".")[0] not in self._names:
+            if file.name.partition(".")[0] not in recorded:
                 file.unlink(missing_ok=True)
 
     def check(self, intact: Intact, keys: Iterable[str] | None = None) -> None:
@@ -301,11 +314,11 @@ class PartStore:
 
     def done(self, key: str, stamp: Stamp = ()) -> bool:
         """Whether there is a result for a file that has this stamp now."""
-        return self._attempted(key, stamp) and self.error_of(key) is None
+        return self.attempted(key, stamp) and self.error_of(key) is None
 
     def failed(self, key: str, stamp: Stamp = ()) -> str | None:
         """The error of a bad file that has this stamp now; None if it has not been tried, or was good."""
-        return self.error_of(key) if self._attempted(key, stamp) else None
+        return self.error_of(key) if self.attempted(key, stamp) else None
 
     def rows_of(self, key: str) -> int:
         """How many rows a result has."""
@@ -321,7 +334,8 @@ class PartStore:
         part, place = self._find(key)
         return part.errors.get(place)
 
-    def _attempted(self, key: str, stamp: Stamp) -> bool:
+    def attempted(self, key: str, stamp: Stamp = ()) -> bool:
+        """Whether there is a result or an error for a file that has this stamp now."""
         if key not in self._where:
             return False
         part, place = self._find(key)
@@ -337,7 +351,7 @@ class PartStore:
         """Keep results as a part: each array, (all rows, ...), is written from its pieces, one after the other."""
         name, files = self.new_name(), []
         for array, pieces in arrays.items():
-            files.append(self._array_file(name, array))
+            files.append(self.array_file(name, array))
             with atomic_write(files[-1]) as partial, partial.open("wb") as stream:
                 write_array(stream, pieces)
         self.commit(name, entries, files)
@@ -377,14 +391,21 @@ class PartStore:
             at += count
         found: Array | None = None
         for name, first, count, to in sorted(places):
-            opened = reader.open(self._array_file(name, array))
+            opened = reader.open(self.array_file(name, array))
             if found is None:
                 found = np.empty((at, *opened.shape[1:]), opened.dtype)
             opened.read_into(found[to : to + count], first)
         assert found is not None, "gather needs at least one row"
         return found
 
-    def _array_file(self, name: str, array: str) -> Path:
+    def place_of(self, array: str, key: str) -> Place:
+        """Where the rows of a result are."""
+        part, place = self._find(key)
+        first, stop = part.starts[place : place + 2].tolist()
+        return Place(self.array_file(part.name, array), first, stop - first)
+
+    def array_file(self, name: str, array: str) -> Path:
+        """The file of an array of a part."""
         return self.data / f"{name}.{array}.npy"
 
 
@@ -420,13 +441,19 @@ class _ArrayFile:
 
     def read_into(self, rows: Array, first: int) -> None:
         """Fill ``rows``, contiguous, from the ``first`` row of the file on."""
-        self.stream.seek(self.begin + first * self.row_bytes)
+        at = self.begin + first * self.row_bytes
         left = rows.data.cast("B") if rows.nbytes else memoryview(b"")
         while left:
-            read = self.stream.readinto(left)
+            read = self._read(left, at)
             if not read:
                 raise OSError(f"{self.stream.name}: shorter than recorded; give the same command again.")
-            left = left[read:]
+            left, at = left[read:], at + read
+
+    def _read(self, into: memoryview, at: int) -> int:
+        if hasattr(os, "preadv"):  # a forked process shares the position of an open file
+            return os.preadv(self.stream.fileno(), [into], at)
+        self.stream.seek(at)
+        return self.stream.readinto(into)
 
     def close(self) -> None:
         self.stream.close()
@@ -509,7 +536,7 @@ def compare_settings(where: Path, recorded: Mapping[str, Any], settings: Mapping
 
 
 def _is_ours(name: str) -> bool:
-    return name.endswith((".lock", ".partial")) or name.startswith("part-")
+    return _OURS.fullmatch(name) is not None
 
 
 def _read_settings(file: Path) -> dict[str, Any]:
