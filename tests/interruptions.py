@@ -189,8 +189,8 @@ def read_output(output: Path) -> list[Clip]:
     if output.suffix == ".npz":
         with np.load(output, allow_pickle=False) as held:
             names, embeddings = [str(name) for name in held["files"]], held["embeddings"]
-            offsets = held["offsets"] if "offsets" in held else np.arange(len(names) + 1)
-            times = held["timestamps"] if "timestamps" in held else None
+            offsets = held.get("offsets", np.arange(len(names) + 1))
+            times = held.get("timestamps")
         spans = list(itertools.pairwise(offsets.tolist()))
         assert len(spans) == len(names)
         return [

@@ -1,4 +1,4 @@
-"""Runs of ``embed`` killed at random moments, over and over, under a low limit of open files; then one that finishes."""
+"""Runs of ``embed`` killed at random moments under a low limit of open files, and then one that finishes."""
 
 import shutil
 import signal
