@@ -268,6 +268,21 @@ def test_a_damaged_part_of_the_cache_of_log_mels_is_made_again(tmp_path, caplog,
     assert any(word in says(done, caplog.text) for word in TOLD)
 
 
+@pytest.mark.parametrize("name", OUTPUTS[:2])
+def test_a_run_that_is_killed_when_its_output_is_there(tmp_path, out, given, embed, loaded, name):
+    """Before it has cleared away what it is made of: the next run does that."""
+    files = write_clips(tmp_path / "in", 200)
+    process = start(command("embed", tmp_path / "in", "-o", out / name, *given, part_seconds=0))
+    while not (out / name).exists() and process.poll() is None:
+        pass
+    process.kill()
+    assert end_of(process).status in (-signal.SIGKILL, 0)
+    again = embed(tmp_path / "in", "-o", out / name)
+    assert again.returncode == 0 or "exists" in says(again)
+    assert_same(read_output(out / name), rows_of(loaded, files))
+    assert leftovers(out) == set()
+
+
 # --- sounds that change -----------------------------------------------------------------------------------------------
 
 
