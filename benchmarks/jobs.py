@@ -30,6 +30,8 @@ import soundfile
 import typer
 
 from benchmarks.timing import machine, measure
+from m2d_embed.jobs.outputs import EMBEDDINGS
+from m2d_embed.jobs.store import Entry, PartStore, key_of, stamp_of
 
 RESULT = Path(__file__).with_suffix(".json")
 ROOT = Path(__file__).parents[1]
@@ -55,11 +57,38 @@ def parts_of(rows: int) -> Iterator[tuple[list[int], np.ndarray[Any, np.dtype[np
 
 def make_parts(folder: Path, output: Path, rows: int) -> None:
     """Parts as a run keeps them, of clips that need not be there."""
-    raise NotImplementedError
+    folder.mkdir()
+    store = PartStore(folder, output)
+    for numbers, embeddings in parts_of(rows):
+        entries = [Entry(key_of(_clip(number)), 1, stamp_of(_clip(number))) for number in numbers]
+        store.add(entries, {EMBEDDINGS: [embeddings]})
 
 
+def _clip(number: int) -> str:
+    return f"recordings/clip-{number:08}.wav"
+
+
+# As the last step of ``embed``, but that the parts stay.
 _MERGE = """
-raise NotImplementedError
+import json, sys, time
+from pathlib import Path
+
+import pyarrow.parquet  # what loading it takes is not counted
+
+from m2d_embed.files import atomic_write
+from m2d_embed.jobs.outputs import Listing, write_output
+from m2d_embed.jobs.store import PartStore, key_of
+from m2d_embed.profiling import peak_memory
+
+folder, output, rows = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+before, started = peak_memory(), time.perf_counter()
+store = PartStore(folder, output)
+store.refresh()
+names = [f"recordings/clip-{number:08}.wav" for number in range(rows)]
+with atomic_write(output, within=folder) as partial:
+    listing = Listing(names, [key_of(name) for name in names])
+    write_output(partial, output.suffix, store, listing, {"kind": "scene", "dim": 1920})
+print(json.dumps({"seconds": time.perf_counter() - started, "MB": (peak_memory() - before) / 1e6}))
 """
 
 

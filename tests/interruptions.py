@@ -4,9 +4,9 @@ Nothing of the package's inside is used but the length of a part, see ``shorten_
 command line with shorter parts: ``python tests/interruptions.py SECONDS embed ...``.
 """
 
-import importlib
 import itertools
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -24,7 +24,6 @@ import soundfile
 OPEN_FILES = 64  # a limit as it is met in containers and old clusters, only smaller
 _POLL_SECONDS = 0.001
 _TIMEOUT = 300
-_MODULES_OF_PARTS = ("m2d_embed.jobs.store", "m2d_embed.embed_files")
 LEFT_WHILE_AT_WORK = ("partial", "tmp", "shard", "whole", "part-")
 
 
@@ -160,10 +159,10 @@ def kill_at_work(arguments: Sequence[str], folder: Path, changes: int, sign: int
 
 
 def leftovers(folder: Path) -> set[str]:
-    """What below a folder looks like work in progress; hidden lock files are allowed to stay."""
+    """What below a folder looks like work in progress. The records of a folder of results belong to it."""
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
-    locks = {name for name in names if Path(name).name.startswith(".") and name.endswith(".lock")}
-    return {name for name in names - locks if any(word in name for word in LEFT_WHILE_AT_WORK)}
+    records = {name for name in names if re.search(r"_m2d_embed/part-\w+\.json$", name)}
+    return {name for name in names - records if any(word in name for word in LEFT_WHILE_AT_WORK)}
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
@@ -229,13 +228,9 @@ def assert_same(got: Sequence[Clip], expected: Sequence[Clip]) -> None:
 
 def shorten_parts(seconds: float, set_attribute: Callable[[object, str, float], None] = setattr) -> None:
     """Have what is done written every so many seconds; those that users have are longer than a test is."""
-    for name in _MODULES_OF_PARTS:
-        with suppress(ModuleNotFoundError):
-            module = importlib.import_module(name)
-            if hasattr(module, "_SECONDS_A_PART"):
-                set_attribute(module, "_SECONDS_A_PART", seconds)
-                return
-    raise LookupError("no module has _SECONDS_A_PART; say in interruptions.py how parts are made shorter now.")
+    from m2d_embed.jobs import embed
+
+    set_attribute(embed, "_SECONDS_A_PART", seconds)
 
 
 if __name__ == "__main__":
