@@ -24,7 +24,7 @@ import soundfile
 OPEN_FILES = 64  # a limit as it is met in containers and old clusters, only smaller
 _POLL_SECONDS = 0.001
 _TIMEOUT = 300
-_MODULES_OF_PARTS = ("m2d_embed.jobs.store", "m2d_embed.embed_files")
+_MODULES_OF_PARTS = ("m2d_embed.jobs.embed", "m2d_embed.embed_files")
 LEFT_WHILE_AT_WORK = ("partial", "tmp", "shard", "whole", "part-")
 
 
