@@ -21,6 +21,7 @@ from m2d_embed.errors import (
 from m2d_embed.hear import get_scene_embeddings, get_timestamp_embeddings, load_model
 
 if TYPE_CHECKING:
+    from m2d_embed.jobs.embed import embed_files
     from m2d_embed.model import M2D
 
 try:
@@ -39,6 +40,7 @@ __all__ = [
     "ModelNotFoundError",
     "UnsupportedError",
     "__version__",
+    "embed_files",
     "get_scene_embeddings",
     "get_timestamp_embeddings",
     "load_model",
@@ -51,4 +53,8 @@ def __getattr__(name: str) -> Any:
         from m2d_embed.model import M2D
 
         return M2D
+    if name == "embed_files":
+        from m2d_embed.jobs.embed import embed_files
+
+        return embed_files
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -27,9 +27,9 @@ from m2d_embed.errors import AudioError, ConfigError, M2DEmbedError, ModelNotFou
 
 if TYPE_CHECKING:
     from m2d_embed.heads.tagging import Tag
+    from m2d_embed.jobs.shards import Shard, ShardSummary
     from m2d_embed.model import M2D
     from m2d_embed.pretrain.corpus import CorpusSummary
-    from m2d_embed.sharding import Shard, ShardSummary
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _A_TAGGER = "m2d_as_vit_base-80x1001p16x16-240213_AS-FT_enconly"
@@ -141,7 +141,11 @@ def embed(
     ] = False,
     profile: Annotated[bool, typer.Option("--profile", help="Show where the time went, and what limits it.")] = False,
     shard: Annotated[
-        str, typer.Option(help="Take one share of the files, e.g. 3/8; give the other shares to other processes.")
+        str,
+        typer.Option(
+            help="Take one share of the files, e.g. 3/8, or auto: the one that Slurm, MPI or another launcher gave to "
+            "this process; give the other shares to other processes."
+        ),
     ] = "",
 ) -> None:
     """Turn sound files into embeddings.
@@ -151,47 +155,43 @@ def embed(
     the last process to finish puts the shards together.
     """
     from m2d_embed.batching import Pipeline
-    from m2d_embed.embed_files import Summary, embed_files, job_settings
+    from m2d_embed.jobs.embed import embed_files
+    from m2d_embed.jobs.shards import Shard, embed_shard, local_device
     from m2d_embed.profiling import Profile, Stopwatch
-    from m2d_embed.sharding import Shard, embed_shard, local_device
 
     files = find_audio(inputs)
     part = Shard.parse(shard) if shard else Shard.from_environment()
     if part is not None and overwrite:
         raise ConfigError(f"--overwrite does not go with shards, others may be at work; remove {output} first.")
     features = _features(layers, concat, flat, scene_pooling, hop_ms)
-    loaded = _load(model, local_device(device), dtype, features)
+    loaded = _load(model, device if part is None else local_device(device), dtype, features)
     if compile_model:
         loaded.compile_encoder()
     stopwatch = Profile() if profile else Stopwatch()
     pipeline = Pipeline(workers, stopwatch)
     started = time.perf_counter()
+    hidden = None if part is None or part.number == 1 else True  # one bar on a terminal
+    with tqdm(total=len(files) if part is None else None, unit="clip", disable=hidden) as bar:
 
-    def embed_to(files: Sequence[Path], output: Path, root: Path | None = None) -> Summary:
-        hidden = None if part is None or part.number == 1 else True  # one bar on a terminal
-        with tqdm(total=len(files), unit="clip", disable=hidden) as bar:
+        def on_progress(file: Path, error: AudioError | None) -> None:
+            bar.update()
+            if error is not None:
+                tqdm.write(f"skipped: {error}", file=sys.stderr)
 
-            def on_progress(file: Path, error: AudioError | None) -> None:
-                bar.update()
-                if error is not None:
-                    tqdm.write(f"skipped: {error}", file=sys.stderr)
-
-            return embed_files(loaded, files, output, kind.value, batch_size, overwrite, on_progress, pipeline, root)
-
-    if part is not None:
-        shared = embed_shard(files, output, part, job_settings(loaded, kind.value), embed_to)
-        if isinstance(stopwatch, Profile):
-            print(stopwatch.table(pipeline.threads_for(loaded.device)))
-        _report_shard(shared, part, output, exits=bool(shard))
-        return
-    summary = embed_to(files, output)
-    seconds = time.perf_counter() - started
-    done = summary.embedded + summary.resumed
-    earlier = f" ({summary.resumed} by an earlier run)" if summary.resumed else ""
-    where = f" -> {output}" if done else "; nothing was written"
-    print(f"{done} clips{earlier}, {loaded.scene_embedding_size} values each, {seconds:.1f} s{where}")
+        if part is None:
+            summary = embed_files(loaded, files, output, kind.value, batch_size, overwrite, on_progress, pipeline)
+        else:
+            shared = embed_shard(loaded, files, output, part, kind.value, batch_size, on_progress, pipeline)
     if isinstance(stopwatch, Profile):
         print(stopwatch.table(pipeline.threads_for(loaded.device)))
+    if part is not None:
+        _report_shard(shared, part, output, exits=bool(shard))
+        return
+    done = summary.embedded + summary.resumed
+    earlier = f" ({summary.resumed} by an earlier run)" if summary.resumed else ""
+    size = loaded.scene_embedding_size if kind == Kind.scene else loaded.timestamp_embedding_size
+    where = f" -> {output}" if done else f"; there is no {output}"
+    print(f"{done} clips{earlier}, {size} values each, {time.perf_counter() - started:.1f} s{where}")
     if summary.failed:
         print(f"{len(summary.failed)} of {len(files)} files could not be embedded, see above.", file=sys.stderr)
         raise typer.Exit(1)
@@ -205,7 +205,7 @@ def _report_shard(done: ShardSummary, part: Shard, output: Path, exits: bool) ->
         print(f"shards not done yet: {', '.join(map(str, done.missing))}; the last one puts {output} together")
     if done.whole is not None:
         clips = done.whole.embedded + done.whole.resumed
-        print(f"{clips} clips -> {output}" if clips else "nothing was written")
+        print(f"{clips} clips -> {output}" if clips else f"there is no {output}")
         for file, error in done.whole.failed.items():
             if file not in done.share.failed:  # those are reported already
                 print(f"skipped: {error}", file=sys.stderr)
@@ -290,7 +290,10 @@ def zero_shot(
 def similar(
     query: Annotated[Path, typer.Argument(help="A sound file.")],
     among: Annotated[
-        list[Path], typer.Argument(help="Sound files or folders to search, or one .npz / .parquet written by 'embed'.")
+        list[Path],
+        typer.Argument(
+            help="Sound files or folders to search, or what 'embed' wrote: .npz, .parquet, folders or patterns."
+        ),
     ],
     model: Model = "",
     top_k: TopK = 10,
@@ -301,11 +304,14 @@ def similar(
     """Print the clips nearest to a query by cosine similarity of their scene embeddings, nearest first."""
     import numpy as np
 
+    from m2d_embed.jobs.outputs import find_outputs
+
     loaded = _load(model, device, dtype, FeatureConfig())
     target = np.asarray(loaded.encode(query))
     failed = 0
-    if len(among) == 1 and among[0].suffix in (".npz", ".parquet"):
-        names, embeddings = _read_index(among[0], loaded)
+    outputs = find_outputs(among)
+    if outputs:
+        names, embeddings = _read_index(outputs, loaded)
     else:
         names, embeddings, failed = _encode_readable(loaded, find_audio(among))
     lengths = np.linalg.norm(embeddings, axis=1) * np.linalg.norm(target)
@@ -751,19 +757,27 @@ def _end_corpus(summary: CorpusSummary, out: Path) -> None:
         raise typer.Exit(1)
 
 
-def _read_index(file: Path, model: M2D) -> tuple[list[str], Any]:
-    from m2d_embed.embed_files import job_settings, read_scenes
+def _read_index(files: Sequence[Path], model: M2D) -> tuple[list[str], Any]:
+    """Paths and embeddings of outputs that were made as this model makes them."""
+    from m2d_embed.jobs.outputs import read_scenes
+    from m2d_embed.jobs.settings import job_settings
 
-    names, embeddings, settings = read_scenes(file)
+    scenes = read_scenes(files)
     mine = job_settings(model, "scene")
-    differing = [key for key in mine if key != "dtype" and settings.get(key) != mine[key]]
+    differing = [key for key in mine if scenes.settings.get(key) != mine[key]]
     if differing:
-        shown = ", ".join(f"{key}={settings.get(key)!r}, not {mine[key]!r}" for key in differing)
+        shown = ", ".join(f"{key}={scenes.settings.get(key)!r}, not {mine[key]!r}" for key in differing)
         raise ConfigError(
-            f"{file}: made with other settings ({shown}); give the --model it was made with, "
-            "or embed the clips again without options for features."
+            f"{files[0]}: made with another model or other settings ({shown}); give the --model and --dtype it was "
+            "made with, or embed the clips again without options for features."
         )
-    return names, embeddings
+    root = scenes.settings.get("root", "")
+    return [_shown_from_here(name, root) for name in scenes.names], scenes.embeddings
+
+
+def _shown_from_here(name: str, root: str) -> str:
+    """A name in an output as a path from the current folder, or the name itself if it leads there."""
+    return name if root in ("", str(Path.cwd())) else os.path.join(root, name)  # noqa: PTH118  (keeps ".." and "./")
 
 
 def _encode_readable(model: M2D, files: list[Path]) -> tuple[list[str], Any, int]:

@@ -22,7 +22,10 @@ _LEAST_VARIANCE = 1e-12  # so that the standard deviation of equal columns has a
 
 
 class Timestamps(NamedTuple):
-    """Embeddings over time, (T, D), and the centre of each in milliseconds, (T,)."""
+    """Embeddings over time, (T, D) float32, and the centre of each in milliseconds, (T,).
+
+    Of clips they are float64, in which also those of a recording of days are exact; of tensors float32, as HEAR asks.
+    """
 
     embeddings: Tensor
     timestamps: Tensor

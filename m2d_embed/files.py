@@ -11,19 +11,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+#: Pattern of the names that ``atomic_write`` gives to files that are being written.
+TEMPORARY = ".*.partial"
+
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path, within: Path | None = None) -> Iterator[Path]:
     """Write a file that appears under its name only when the block has ended well, in place of one that was there.
 
-    The block is given the path of a new, empty file beside it, whose name nobody else has, so that two writers at once
-    do not disturb each other: the last to finish wins. It is on the disk before it gets its name, and the name is on
-    the disk when the block is left, so that a power cut leaves the old file or the new one.
+    The block is given the path of a new, empty file, whose name nobody else has, so that two writers at once do not
+    disturb each other: the last to finish wins. It is on the disk before it gets its name, and the name is on the disk
+    when the block is left, so that a power cut leaves the old file or the new one.
+
+    Args:
+        path: of the file.
+        within: the folder, on the same file system, where it is written; by default the file's own. A process that is
+            killed leaves it there, as ``TEMPORARY``.
 
     Raises:
         OSError: if the disk is full or not writable. Nothing is left behind then.
     """
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
+    partial = (within or path.parent) / f".{path.name}.{uuid.uuid4().hex[:12]}.partial"
     try:
         partial.touch(exist_ok=False)
         mode = partial.stat().st_mode
@@ -39,7 +47,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """``text`` in UTF-8, by ``atomic_write``."""
     with atomic_write(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", newline="")
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -49,12 +57,12 @@ def write_json(path: Path, content: Any) -> None:
 
 def sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except PermissionError:  # Windows opens no folders; its renames are durable
+    is_folder = path.is_dir()
+    if is_folder and os.name == "nt":  # Windows opens no folders
         return
+    descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
     try:
-        with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():  # not all file systems can
+        with contextlib.suppress(OSError) if is_folder else contextlib.nullcontext():  # not all file systems sync them
             os.fsync(descriptor)
     finally:
         os.close(descriptor)

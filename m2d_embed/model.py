@@ -159,7 +159,7 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
         hop_frames = self.features.hop_frames(self.config)
         shifts = range(0, self.config.patch_size[1], hop_frames)
         frames = interleave([self._frames(log_mel, self.features, shift) for shift in shifts])
-        times = column_times(frames.shape[1], hop_frames, self.config, 1000.0 * num_samples / self.sample_rate)
+        times = column_times(frames.shape[1], hop_frames, self.config, 1000.0 * num_samples / self.sample_rate).float()
         return Timestamps(frames[:, : len(times)], times.to(frames.device).expand(len(frames), -1))
 
     def intermediates(self, x: Tensor, layers: Sequence[int]) -> list[Tensor]:
@@ -342,8 +342,8 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
         """Timestamp embeddings of clips of any length; arguments and errors as in ``encode``.
 
         Returns:
-            For each clip ``(embeddings (T, D), timestamps (T,) in ms)``, float32 tensors on the CPU; for a single clip
-            just that.
+            For each clip ``(embeddings (T, D) float32, timestamps (T,) float64 in ms)``, tensors on the CPU; for a
+            single clip just that.
         """
         many, single = _as_list(clips)
         opened = list(self.open_clips(many, sample_rate, raise_errors=True))

@@ -1,9 +1,9 @@
 """Embed a large collection with Ray Data, on one machine or a cluster: ``embed_dataset``. Needs the extra ``ray``.
 
 The clips are cut into parts. An actor, which has loaded the model once, embeds one part after the other, each into a
-parquet file of its own, ``part-<hash of its rows>.parquet``. In ``_m2d_embed/`` beside them are the settings of the job
-and a record of each finished part, written last. A part that is lost with its worker is made again under the same name,
-so nothing is missing and nothing is there twice; a second call goes on with what has no record.
+parquet file of its own, ``part-<hash of its rows>.parquet``. In ``_m2d_embed/`` beside them is the ``PartStore`` that
+records them. A part that is lost with its worker is made again under the same name, so nothing is missing and nothing
+is there twice; a second call goes on with what has no record, or has changed since.
 """
 
 from __future__ import annotations
@@ -13,31 +13,32 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 
 from m2d_embed.audio import Clip, find_audio, open_clip
 from m2d_embed.batching import Pipeline, Timestamps, encode_scenes, encode_timestamps
 from m2d_embed.config import FeatureConfig
-from m2d_embed.embed_files import Kind, Summary, job_settings
 from m2d_embed.errors import AudioError, ConfigError, M2DEmbedError, UnsupportedError
+from m2d_embed.files import atomic_write
+from m2d_embed.jobs.embed import STORE_IN_FOLDER, Summary
+from m2d_embed.jobs.outputs import metadata_of
+from m2d_embed.jobs.settings import Kind, job_settings
+from m2d_embed.jobs.store import Entry, PartStore, Record, key_of, same_content, stamp_of
 from m2d_embed.model import M2D, parse_dtype
 
 if TYPE_CHECKING:
     import pyarrow as pa
     import ray.data
 
-T = TypeVar("T")
 Result = tuple[Any, ...] | AudioError  # embeddings (rows, D) and times (rows,) or None, of one clip
 
-_RECORDS = "_m2d_embed"  # a folder that readers of parquet folders pass over
 _MADE_HERE = ("timestamp_ms", "embedding", "error")
 _BYTES_A_WRITE = 64 << 20
 _MOST_TRIES = 4  # of one part
@@ -122,7 +123,8 @@ def embed_dataset(
     if clips_per_part < 1:
         raise ConfigError(f"clips_per_part must be at least 1, not {clips_per_part}.")
     files = [] if isinstance(source, ray.data.Dataset) else _find_files(source)
-    folder = _OutputFolder(_local_path(output))
+    run = uuid.uuid4().hex
+    folder = _OutputFolder(_local_path(output), run)
     job = _Job(
         output=folder.path,
         model=str(_local_path(model)) if model and Path(model).expanduser().exists() else model,
@@ -131,21 +133,24 @@ def embed_dataset(
         dtype=dtype,
         batch_size=batch_size,
         actors=actors or Actors(),
-        run=uuid.uuid4().hex,
+        run=run,
     )
-    tally = _Tally(on_error, job.run)
-    with folder.lock():
-        job = replace(job, settings=_settings_of_a_worker(job))
+    names = {key_of(file): str(file) for file in files}
+    tally = _Tally(on_error, run, names)
+    with folder.store.claim():
+        settings = _settings_of_a_worker(job)
         if isinstance(source, ray.data.Dataset):
-            folder.begin(job.settings | {"source": "dataset", "clips_per_part": clips_per_part}, overwrite)
-            _run(job, source, clips_per_part, tally)
+            root = folder.begin(settings | {"source": "dataset", "clips_per_part": clips_per_part}, overwrite)
+            _run(replace(job, settings=settings, root=root), source, clips_per_part, tally)
             folder.refuse_parts_besides(tally.parts)
         else:
-            folder.begin(job.settings | {"source": "files"}, overwrite)
-            remaining = folder.take_up(files, tally)
+            root = folder.begin(settings | {"source": "files"}, overwrite)
+            remaining = folder.take_up(names, tally)
             if remaining:
                 clips = _clips_a_part(len(remaining), clips_per_part, job.actors)
-                _run(job, _dataset_of(remaining, clips), clips, tally)
+                # From another folder than before, names would lead elsewhere than those of the parts that are there.
+                shown = [names[key] if root == str(Path.cwd()) else key for key in remaining]
+                _run(replace(job, settings=settings, root=root), _dataset_of(shown, clips), clips, tally)
             folder.remove_parts_besides(tally.parts)  # by an actor of a killed run that lived on for a while
     return tally.summary()
 
@@ -170,6 +175,7 @@ class _Job:
     actors: Actors
     run: str
     settings: dict[str, Any] = field(default_factory=dict)
+    root: str = ""  # the folder from which relative paths lead to files
 
     def load_model(self) -> M2D:
         torch.set_num_threads(self.actors.cpus)
@@ -179,124 +185,125 @@ class _Job:
 
 @dataclass
 class _Tally:
-    """Adds up what the records of parts say."""
+    """Adds up what the records of parts say. ``names`` are those by which files were given, of their keys."""
 
     on_error: str
     run: str
+    names: Mapping[str, str] = field(default_factory=dict)
     embedded: int = 0
     resumed: int = 0
     failed: dict[Path, AudioError] = field(default_factory=dict)
     parts: set[str] = field(default_factory=set)
 
-    def add(self, record: dict[str, Any]) -> None:
+    def add(self, part: str, record: Record) -> None:
         """Count a part; raise the error of its first bad clip if that was asked for."""
-        for name, error in record["failed"].items():
-            if self.on_error == "raise":
-                raise AudioError(error)
-            self.failed[Path(name)] = AudioError(error)
-        self.parts.add(record["part"])
-        if record["run"] == self.run:  # also if its actor was lost before it could say so, and the part found done
-            self.embedded += record["embedded"]
+        good = 0
+        for entry in record.entries:
+            good += not entry.error
+            if entry.error and self.on_error == "raise":
+                raise AudioError(entry.error)
+            if entry.error:
+                self.failed[Path(self.names.get(entry.key, entry.key))] = AudioError(entry.error)
+        self.parts.add(part)
+        if record.run == self.run:  # also if its actor was lost before it could say so, and the part found done
+            self.embedded += good
         else:
-            self.resumed += record["embedded"]
+            self.resumed += good
 
     def summary(self) -> Summary:
         return Summary(self.embedded, self.resumed, self.failed)
 
 
 class _OutputFolder:
-    """The folder of the parts, as the calling process sees it."""
+    """The folder of the parts, as the calling process sees it; with everything claimed."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, run: str):
         if path.exists() and not path.is_dir():
             raise ConfigError(f"{path} is a file; name a folder, new or of an earlier call.")
         if not path.parent.is_dir():
             raise ConfigError(f"{path}: the folder {path.parent} does not exist.")
         self.path = path
-        self.records = path / _RECORDS
-        if path.exists() and not self.records.exists() and any(path.iterdir()):
+        self.store = _store_in(path, run)
+        if path.exists() and not self.store.folder.exists() and any(path.iterdir()):
             raise ConfigError(f"{path} holds other things; name a folder that is new, empty, or of an earlier call.")
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Keep others from writing here meanwhile; ConfigError if one does so already."""
-        self.records.mkdir(parents=True, exist_ok=True)
-        try:
-            lock = FileLock(self.records / "lock").acquire(timeout=0)
-        except Timeout:
-            raise ConfigError(f"{self.path}: another process is writing to it.") from None
-        with lock:
-            yield
+    def begin(self, settings: dict[str, Any], overwrite: bool) -> str:
+        """Record or compare settings; remove what a killed run left half done, or, to overwrite, everything.
 
-    def begin(self, settings: dict[str, Any], overwrite: bool) -> None:
-        """Record or compare settings; remove what a killed run left half done, or, to overwrite, everything."""
-        file = self.records / "settings.json"
+        Returns:
+            The folder from which the names in the parts lead to the files, that of the first run.
+        """
         if overwrite:
-            for record in self.records.glob("part-*.json"):
-                record.unlink()
-            file.unlink(missing_ok=True)
+            self.store.forget_everything()
+        recorded = self.store.open(settings | {"_root": str(Path.cwd())})
+        self.store.check(same_content)
+        self.store.remove_unfinished()
+        whole = {*self.store.names()}
         for part in self.path.glob("part-*.parquet"):
-            if not (self.records / f"{part.stem}.json").exists():
+            if part.stem not in whole:
                 part.unlink()
-        for left in (*self.path.glob(".part-*"), *self.records.glob(".*.partial"), *self.records.glob("*.tries")):
-            left.unlink()
-        if not file.exists():
-            _write_whole(file, lambda partial: partial.write_text(json.dumps(settings, indent=1), encoding="utf-8"))
-            return
-        earlier = json.loads(file.read_text(encoding="utf-8"))
-        differing = [key for key in settings | earlier if earlier.get(key) != settings.get(key)]
-        if differing:
-            shown = ", ".join(f"{key}={earlier.get(key)!r}, now {settings.get(key)!r}" for key in differing)
-            raise ConfigError(f"{self.path} is of a job with other settings ({shown}); drop it with overwrite=True.")
+        root: str = recorded["_root"]
+        return root
 
-    def take_up(self, files: Sequence[Path], tally: _Tally) -> list[str]:
-        """Count the parts whose files have not changed, and remove the others; return what is still to be embedded.
+    def take_up(self, files: Mapping[str, str], tally: _Tally) -> list[str]:
+        """Count the parts whose files have not changed, and remove the others.
+
+        Args:
+            files: key -> name of each.
+            tally: counts.
+
+        Returns:
+            The keys of what is still to be embedded.
 
         Raises:
             ConfigError: if a part holds a file that is not wanted: what is to become of it, the caller must say.
         """
-        wanted = dict.fromkeys(str(file) for file in files)  # in order
-        remaining = dict(wanted)
-        for file in sorted(self.records.glob("part-*.json")):
-            record = json.loads(file.read_text(encoding="utf-8"))
-            foreign = [name for name, *_ in record["rows"] if name not in wanted]
+        remaining = dict(files)  # in order
+        for part, record in self._records():
+            foreign = [entry.key for entry in record.entries if entry.key not in files]
             if foreign:
                 raise ConfigError(
                     f"{self.path} also holds {foreign[0]}, which is not among the files; choose another folder, or "
                     "drop it with overwrite=True."
                 )
-            if any(_stamp(name) != stamp for name, *stamp in record["rows"]):
-                self._remove(record["part"])
+            if any(stamp_of(entry.key) != entry.stamp for entry in record.entries):
+                self.store.drop(part)
                 continue
-            tally.add(record)
-            for name, *_ in record["rows"]:
-                remaining.pop(name, None)
+            tally.add(part, record)
+            for entry in record.entries:
+                remaining.pop(entry.key, None)
         return list(remaining)
+
+    def _records(self) -> Iterator[tuple[str, Record]]:
+        for part in self.store.names():
+            record = self.store.record(part)
+            if record is not None:
+                yield part, record
 
     def remove_parts_besides(self, parts: set[str]) -> None:
         """Remove every part but these."""
-        for file in self.records.glob("part-*.json"):
-            if file.stem not in parts:
-                self._remove(file.stem)
+        for part in self.store.names():
+            if part not in parts:
+                self.store.drop(part)
 
     def refuse_parts_besides(self, parts: set[str]) -> None:
         """Raise ConfigError if there are other parts than these."""
-        others = sorted(file.stem for file in self.records.glob("part-*.json") if file.stem not in parts)
+        others = [part for part in self.store.names() if part not in parts]
         if others:
             raise ConfigError(
                 f"{self.path}: {len(others)} parts are of rows that the dataset did not give this time, e.g. "
                 f"{others[0]}.parquet, so the folder holds more than the dataset; begin anew with overwrite=True."
             )
 
-    def _remove(self, part: str) -> None:
-        (self.records / f"{part}.json").unlink(missing_ok=True)  # first: without it the rest does not count
-        (self.path / f"{part}.parquet").unlink(missing_ok=True)
+
+def _store_in(output: Path, run: str) -> PartStore:
+    return PartStore(output / STORE_IN_FOLDER, output, data=output, run=run)
 
 
 def _find_files(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[Path]:
-    """The files that paths, folders and patterns name, absolute."""
+    """The files that paths, folders and patterns name."""
     given = [source] if isinstance(source, str | os.PathLike) else source
-    files = find_audio([_local_path(path) for path in given])
+    files = find_audio([Path(_no_url(path)).expanduser() for path in given])
     for file in files:
         try:
             str(file).encode()
@@ -306,9 +313,13 @@ def _find_files(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]
 
 
 def _local_path(path: str | os.PathLike[str]) -> Path:
+    return Path(key_of(Path(_no_url(path)).expanduser()))
+
+
+def _no_url(path: str | os.PathLike[str]) -> str:
     if "://" in os.fspath(path):
         raise UnsupportedError(f"{path}: URLs are not supported; name a path that every machine of the cluster sees.")
-    return Path(os.path.abspath(Path(path).expanduser()))  # noqa: PTH100  (Path.absolute keeps "..")
+    return os.fspath(path)
 
 
 def _settings_of_a_worker(job: _Job) -> dict[str, Any]:
@@ -378,24 +389,28 @@ def _run(job: _Job, dataset: ray.data.Dataset, clips_per_part: int, tally: _Tall
     )
     options = records.context.execution_options
     in_order, options.preserve_order = options.preserve_order, True  # else blocks are put into batches as they arrive
+    store = _store_in(job.output, job.run)
     done = cast("Generator[pa.Table]", iter(records.iter_batches(batch_size=None, batch_format="pyarrow")))
     try:
         with closing(done):  # stops the actors, too, if there is an error
-            for record in (json.loads(text) for table in done for text in table["record"].to_pylist()):
-                if "error" in record:
-                    raise M2DEmbedError(record["error"])
-                if record["part"] in tally.parts:
+            for shown in (json.loads(text) for table in done for text in table["done"].to_pylist()):
+                if "error" in shown:
+                    raise M2DEmbedError(shown["error"])
+                if shown["part"] in tally.parts:
                     raise ConfigError(
-                        f"the dataset gives the same rows twice, those of {record['part']}.parquet; add a column that "
+                        f"the dataset gives the same rows twice, those of {shown['part']}.parquet; add a column that "
                         "tells them apart, or drop them."
                     )
-                tally.add(record)
+                record = store.record(shown["part"])
+                if record is None:
+                    raise M2DEmbedError(f"{job.output}: the record of {shown['part']} is lost; try again to go on.")
+                tally.add(shown["part"], record)
     finally:
         options.preserve_order = in_order
 
 
 class _Embedder:
-    """One actor: embeds parts and writes them. What it returns is one row a part, its record."""
+    """One actor: embeds parts and writes them. What it returns is one row a part, its name."""
 
     def __init__(self, job: _Job):
         self.job = job
@@ -410,19 +425,22 @@ class _Embedder:
         import pyarrow as pa
 
         try:
-            record = {"error": self.error} if self.error else self._embed(_Batch(batch, self.model.sample_rate))
+            shown = (
+                {"error": self.error}
+                if self.error
+                else self._embed(_Batch(batch, self.model.sample_rate, self.job.root))
+            )
         except OSError as error:  # the disk is full, or the folder is not there
-            record = {"error": f"{self.job.output}: {error}; what is done is kept, try again to go on."}
-        shown = {key: value for key, value in record.items() if key != "rows"}
-        return pa.table({"record": [json.dumps(shown)]})
+            shown = {"error": f"{self.job.output}: {error}; what is done is kept, try again to go on."}
+        return pa.table({"done": [json.dumps(shown)]})
 
     def _embed(self, batch: _Batch) -> dict[str, Any]:
+        """Say which part is done, or what went wrong."""
         part = f"part-{batch.digest}"
-        file = self.job.output / _RECORDS / f"{part}.json"
-        if file.exists():
-            found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            return found
-        tries = file.with_suffix(".tries")
+        store = _store_in(self.job.output, self.job.run)
+        if store.record(part) is not None:
+            return {"part": part}
+        tries = store.folder / f"{part}.tries"
         if tries.exists() and tries.stat().st_size >= _MOST_TRIES:  # Ray itself would try without end
             return {
                 "error": f"{_MOST_TRIES} workers were lost over one part, for want of memory or by a file that crashes "
@@ -430,39 +448,35 @@ class _Embedder:
             }
         with tries.open("ab") as stream:
             stream.write(b".")
-        failed = _write_whole(self.job.output / f"{part}.parquet", lambda path: self._write(batch, path))
-        record = {
-            "part": part,
-            "run": self.job.run,
-            "embedded": len(batch.names) - len(failed),
-            "failed": {batch.names[index]: str(error) for index, error in failed.items()},
-            "rows": batch.rows,
-        }
-        _write_whole(file, lambda path: path.write_text(json.dumps(record), encoding="utf-8"))
+        file = self.job.output / f"{part}.parquet"
+        with atomic_write(file, within=store.folder) as partial:
+            entries = self._write(batch, partial)
+        store.commit(part, entries, [file])
         tries.unlink(missing_ok=True)
-        return record
+        return {"part": part}
 
-    def _write(self, batch: _Batch, path: Path) -> dict[int, AudioError]:
-        """Write a part as parquet; return its bad clips."""
+    def _write(self, batch: _Batch, path: Path) -> list[Entry]:
+        """Write a part as parquet; return what is in it."""
         import pyarrow.parquet as pq
 
-        schema = _schema(batch.kept, self.job.settings)
-        failed: dict[int, AudioError] = {}
+        schema = _schema(batch.kept, self.job.settings | {"root": self.job.root})
+        entries = list(batch.entries)
         waiting: dict[int, Result] = {}
         size = 0
         with pq.ParquetWriter(path, schema, compression="zstd") as writer:
             for index, result in self._encode(batch.clips):
-                waiting[index] = result
+                waiting[index] = result = batch.unchanged(index, result)
                 if isinstance(result, AudioError):
-                    failed[index] = result
+                    entries[index] = entries[index]._replace(error=str(result))
                 else:
+                    entries[index] = entries[index]._replace(rows=len(result[0]))
                     size += result[0].nbytes
                 if size > _BYTES_A_WRITE:  # timestamps of long clips
                     writer.write_table(_table(waiting, batch.kept, schema))
                     waiting, size = {}, 0
             if waiting:
                 writer.write_table(_table(waiting, batch.kept, schema))
-        return failed
+        return entries
 
     def _encode(self, clips: Sequence[Clip | AudioError]) -> Iterator[tuple[int, Result]]:
         """Yield the index of each clip with its embeddings, (rows, D), and their times in ms or None."""
@@ -479,25 +493,41 @@ class _Embedder:
 
 
 class _Batch:
-    """The rows of one part: their clips, what is kept of them, and a digest that tells them from all others."""
+    """The rows of one part: their clips, what is kept of them, and a digest that tells them from all others.
 
-    def __init__(self, table: pa.Table, model_rate: int):
+    Args:
+        table: the rows.
+        model_rate: in Hz.
+        root: the folder from which relative paths lead to files.
+    """
+
+    def __init__(self, table: pa.Table, model_rate: int, root: str):
         self.kept = table.drop_columns(["audio"]) if "audio" in table.column_names else table
         others = self.kept.to_pylist()
+        self.paths: list[str] = []
         if "audio" in table.column_names:
             audio = _arrays(table["audio"])
             rates = [row.get("sample_rate") for row in others]
             prints = [_plain(np.asarray(samples)) for samples in audio]
             self.names = [str(row.get("file") or f"row {i} ({prints[i][-1][:8]})") for i, row in enumerate(others)]
-            self.rows = [[name, *fingerprint] for name, fingerprint in zip(self.names, prints, strict=True)]
+            self.entries = [Entry(name, 0) for name in self.names]
             given = zip(audio, rates, self.names, strict=True)
+            identity: list[Any] = [[name, *found] for name, found in zip(self.names, prints, strict=True)]
         else:
             self.names = [str(row["file"]) for row in others]
-            self.rows = [[name, *_stamp(name)] for name in self.names]
-            given = zip(self.names, [None] * len(others), self.names, strict=True)
+            self.paths = [key_of(Path(root, name)) for name in self.names]
+            self.entries = [Entry(path, 0, stamp_of(path)) for path in self.paths]
+            given = zip(self.paths, [None] * len(others), self.names, strict=True)
+            identity = [[entry.key, *entry.stamp] for entry in self.entries]
         self.clips = [_open(clip, rate, model_rate, name) for clip, rate, name in given]
-        text = json.dumps([self.rows, others], default=_plain)
+        text = json.dumps([identity, others], default=_plain)
         self.digest = hashlib.sha256(text.encode()).hexdigest()[:24]
+
+    def unchanged(self, index: int, result: Result) -> Result:
+        """The result of a clip, or the error that its file has changed since the stamp of its entry was taken."""
+        if not self.paths or stamp_of(self.paths[index]) == self.entries[index].stamp:
+            return result
+        return AudioError(f"{self.names[index]}: changes while it is read; embed it when it is complete.")
 
 
 def _open(clip: Any, rate: int | None, model_rate: int, name: str) -> Clip | AudioError:
@@ -512,15 +542,6 @@ def _arrays(column: pa.ChunkedArray) -> list[Any]:
     return [row for chunk in column.chunks for row in chunk.to_numpy(zero_copy_only=False)]
 
 
-def _stamp(name: str) -> list[int | None]:
-    """Size and time of change; of None if the file cannot be looked at, which its reader will report."""
-    try:
-        status = Path(name).stat()
-    except (OSError, ValueError):
-        return [None, None]
-    return [status.st_size, status.st_mtime_ns]
-
-
 def _plain(value: Any) -> Any:
     """What stands for a value that JSON has no form for."""
     if isinstance(value, np.ndarray):
@@ -531,9 +552,9 @@ def _plain(value: Any) -> Any:
 def _schema(kept: pa.Table, settings: Mapping[str, Any]) -> pa.Schema:
     import pyarrow as pa
 
-    timed = [pa.field("timestamp_ms", pa.float32())] if settings["kind"] == "timestamps" else []
+    timed = [pa.field("timestamp_ms", pa.float64())] if settings["kind"] == "timestamps" else []
     made = [*timed, pa.field("embedding", pa.list_(pa.float32(), settings["dim"])), pa.field("error", pa.string())]
-    return pa.schema([*kept.schema, *made], metadata={"m2d_embed": json.dumps(settings)})
+    return pa.schema([*kept.schema, *made], metadata=metadata_of(dict(settings)))
 
 
 def _table(results: Mapping[int, Result], kept: pa.Table, schema: pa.Schema) -> pa.Table:
@@ -551,7 +572,7 @@ def _table(results: Mapping[int, Result], kept: pa.Table, schema: pa.Schema) -> 
         indices += [index] * len(embeddings)
         errors += [str(result) if bad else None] * len(embeddings)
         blocks.append(embeddings)
-        times.append(np.full(len(embeddings), np.nan, np.float32) if clock is None else clock)
+        times.append(np.full(len(embeddings), np.nan) if clock is None else clock)
     is_bad = np.array([error is not None for error in errors])
     values = pa.array(np.concatenate(blocks).ravel(), pa.float32())
     columns = list(kept.take(indices).columns)
@@ -560,14 +581,3 @@ def _table(results: Mapping[int, Result], kept: pa.Table, schema: pa.Schema) -> 
     columns.append(pa.FixedSizeListArray.from_arrays(values, width, mask=pa.array(is_bad)))
     columns.append(pa.array(errors, pa.string()))
     return pa.table(columns, schema=schema)
-
-
-def _write_whole(path: Path, write: Callable[[Path], T]) -> T:
-    """Write a file that appears under its name only when it is complete; two at once do not disturb each other."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        result = write(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return result

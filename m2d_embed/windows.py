@@ -106,7 +106,7 @@ def interleave(shifted: Sequence[Tensor]) -> Tensor:
 
 
 def column_times(columns: int, hop_frames: int, config: ModelConfig, duration_ms: float) -> Tensor:
-    """Centres of the first ``columns`` columns in milliseconds, as many as lie within the clip; (n,) float32.
+    """Centres of the first ``columns`` columns in milliseconds, as many as lie within the clip; (n,) float64.
 
     Column ``i`` covers frames ``i * hop .. i * hop + p - 1``, and frame ``k`` is centred at ``k`` times the log-mel's
     hop. A clip that ends before its first centre has one column, at the middle of the clip.
@@ -116,7 +116,7 @@ def column_times(columns: int, hop_frames: int, config: ModelConfig, duration_ms
     times = times[times <= duration_ms]
     if len(times) == 0:
         times = torch.tensor([duration_ms / 2], dtype=torch.float64)
-    return times.float()
+    return times
 
 
 def _kept_columns(num_frames: int, patch_frames: int) -> int:

@@ -21,7 +21,7 @@ from m2d_embed import native
 from m2d_embed.audio import load_audio
 from m2d_embed.cli import main
 from m2d_embed.config import CheckpointName, ClapConfig, HeadConfig
-from m2d_embed.embed_files import read_scenes
+from m2d_embed.jobs.outputs import read_scenes
 from m2d_embed.model import M2D
 from m2d_embed.registry import BUNDLED_NAME, RELEASES
 

@@ -16,12 +16,14 @@ import soundfile
 from conftest import DATA, TINY, assert_same_npz, random_model
 from typer.testing import CliRunner
 
-from m2d_embed import embed_files as module
 from m2d_embed.batching import Pipeline
 from m2d_embed.cli import app
 from m2d_embed.config import FeatureConfig
-from m2d_embed.embed_files import embed_files, read_scenes
 from m2d_embed.errors import ConfigError
+from m2d_embed.jobs import embed as module
+from m2d_embed.jobs import store as store_module
+from m2d_embed.jobs.embed import embed_files
+from m2d_embed.jobs.outputs import read_scenes
 from m2d_embed.profiling import DECODING, ENCODER, OPENING, WRITING, Profile
 
 FILES = sorted(DATA.glob("*/*.o*"))
@@ -148,9 +150,10 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path, model, monkeypatch, out
         assert resumed["file"] == whole["file"]
         assert resumed.schema == whole.schema
     else:
-        assert {p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*")} == {
-            p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("*")
+        assert {p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*.npy")} == {
+            p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("*.npy")
         }
+        assert not list((tmp_path / "out").rglob(".*"))
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -176,7 +179,7 @@ def test_other_settings_do_not_mix(tmp_path, model, monkeypatch):
         with pytest.raises(ConfigError, match="flat=False, now True"):
             embed_files(model, FILES, tmp_path / output)
         other = random_model(TINY, seed=1)
-        with pytest.raises(ConfigError, match="weights="):
+        with pytest.raises(ConfigError, match="fingerprint="):
             embed_files(other, FILES, tmp_path / output)
         embed_files(model, FILES, tmp_path / output, overwrite=True)
         model.features = FeatureConfig()
@@ -200,21 +203,21 @@ def test_impossible_outputs(tmp_path, model, output, message):
 
 def test_a_full_disk_keeps_what_was_done(tmp_path, model, monkeypatch):
     monkeypatch.setattr(module, "_SECONDS_A_PART", 0.0)
-    write, calls = module._write_array, []
+    write, calls = store_module.write_array, []
 
-    def full_after_three(stream, shape, blocks):
+    def full_after_three(stream, pieces):
         calls.append(1)
         if len(calls) > 3:
             stream.write(b"the first bytes still fit")
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(stream, shape, blocks)
+        write(stream, pieces)
 
-    monkeypatch.setattr(module, "_write_array", full_after_three)
+    monkeypatch.setattr(store_module, "write_array", full_after_three)
     with pytest.raises(OSError, match="No space left"):
         embed_files(model, FILES, tmp_path / "out.npz", batch_size=1)
     assert contents(tmp_path) == {"out.npz.partial"}
     assert not [p for p in (tmp_path / "out.npz.partial").iterdir() if p.name.startswith(".")]  # no half-written file
-    monkeypatch.setattr(module, "_write_array", write)
+    monkeypatch.setattr(store_module, "write_array", write)
     assert embed_files(model, FILES, tmp_path / "out.npz").resumed == 3
 
 
@@ -278,7 +281,7 @@ def test_the_profile_of_a_command(tmp_path, model, workers, where):
 _PEAK_OF_TIMESTAMPS = """
 import sys
 from pathlib import Path
-from m2d_embed.embed_files import embed_files
+from m2d_embed import embed_files
 from m2d_embed.model import M2D
 from m2d_embed.profiling import peak_memory
 model = M2D.from_pretrained(sys.argv[1])

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import DATA, TINY, random_model
-from safetensors import safe_open
 
 from m2d_embed.audio import Clip
 from m2d_embed.config import FeatureConfig
 from m2d_embed.errors import AudioError
 from m2d_embed.evaluate import embedding_cache
-from m2d_embed.evaluate.embedding_cache import default_cache, embed_cached, hash_files, model_key
+from m2d_embed.evaluate.embedding_cache import default_cache, embed_cached, hash_files
+from m2d_embed.jobs.settings import fingerprint
+from m2d_embed.jobs.store import Entry, PartStore
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def embed(model, files, cache):
 
 
 def shards(cache):
-    return sorted(cache.glob("*/*.safetensors"))
+    return sorted(cache.glob("*/*.npy"))
 
 
 def test_second_time_nothing_is_embedded(tiny, clips, tmp_path, embedded):
@@ -57,7 +58,7 @@ def test_second_time_nothing_is_embedded(tiny, clips, tmp_path, embedded):
     second = embed(tiny, clips[::-1], tmp_path / "cache")
     assert len(embedded) == 6
     assert np.array_equal(second, first[::-1])
-    assert {file.suffix for file in (tmp_path / "cache").rglob("*") if file.is_file()} == {".safetensors"}
+    assert {file.suffix for file in (tmp_path / "cache").rglob("*") if file.is_file()} == {".npy", ".json"}
 
 
 def test_a_renamed_file_is_found_and_a_changed_one_is_not(tiny, clips, tmp_path, embedded):
@@ -80,6 +81,9 @@ def test_files_of_the_same_content_are_embedded_once(tiny, clips, tmp_path, embe
 
 
 def test_what_a_model_is_known_by(tiny):
+    def model_key(model):
+        return fingerprint(model, "scene")
+
     key = model_key(tiny)
     assert key == model_key(random_model(TINY))
     assert key != model_key(random_model(TINY, seed=1))
@@ -106,7 +110,7 @@ def test_damaged_shards_are_embedded_again(tiny, clips, tmp_path, embedded, capl
     (shard,) = shards(cache)
     content = shard.read_bytes()
     if harm == "other":
-        content = content.replace(b'"F32"', b'"I32"')
+        content = content.replace(b"<f4", b"<i4")
     damaged = {
         "cut": content[:-9],
         "bit": content[:-9] + bytes([content[-9] ^ 1]) + content[-8:],
@@ -118,14 +122,14 @@ def test_damaged_shards_are_embedded_again(tiny, clips, tmp_path, embedded, capl
     with caplog.at_level(logging.WARNING, "m2d_embed"):
         assert np.allclose(embed(tiny, clips, cache), first, atol=1e-6)
     assert len(embedded) == 12
-    assert f"{shard}: damaged, so its clips are embedded again" in caplog.text
-    assert len(shards(cache)) == 1 and shard not in shards(cache)
+    assert f"lost or damaged, so 6 results are made anew ({shard.name})" in caplog.text
+    assert len(list(cache.glob("*/*.json"))) == 1
     assert np.allclose(embed(tiny, clips, cache), first, atol=1e-6)
     assert len(embedded) == 12
 
 
 def test_a_shard_every_few_hundred_clips(tiny, clips, tmp_path, monkeypatch):
-    monkeypatch.setattr(embedding_cache, "_CLIPS_A_SHARD", 4)
+    monkeypatch.setattr(embedding_cache, "_CLIPS_A_PART", 4)
     embed(tiny, clips, tmp_path / "cache")
     assert len(shards(tmp_path / "cache")) == 2
 
@@ -145,7 +149,7 @@ def slowly(*args):
             print("five", flush=True)
             time.sleep(60)
         yield result
-c.encode_scenes, c._CLIPS_A_SHARD = slowly, 3
+c.encode_scenes, c._CLIPS_A_PART = slowly, 3
 files = sorted(Path({str(DATA)!r}).rglob("*.o*"))
 model = M2D.from_pretrained({str(tmp_path / "model")!r})
 c.embed_cached(model, files, c.hash_files(files), batch_size=1, cache=Path({str(tmp_path / "cache")!r}))
@@ -156,8 +160,7 @@ c.embed_cached(model, files, c.hash_files(files), batch_size=1, cache=Path({str(
     process.communicate(timeout=60)
     kept = 0
     for shard in shards(tmp_path / "cache"):
-        with safe_open(shard, "numpy") as opened:
-            kept += len(opened.get_tensor("embeddings"))
+        kept += len(np.load(shard))
     assert kept == (3 if how == signal.SIGKILL else 5)
 
 
@@ -214,10 +217,12 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
 
 
 def test_many_shards_are_read_soon(tiny, clips, tmp_path):
-    folder = tmp_path / "cache" / model_key(tiny)
+    folder = tmp_path / "cache" / fingerprint(tiny, "scene")
+    folder.mkdir(parents=True)
+    store = PartStore(folder, folder)
     for i in range(200):
-        row = np.zeros(tiny.scene_embedding_size, np.float32)
-        embedding_cache._write_shard(folder, {f"{i}-{j}": row for j in range(20)})
+        rows = np.zeros((20, tiny.scene_embedding_size), np.float32)
+        store.add([Entry(f"{i}-{j}", 1) for j in range(20)], {"embeddings": [rows]})
     started = time.process_time()
     embed(tiny, clips, tmp_path / "cache")
     assert time.process_time() - started < 5

@@ -19,6 +19,7 @@ from m2d_embed.evaluate.labelled import read_labelled
 from m2d_embed.evaluate.probe_run import ProbeOptions, data_name, notes_on, run_probe
 from m2d_embed.evaluate.report import format_report
 from m2d_embed.evaluate.scores import score_predictions
+from m2d_embed.jobs.settings import fingerprint
 from m2d_embed.model import M2D
 
 DIGITS = sorted((DATA / "digits").glob("*.opus"))
@@ -85,7 +86,7 @@ def test_the_command(table, model_folder, tmp_path):
     assert results["data"]["labels"] == {"digit": 6, "sound": 6}
     assert results["data"]["folds"] == {str(fold): {"train": 8, "held_out": 4, "test": 4} for fold in range(3)}
     assert results["model"]["name"] == TINY.name and results["model"]["embedding_size"] == 160
-    assert results["model"]["hash"] == embedding_cache.model_key(M2D.from_pretrained(model_folder))
+    assert results["model"]["hash"] == fingerprint(M2D.from_pretrained(model_folder), "scene")
     assert results["settings"]["versions"]["torch"] == torch.__version__
     assert set(results["seconds"]) == {"read and embed", "all"}
     for probe, row in zip(("linear", "knn", "mlp"), lines[4:7], strict=True):

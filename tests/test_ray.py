@@ -23,8 +23,10 @@ from conftest import DATA, TINY, random_model
 import m2d_embed.ray as module
 from m2d_embed.audio import load_audio
 from m2d_embed.config import FeatureConfig
-from m2d_embed.embed_files import Summary, job_settings, read_scenes
 from m2d_embed.errors import AudioError, ConfigError, M2DEmbedError, UnsupportedError
+from m2d_embed.jobs.embed import Summary
+from m2d_embed.jobs.outputs import read_scenes
+from m2d_embed.jobs.settings import job_settings
 from m2d_embed.ray import Actors, embed_dataset
 
 pytest.importorskip("ray", reason="needs the extra 'ray'")

@@ -12,13 +12,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import DATA, TINY, assert_same_npz, random_model
-from filelock import FileLock
 
-from m2d_embed import sharding
 from m2d_embed.cli import main
-from m2d_embed.embed_files import embed_files, job_settings, read_scenes
 from m2d_embed.errors import ConfigError
-from m2d_embed.sharding import Shard, embed_shard, local_device, shares
+from m2d_embed.jobs import embed, outputs
+from m2d_embed.jobs.embed import embed_files
+from m2d_embed.jobs.outputs import read_scenes
+from m2d_embed.jobs.shards import Shard, embed_shard, local_device, shares
+from m2d_embed.jobs.store import BusyError, PartStore
 
 FILES = sorted(DATA.glob("*/*.o*"))
 
@@ -30,8 +31,7 @@ def model():
 
 def take(model, files, output, shard, kind="scene"):
     """One process's part of the job."""
-    bound = partial(embed_files, model, kind=kind)
-    return embed_shard(files, output, Shard.parse(shard), job_settings(model, kind), bound)
+    return embed_shard(model, files, output, Shard.parse(shard), kind)
 
 
 def contents(folder: Path) -> set[str]:
@@ -45,12 +45,37 @@ def test_shards_are_written_as_third_of_eight():
             Shard.parse(text)
 
 
+def torchrun(rank, world):
+    """What it puts into the environment."""
+    names = {"TORCHELASTIC_RUN_ID": "none", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500", "LOCAL_RANK": "0"}
+    return names | {"RANK": str(rank), "WORLD_SIZE": str(world)}
+
+
 def test_torchrun_says_which_shard():
-    assert Shard.from_environment({"RANK": "2", "WORLD_SIZE": "8"}) == Shard(3, 8)
-    assert Shard.from_environment({"RANK": "0", "WORLD_SIZE": "1"}) is None
+    assert Shard.from_environment(torchrun(2, 8)) == Shard(3, 8)
+    assert Shard.from_environment(torchrun(0, 1)) is None
     assert Shard.from_environment({}) is None
     with pytest.raises(ConfigError, match="RANK=8"):
-        Shard.from_environment({"RANK": "8", "WORLD_SIZE": "8"})
+        Shard.from_environment(torchrun(8, 8))
+
+
+@pytest.mark.parametrize("missing", sorted(torchrun(0, 8)))
+def test_variables_that_others_set_are_no_shard(missing):
+    """RANK and WORLD_SIZE of a notebook or a pod would make a plain command do a share of the work."""
+    environ = torchrun(0, 8)
+    del environ[missing]
+    assert Shard.from_environment(environ) is None
+
+
+def test_launchers_say_which_shard_if_asked():
+    assert Shard.parse("auto", {"RANK": "2", "WORLD_SIZE": "8"}) == Shard(3, 8)
+    assert Shard.parse("auto", {"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}) == Shard(1, 4)
+    assert Shard.parse("auto", {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4"}) == Shard(4, 4)
+    assert Shard.parse("auto", {"RANK": "0", "WORLD_SIZE": "1"}) == Shard(1, 1)
+    with pytest.raises(ConfigError, match="SLURM_PROCID"):
+        Shard.parse("auto", {})
+    with pytest.raises(ConfigError, match="RANK=x"):
+        Shard.parse("auto", {"RANK": "x", "WORLD_SIZE": "8"})
 
 
 def test_each_process_has_its_gpu(monkeypatch):
@@ -81,7 +106,8 @@ def test_shares_hold_every_file_once_and_are_balanced():
 @pytest.mark.parametrize("output", ["out.npz", "out.parquet"])
 @pytest.mark.parametrize("kind", ["scene", "timestamps"])
 def test_shards_make_the_file_of_one_run(tmp_path, model, monkeypatch, output, kind):
-    monkeypatch.setattr(sharding, "_ROWS_AT_A_TIME", 5)  # so that clips run over from one block into the next
+    # So that clips run over from one block into the next.
+    monkeypatch.setattr(outputs, "_BLOCK_BYTES", 5 * 4 * TINY.embed_dim * TINY.grid_size[0])
     files = FILES[::-1]
     order = ["2/3", "3/3", "1/3"]
     for shard in order[:2]:
@@ -89,7 +115,7 @@ def test_shards_make_the_file_of_one_run(tmp_path, model, monkeypatch, output, k
         assert done.missing
         assert done.whole is None
         assert not (tmp_path / output).exists()
-    assert f"out.shard-2-of-3{Path(output).suffix}" in contents(tmp_path)
+    assert contents(tmp_path) == {f"{output}.partial"}
     done = take(model, files, tmp_path / output, order[2], kind)
     assert done.missing == []
     assert done.whole.resumed == len(files)
@@ -115,8 +141,9 @@ def test_npy_files_lie_where_one_run_puts_them(tmp_path, model):
         done = take(model, files, tmp_path / "out", shard)
     assert done.whole.resumed == 3
     embed_files(model, files, tmp_path / "one")
-    placed = [sorted(p.relative_to(tmp_path / o) for p in (tmp_path / o).rglob("*")) for o in ("out", "one")]
+    placed = [sorted(p.relative_to(tmp_path / o) for p in (tmp_path / o).rglob("*.npy")) for o in ("out", "one")]
     assert placed[0] == placed[1]
+    assert {p.suffix for p in (tmp_path / "out" / "_m2d_embed").iterdir()} == {".json", ".lock"}
     assert contents(tmp_path) == {"in", "out", "one"}
 
 
@@ -144,27 +171,45 @@ def test_nothing_is_written_if_every_file_is_bad(tmp_path, model):
     assert contents(tmp_path) == {"bad1.wav", "bad2.wav"}
 
 
+def results_of(output, files):
+    """Which of these files have results in the store of an unfinished job."""
+    store = PartStore(output.with_name(f"{output.name}.partial"), output)
+    store.refresh()
+    return [file for file in files if store.has(str(file))]
+
+
 def test_a_finished_shard_is_not_made_again_unless_its_audio_changed(tmp_path, model):
-    files = [shutil.copy(file, tmp_path / file.name) for file in FILES[:4]]
-    files = [Path(file) for file in files]
+    files = [Path(shutil.copy(file, tmp_path / file.name)) for file in FILES[:4]]
     output = tmp_path / "out.npz"
     share = take(model, files, output, "1/2").share
     again = take(model, files, output, "1/2").share
-    assert (share.embedded, again.embedded, again.resumed) == (share.embedded, 0, share.embedded)
-    mine = read_scenes(tmp_path / "out.shard-1-of-2.npz")[0]
+    assert (share.embedded, again.embedded, again.resumed) == (2, 0, 2)
+    mine = results_of(output, files)
     shutil.copy(FILES[5], mine[0])  # another size, yet it stays in its shard
-    assert take(model, files, output, "1/2").share.embedded == share.embedded
-    assert read_scenes(tmp_path / "out.shard-1-of-2.npz")[0] == mine
+    changed = take(model, files, output, "1/2").share
+    assert (changed.embedded, changed.resumed) == (1, 1)
+    assert results_of(output, files) == mine
     take(model, files, output, "2/2")
     names, embeddings, _ = read_scenes(output)
     assert np.abs(embeddings - model.encode(names)).max() <= 1e-5
 
 
-def test_a_shard_that_was_deleted_is_made_again(tmp_path, model):
+@pytest.mark.parametrize("suffix", [".json", ".npy"])
+def test_results_that_were_deleted_are_made_again(tmp_path, model, suffix):
     output = tmp_path / "out.npz"
     take(model, FILES, output, "1/2")
-    (tmp_path / "out.shard-1-of-2.npz").unlink()
+    next((tmp_path / "out.npz.partial").glob(f"part-*{suffix}")).unlink()
+    assert take(model, FILES, output, "2/2").missing == [1]
     assert take(model, FILES, output, "1/2").share.embedded > 0
+    assert read_scenes(output).names == [str(file) for file in FILES]
+
+
+def test_a_job_goes_on_with_another_number_of_shards(tmp_path, model):
+    output = tmp_path / "out.npz"
+    embedded = [take(model, FILES, output, shard).share.embedded for shard in ("1/3", "2/3", "1/2", "2/2")]
+    assert sum(embedded) == len(FILES)
+    assert min(embedded[:2]) > 0
+    assert contents(tmp_path) == {"out.npz"}
 
 
 class Killed(BaseException):
@@ -176,12 +221,12 @@ def test_killed_while_putting_together(tmp_path, model, monkeypatch):
     output = tmp_path / "out.parquet"
     take(model, FILES, output, "1/2")
     with monkeypatch.context() as patch:
-        patch.setattr(sharding, "write_rows", lambda *arguments: raise_(Killed))
+        patch.setattr(embed, "write_output", lambda *arguments: raise_(Killed))
         with pytest.raises(Killed):
             take(model, FILES, output, "2/2")
     assert not output.exists()
     with monkeypatch.context() as patch:
-        patch.setattr(sharding, "rmtree", lambda *arguments, **keywords: raise_(Killed))
+        patch.setattr(PartStore, "remove", lambda store: raise_(Killed))
         with pytest.raises(Killed):
             take(model, FILES, output, "1/2")
     assert output.exists()
@@ -204,7 +249,7 @@ def test_a_finished_job_is_left_as_it_is(tmp_path, model):
     assert output.stat() == before
     with pytest.raises(ConfigError, match="exists and holds other files"):
         take(model, FILES[1:4], output, "1/2")
-    with pytest.raises(ConfigError, match="weights="):
+    with pytest.raises(ConfigError, match="fingerprint="):
         take(random_model(TINY, seed=1), FILES[:4], output, "1/2")
     output.write_text("something else")
     with pytest.raises(ConfigError, match="not of this job"):
@@ -214,23 +259,42 @@ def test_a_finished_job_is_left_as_it_is(tmp_path, model):
 def test_processes_that_disagree_are_refused(tmp_path, model):
     output = tmp_path / "out.parquet"
     take(model, FILES, output, "1/2")
-    with pytest.raises(ConfigError, match="of a job with other files"):
+    with pytest.raises(ConfigError, match="other files"):
         take(model, FILES[1:], output, "2/2")
     with pytest.raises(ConfigError, match="another order"):
         take(model, FILES[::-1], output, "2/2")
     with pytest.raises(ConfigError, match="kind='scene', now 'timestamps'"):
         take(model, FILES, output, "2/2", "timestamps")
-    with pytest.raises(ConfigError, match="weights="):
+    with pytest.raises(ConfigError, match="fingerprint="):
         take(random_model(TINY, seed=1), FILES, output, "2/2")
 
 
 def test_two_processes_do_not_work_on_one_shard(tmp_path, model):
     output = tmp_path / "out.parquet"
     take(model, FILES, output, "1/2")
-    other = FileLock(tmp_path / "out.parquet.shards-of-2" / "shard-2.lock")
-    with other, pytest.raises(ConfigError, match="another process is working on shard 2/2"):
-        take(model, FILES, output, "2/2")
+    with PartStore(tmp_path / "out.parquet.partial", output).claim("2-of-2"):
+        with pytest.raises(BusyError, match="another run is at work on this"):
+            take(model, FILES, output, "2/2")
+        with pytest.raises(BusyError, match="another run is at work on this"):
+            embed_files(model, FILES, output)  # which would do the whole of it
+        assert take(model, FILES, output, "1/2").missing == [2]
     assert take(model, FILES, output, "2/2").whole
+
+
+def test_shards_do_not_work_beside_a_run_without_them(tmp_path, model):
+    output = tmp_path / "out.parquet"
+    with PartStore(tmp_path / "out.parquet.partial", output).claim(), pytest.raises(BusyError):
+        take(model, FILES, output, "1/2")
+
+
+def test_the_last_process_at_work_makes_the_output(tmp_path, model):
+    """Two that end at the same time: the first leaves it to the other, even if all is done."""
+    output = tmp_path / "out.npz"
+    take(model, FILES, output, "1/2")
+    with PartStore(tmp_path / "out.npz.partial", output).claim("1-of-2"):
+        done = take(model, FILES, output, "2/2")
+        assert (done.missing, done.whole, output.exists()) == ([], None, False)
+    assert take(model, FILES, output, "1/2").whole.resumed == len(FILES)
 
 
 @pytest.mark.parametrize(("output", "message"), [("o.csv", "unknown kind"), ("no/o.npz", "does not exist")])
@@ -257,7 +321,8 @@ def test_the_command_takes_a_shard(tmp_path, monkeypatch, capsys):
     assert status == 0
     assert shown.out.startswith("shard 1/2: 7 clips")
     assert "not done yet: 2" in shown.out
-    assert json.loads((tmp_path / "o.npz.shards-of-2" / "plan.json").read_text())["files"] == [str(f) for f in FILES]
+    (plan,) = (tmp_path / "o.npz.partial").glob("*.plan")
+    assert json.loads(plan.read_text())["files"] == [str(f) for f in FILES]
     assert "does not exist" in run("--shard", "3/2")[1].err
     assert "--overwrite" in run("--shard", "2/2", "--overwrite")[1].err
     status, shown = run("--shard", "2/2")
@@ -272,8 +337,8 @@ def test_torchrun_is_told_of_bad_files_by_the_last_process_alone(tmp_path, monke
     for file in bad:
         file.write_text("not audio" * 100_000)  # the largest two: one for each process
     run = partial(embed_command, monkeypatch, capsys, DATA, *bad, "-o", tmp_path / "o.npz")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
+    for name, value in torchrun(0, 2).items():
+        monkeypatch.setenv(name, value)
     status, shown = run()
     assert status == 0
     assert shown.err.count("not audio that can be read") == 1

@@ -1,9 +1,8 @@
 """Scene embeddings kept on disk, by what was embedded and with what: the second look at a data set costs no time.
 
-A folder for each model and its settings, named by their hash, holds shards of a few hundred embeddings (safetensors),
-with the hash of the bytes of each file. So a file that is renamed or copied is found again, and a file or model that
-changed is not. A shard is there wholly or not at all; several processes may write at once, at worst the same thing
-twice. The folder may be deleted at any time.
+A folder for each model and its settings, named by their fingerprint, is a ``PartStore`` whose keys are hashes of the
+bytes of files. So a file that is renamed or copied is found again, and a file or model that changed is not. Several
+processes may write at once, at worst the same thing twice. The folder may be deleted at any time.
 
 It is ``embeddings`` in ``M2D_EMBED_CACHE`` (default ``~/.cache/m2d-embed``, or in ``XDG_CACHE_HOME``).
 """
@@ -11,30 +10,27 @@ It is ``embeddings`` in ``M2D_EMBED_CACHE`` (default ``~/.cache/m2d-embed``, or 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-import uuid
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
-from m2d_embed import __version__, hub
+from m2d_embed import hub
 from m2d_embed.batching import encode_scenes
 from m2d_embed.errors import AudioError
 from m2d_embed.evaluate.features import Vectors
+from m2d_embed.jobs.outputs import EMBEDDINGS
+from m2d_embed.jobs.settings import fingerprint
+from m2d_embed.jobs.store import ArrayReader, Entry, PartStore, Rows, same_content
 from m2d_embed.model import M2D
 
 log = logging.getLogger("m2d_embed")
 
-_FORMAT = "1"
-_CLIPS_A_SHARD = 256
-_TENSOR = "embeddings"
+_CLIPS_A_PART = 256
 
 
 def default_cache() -> Path:
@@ -57,18 +53,6 @@ def hash_files(files: Sequence[Path], show_progress: bool = False) -> list[str]:
             failed.append(f"{file}: cannot be opened ({error.strerror}).")
     refuse_failed(failed, len(files))
     return hashes
-
-
-def model_key(model: M2D) -> str:
-    """A hash of all that a scene embedding depends on besides the file: configuration, weights, features, dtype."""
-    features = replace(model.features, hop_ms=None)  # of timestamps only
-    digest = hashlib.sha256()
-    for text in (_FORMAT, __version__, model.config.to_json(), json.dumps(asdict(features)), str(model.dtype)):
-        digest.update(text.encode() + b"\0")
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def embed_cached(
@@ -94,21 +78,21 @@ def embed_cached(
     Raises:
         AudioError: if files cannot be embedded; it names all of them. The others are in the cache then.
     """
-    folder = (cache or default_cache()) / model_key(model)
-    known = _read_shards(folder, set(hashes), model.scene_embedding_size)
+    kept = _Cache((cache or default_cache()) / fingerprint(model, "scene"))
+    known = kept.read(dict.fromkeys(hashes))
     missing: dict[str, list[Path]] = {}
     for content, file in zip(hashes, files, strict=True):
         if content not in known:
             missing.setdefault(content, []).append(file)
     if missing:
-        done, failed = _embed(model, missing, batch_size, folder, show_progress)
+        done, failed = _embed(model, missing, batch_size, kept, show_progress)
         refuse_failed(failed, len(files))
         known |= done
     return np.stack([known[content] for content in hashes])
 
 
 def _embed(
-    model: M2D, files: dict[str, list[Path]], batch_size: int, folder: Path, show_progress: bool
+    model: M2D, files: dict[str, list[Path]], batch_size: int, kept: _Cache, show_progress: bool
 ) -> tuple[dict[str, Vectors], list[str]]:
     """Embed the first file of each content; write to the cache as they come. Returns also what failed, and why."""
     contents = list(files)
@@ -122,83 +106,56 @@ def _embed(
             for index, result in encode_scenes(model, clips, model.features, batch_size):
                 bar.update()
                 content = contents[index]
-                if isinstance(result, AudioError):
-                    first, *others = files[content]
-                    failed += [str(result), *(f"{other}: a copy of {first}." for other in others)]
+                first, *others = files[content]
+                if isinstance(result, AudioError) or hash_files([first]) != [content]:
+                    changed = f"{first}: changes while it is read; embed it when it is complete."
+                    failed.append(str(result) if isinstance(result, AudioError) else changed)
+                    failed += [f"{other}: a copy of {first}." for other in others]
                     continue
                 done[content] = pending[content] = result.numpy()
-                if len(pending) == _CLIPS_A_SHARD:
-                    _write_shard(folder, pending)
+                if len(pending) == _CLIPS_A_PART:
+                    kept.write(pending)
                     pending = {}
         finally:
-            _write_shard(folder, pending)
+            kept.write(pending)
     return done, failed
+
+
+class _Cache:
+    """Embeddings of one model. What cannot be read or written is reported, but no reason to stop."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.store = PartStore(folder, folder)
+
+    def read(self, contents: dict[str, None]) -> dict[str, Vectors]:
+        """Content -> embedding of what is wanted and there."""
+        try:
+            self.store.refresh()
+            self.store.check(same_content, contents)
+            found = [content for content in contents if self.store.has(content)]
+            if not found:
+                return {}
+            with closing(ArrayReader()) as reader:
+                matrix = self.store.gather(EMBEDDINGS, [Rows(content, 0, 1) for content in found], reader)
+        except OSError as error:
+            log.warning("%s: cannot be read, so its clips are embedded again (%s).", self.folder, error)
+            return {}
+        return dict(zip(found, matrix, strict=True))
+
+    def write(self, embeddings: dict[str, Vectors]) -> None:
+        """Keep embeddings, if there are any."""
+        if not embeddings:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            entries = [Entry(content, 1) for content in embeddings]
+            self.store.add(entries, {EMBEDDINGS: [vector[None] for vector in embeddings.values()]})
+        except OSError as error:
+            log.warning("%s: embeddings cannot be kept there for another time (%s).", self.folder, error)
 
 
 def refuse_failed(failed: Sequence[str], total: int) -> None:
     """Raise AudioError that lists all of ``failed``, unless it is empty."""
     if failed:
         raise AudioError("\n  ".join([f"{len(failed)} of {total} files cannot be embedded:", *failed]))
-
-
-# --- shards -----------------------------------------------------------------------------------------------------------
-
-
-def _write_shard(folder: Path, embeddings: dict[str, Vectors]) -> None:
-    """Write a shard, if there is anything. A cache that cannot be written is reported, but no reason to stop."""
-    if not embeddings:
-        return
-    name = uuid.uuid4().hex
-    partial = folder / f".{name}.partial"
-    matrix = np.stack(list(embeddings.values())).astype(np.float32)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({_TENSOR: matrix}, partial, {"contents": json.dumps([*embeddings]), "sha256": _digest(matrix)})
-        partial.replace(folder / f"{name}.safetensors")
-    except (OSError, SafetensorError) as error:
-        log.warning("%s: embeddings cannot be kept there for another time (%s).", folder, error)
-    finally:
-        _remove(partial)
-
-
-def _read_shards(folder: Path, wanted: set[str], dim: int) -> dict[str, Vectors]:
-    """Content -> embedding of what is wanted and there. A damaged shard is reported and removed."""
-    found: dict[str, Vectors] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            contents, matrix = _read_shard(file, wanted - found.keys(), dim)
-        except OSError as error:
-            log.warning("%s: cannot be read, so its clips are embedded again (%s).", file, error)
-            continue
-        except (SafetensorError, ValueError, KeyError) as error:
-            log.warning("%s: damaged, so its clips are embedded again (%s).", file, error)
-            _remove(file)
-            continue
-        found |= {content: row for content, row in zip(contents, matrix, strict=True) if content in wanted}
-    return found
-
-
-def _read_shard(file: Path, wanted: Iterable[str], dim: int) -> tuple[list[str], Vectors]:
-    """The contents of a shard and their embeddings; nothing if none of them is wanted."""
-    with safe_open(file, "numpy") as shard:
-        metadata = shard.metadata() or {}
-        contents = [str(content) for content in json.loads(metadata["contents"])]
-        if not set(contents) & set(wanted):
-            return [], np.empty((0, dim), np.float32)
-        matrix: Vectors = shard.get_tensor(_TENSOR)
-    if matrix.shape != (len(contents), dim) or matrix.dtype != np.float32:
-        raise ValueError(f"its embeddings have shape {matrix.shape} and type {matrix.dtype}")
-    if metadata["sha256"] != _digest(matrix):
-        raise ValueError("its embeddings are not those that were written")
-    return contents, matrix
-
-
-def _digest(matrix: Vectors) -> str:
-    return hashlib.sha256(matrix.tobytes()).hexdigest()
-
-
-def _remove(file: Path) -> None:
-    try:
-        file.unlink(missing_ok=True)
-    except OSError as error:
-        log.warning("%s: cannot be removed (%s).", file, error)

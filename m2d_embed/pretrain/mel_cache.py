@@ -1,16 +1,14 @@
-"""Log-mels of a whole small corpus on disk, memory-mapped: a crop of one costs next to nothing.
+"""Log-mels of a whole small corpus on disk: a crop of one costs next to nothing.
 
-A cache is a folder. ``cache.json`` says which front end and which files it is of; the files' frames lie one after the
-other in ``part-00000.npy``, ``part-00001.npy``, ..., (frames, mels) float16, not normalised, natural logarithm, with an
-index beside each. A part is there wholly or not at all, so a build that was stopped goes on where it was. Files that
-come after those of a cache are added to it.
+A cache is a ``PartStore``. The frames of some files lie one after the other in each part, (frames, mels) float16, not
+normalised, natural logarithm. It is of one front end, and of whatever files were asked for: a build that was stopped
+goes on where it was, files that are new or have changed are added, and others may be asked for the next time.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import multiprocessing
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -22,21 +20,22 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 import torch
-from filelock import FileLock
 
 from m2d_embed.audio import Samples, open_clip
 from m2d_embed.config import ModelConfig
 from m2d_embed.errors import AudioError, ConfigError, TrainingError
+from m2d_embed.files import atomic_write
 from m2d_embed.frontend import LogMel
+from m2d_embed.jobs.settings import NUMERICS
+from m2d_embed.jobs.store import ArrayReader, Entry, PartStore, key_of, same_size, stamp_of, write_array_header
 from m2d_embed.pretrain.sources import Item
 from m2d_embed.pretrain.workers import start_worker
 
-_FORMAT = 1
-_INDEX = "cache.json"
-_LOCK = "cache.lock"
+log = logging.getLogger("m2d_embed")
+
 _PART_FILES = 64
 _DTYPE = np.dtype("<f2")
-_ADVICE = "choose another folder for the cache, or delete this one"
+_FRAMES = "frames"  # the array of a part
 
 Mels = npt.NDArray[np.float16]
 
@@ -51,24 +50,21 @@ class MelCrop:
 
 
 class MelCache:
-    """A complete cache, opened for reading; made by ``build_cache``."""
+    """The log-mels of some files, in their order; made by ``build_cache``."""
 
-    def __init__(self, folder: Path):
-        index = _read_json(folder / _INDEX)
-        self.folder = folder
-        self.frame_seconds = index["front_end"]["hop_length"] / index["front_end"]["sample_rate"]
-        self.unreadable: dict[str, str] = {}
-        starts: list[int] = []
-        frames: list[int] = []
-        for number, files in enumerate(_split(index["files"])):
-            rows = _read_json(_index_of(_part(folder, number)))["files"]
-            starts += np.cumsum([0] + [row["frames"] for row in rows[:-1]]).tolist()
-            frames += [row["frames"] for row in rows]
-            errors = zip(files, rows, strict=True)
-            self.unreadable |= {path: row["error"] for (path, *_), row in errors if row["error"]}
-        self._starts = np.array(starts, dtype=np.int64)
-        self._frames = np.array(frames, dtype=np.int64)
-        self._parts: dict[int, Mels] = {}
+    def __init__(self, store: PartStore, keys: Sequence[str], frame_seconds: float):
+        self.folder = store.folder
+        self.frame_seconds = frame_seconds
+        errors = {index: store.error_of(key) for index, key in enumerate(keys)}
+        self._errors = {index: error for index, error in errors.items() if error is not None}
+        self.unreadable = {keys[index]: error for index, error in self._errors.items()}
+        places = [store.place_of(_FRAMES, key) for key in keys]
+        self._files = list(dict.fromkeys(place.file for place in places))
+        numbers = {file: number for number, file in enumerate(self._files)}
+        self._file_of = np.array([numbers[place.file] for place in places], np.int32)
+        self._starts = np.array([place.first for place in places], np.int64)
+        self._frames = np.array([place.rows for place in places], np.int64)
+        self._reader = ArrayReader()
 
     def __len__(self) -> int:
         return len(self._frames)
@@ -84,24 +80,17 @@ class MelCache:
         Raises:
             AudioError: if the file could not be read when the cache was built; it says why.
         """
-        frames, start = int(self._frames[index]), int(self._starts[index])
-        if frames == 0:
-            raise AudioError(self._error_of(index))
+        if index in self._errors:
+            raise AudioError(self._errors[index])
+        frames = int(self._frames[index])
         first = int(rng.integers(max(0, frames - num_frames) + 1))
-        mels = self._mapped(index // _PART_FILES)[start + first : start + min(frames, first + num_frames)]
+        opened = self._reader.open(self._files[self._file_of[index]])
+        mels = np.empty((min(frames - first, num_frames), *opened.shape[1:]), opened.dtype)
+        opened.read_into(mels, int(self._starts[index]) + first)
         return MelCrop(np.array(mels.T, order="C"), first * self.frame_seconds, frames * self.frame_seconds)
 
-    def _error_of(self, index: int) -> str:
-        number, place = divmod(index, _PART_FILES)
-        return str(_read_json(_index_of(_part(self.folder, number)))["files"][place]["error"])
-
-    def _mapped(self, number: int) -> Mels:
-        if number not in self._parts:
-            self._parts[number] = np.load(_part(self.folder, number), mmap_mode="r", allow_pickle=False)
-        return self._parts[number]
-
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_parts": {}}  # a pickled memory map would be its content
+        return self.__dict__ | {"_reader": ArrayReader()}  # open files do not go to another process
 
 
 def build_cache(
@@ -111,7 +100,7 @@ def build_cache(
     workers: int,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> MelCache:
-    """Compute the log-mels of all items, or what is missing of them, and open the cache.
+    """Compute the log-mels of the items that are not there yet, or have changed since, and open the cache.
 
     Of several processes that ask for the same cache at a time, one builds it and the others wait.
 
@@ -126,8 +115,7 @@ def build_cache(
         The cache. Files that could not be read are in its ``unreadable``, and have no frames.
 
     Raises:
-        ConfigError: if the folder holds a cache of another front end or of other files than these or the first of
-            these, or something else.
+        ConfigError: if the folder holds a cache of another front end, or something else.
         TrainingError: if a process was killed.
         RuntimeError: in a worker process that is importing the main script.
     """
@@ -135,35 +123,40 @@ def build_cache(
         # A worker that imports a script without `if __name__ == "__main__"` comes here too, and would wait for the lock
         # of the process that waits for it. This raises there, as starting a process would.
         spawn.get_preparation_data("")
-    files = [_identity(item.file) for item in items]
-    index = {"format": _FORMAT, "front_end": config.front_end, "files": files}
+    keys = [key_of(item.file) for item in items]
+    store = PartStore(folder, folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / _LOCK):
-            _claim(folder, index)
-            _complete(folder, files, config, workers, on_progress)
+        with store.exclusively():
+            store.open({**config.front_end, "numerics": NUMERICS})
+            store.remove_unfinished()
+            store.check(same_size)  # of parts that were on the disk before they were recorded
+            _complete(store, keys, config, workers, on_progress)
     except OSError as error:
         raise ConfigError(f"{folder}: the cache cannot be written here ({error.strerror or error}).") from error
-    return MelCache(folder)
+    return MelCache(store, keys, config.hop_length / config.sample_rate)
 
 
 def _complete(
-    folder: Path, files: list[Any], config: ModelConfig, workers: int, on_progress: Callable[[int, int], None]
+    store: PartStore, keys: list[str], config: ModelConfig, workers: int, on_progress: Callable[[int, int], None]
 ) -> None:
-    """Build the parts that are not there yet."""
-    parts = list(enumerate(_split(files)))
-    missing = [(number, part) for number, part in parts if not _index_of(_part(folder, number)).exists()]
-    done = len(files) - sum(len(part) for _, part in missing)
-    on_progress(done, len(files))
-    tasks = [_Task(_part(folder, number), tuple(path for path, *_ in part), config) for number, part in missing]
-    for task in _run(tasks, workers):
+    """Build what is not there yet."""
+    missing = [key for key in dict.fromkeys(keys) if not store.attempted(key, stamp_of(key))]
+    changed = sum(map(store.has, missing))
+    if changed:
+        log.warning(
+            "%s: %d files have changed since their log-mels were computed; they are made anew.", store.output, changed
+        )
+    done = len(keys) - len(missing)
+    on_progress(done, len(keys))
+    for task in _run([_Task(store.folder, tuple(files), config) for files in _split(missing)], workers):
         done += len(task.files)
-        on_progress(done, len(files))
+        on_progress(done, len(keys))
+    store.refresh()
 
 
 @dataclass(frozen=True)
 class _Task:
-    part: Path
+    folder: Path
     files: tuple[str, ...]
     config: ModelConfig
 
@@ -185,7 +178,7 @@ def _run(tasks: list[_Task], workers: int) -> Iterator[_Task]:
             yield futures[future]
     except BrokenProcessPool as error:
         raise TrainingError(
-            f"{tasks[0].part.parent}: a process that built this cache ended early. If it was for want of memory, run "
+            f"{tasks[0].folder}: a process that built this cache ended early. If it was for want of memory, run "
             "it again with fewer workers to go on from there; a script of your own starts training under "
             'if __name__ == "__main__".'
         ) from error
@@ -195,118 +188,38 @@ def _run(tasks: list[_Task], workers: int) -> Iterator[_Task]:
 
 def _build_part(task: _Task) -> None:
     log_mel = LogMel.unnormalized(task.config)
-    temporary = task.part.with_name(f"{task.part.name}.partial")
-    with temporary.open("wb") as stream:
-        mels = task.config.input_size[0]
-        _write_header(stream, (0, mels))
-        rows = [_append(stream, path, log_mel, task.config) for path in task.files]
+    store = PartStore(task.folder, task.folder)
+    name, mels = store.new_name(), task.config.input_size[0]
+    file = store.array_file(name, _FRAMES)
+    with atomic_write(file) as partial, partial.open("wb") as stream:
+        write_array_header(stream, _DTYPE, (0, mels))
+        entries = [_append(stream, path, log_mel, task.config) for path in task.files]
         # The header has room for any number of rows, so its length stays the same.
         stream.seek(0)
-        _write_header(stream, (sum(row["frames"] for row in rows), mels))
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(task.part)
-    _write_json(_index_of(task.part), {"files": rows})  # the part is complete once this is there
+        write_array_header(stream, _DTYPE, (sum(entry.rows for entry in entries), mels))
+    store.commit(name, entries, [file])
 
 
-def _write_header(stream: BinaryIO, shape: tuple[int, int]) -> None:
-    header = {"descr": _DTYPE.str, "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(stream, header)
-
-
-def _append(stream: BinaryIO, path: str, log_mel: LogMel, config: ModelConfig) -> dict[str, Any]:
+def _append(stream: BinaryIO, path: str, log_mel: LogMel, config: ModelConfig) -> Entry:
     """Write the frames of one file; none if it turns out to be unreadable."""
-    begin, frames = stream.tell(), 0
+    stamp, begin, frames = stamp_of(path), stream.tell(), 0
     try:
         blocks = open_clip(path, None, config.sample_rate, path).blocks(config.sample_rate)
         for mels in log_mel.stream(map(_as_tensor, blocks)):
             frames += mels.shape[1]
             stream.write(mels.T.contiguous().numpy().astype(_DTYPE).tobytes())
+        if stamp_of(path) != stamp:
+            raise AudioError(f"{path}: changes while it is read; wait until it is complete.")
     except AudioError as error:
         stream.seek(begin)
         stream.truncate()
-        return {"frames": 0, "error": str(error)}
-    return {"frames": frames, "error": ""}
+        return Entry(path, 0, stamp, str(error))
+    return Entry(path, frames, stamp)
 
 
 def _as_tensor(block: Samples) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(block))
 
 
-def _identity(file: Path) -> list[Any]:
-    """Path, size and time of change of a file; what a cache of it depends on."""
-    path = os.path.abspath(file)  # noqa: PTH100  (Path.absolute keeps "..")
-    try:
-        status = file.stat()
-    except OSError:
-        return [path, -1, -1]  # unreadable: named in the index when its turn comes
-    return [path, status.st_size, status.st_mtime_ns]
-
-
-def _claim(folder: Path, index: dict[str, Any]) -> None:
-    """Make the folder a cache of this front end and these files, or of the first of them into one of all of them."""
-    path = folder / _INDEX
-    if path.exists():
-        theirs = _read_json(path)
-        difference = _difference(theirs, index)
-        if difference:
-            raise ConfigError(f"{folder}: this cache is of {difference}; {_ADVICE}.")
-        cached = len(theirs["files"])
-        if cached < len(index["files"]):
-            if cached % _PART_FILES:  # its last part has room for the first of the new files
-                _index_of(_part(folder, cached // _PART_FILES)).unlink(missing_ok=True)
-            _write_json(path, index)
-        return
-    if any(file.name not in (_LOCK, f"{_INDEX}.partial") for file in folder.iterdir()):
-        raise ConfigError(
-            f"{folder}: holds files, but no {_INDEX}, so it is not a cache; choose another folder for it."
-        )
-    _write_json(path, index)
-
-
-def _difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
-    """What the cache in the folder has that we do not; empty if it is of our files, or of the first of them."""
-    if theirs.get("format") != _FORMAT:
-        return f"format {theirs.get('format')}, not {_FORMAT}"
-    for key, value in ours["front_end"].items():
-        if theirs["front_end"].get(key) != value:
-            return f"another front end: {key} is {theirs['front_end'].get(key)} there, and {value} here"
-    if len(theirs["files"]) > len(ours["files"]):
-        return f"other files: {len(theirs['files'])} there, and {len(ours['files'])} here"
-    for there, here in zip(theirs["files"], ours["files"], strict=False):
-        if there[0] != here[0]:
-            return f"other files, or in another order: {there[0]} there where {here[0]} is here"
-        if there != here:
-            return f"another version of {here[0]}: it was changed, added or removed since"
-    return ""
-
-
-def _split(files: list[Any]) -> list[list[Any]]:
+def _split(files: list[str]) -> list[list[str]]:
     return [files[i : i + _PART_FILES] for i in range(0, len(files), _PART_FILES)]
-
-
-def _part(folder: Path, number: int) -> Path:
-    return folder / f"part-{number:05d}.npy"
-
-
-def _index_of(part: Path) -> Path:
-    return part.with_suffix(".json")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: this file of the cache cannot be read ({error}); {_ADVICE}.") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: not the index of a cache; {_ADVICE}.")
-    return content
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_name(f"{path.name}.partial")
-    with temporary.open("w", encoding="utf-8") as stream:
-        json.dump(content, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)

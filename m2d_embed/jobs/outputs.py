@@ -1,0 +1,239 @@
+"""What a job leaves behind: one ``.npz`` or ``.parquet`` of all rows, never whole in memory; and reading it back."""
+
+from __future__ import annotations
+
+import json
+import logging
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from m2d_embed.errors import ConfigError
+from m2d_embed.jobs.store import ArrayReader, PartStore, Rows, blocks, write_array, write_array_header
+
+log = logging.getLogger("m2d_embed")
+
+Array = npt.NDArray[Any]
+
+EMBEDDINGS, TIMES = "embeddings", "times"  # arrays of a part
+ENDINGS = (".npz", ".parquet")
+_BLOCK_BYTES = 16 << 20  # of embeddings written at a time
+_NAMES_AT_A_TIME = 1 << 14
+_NAMES_COLUMN, _TIMES_COLUMN, _EMBEDDINGS_COLUMN = "file", "timestamp_ms", "embedding"
+
+
+class Listing(NamedTuple):
+    """What goes into an output, in its order: names as they are shown, and the keys of their results."""
+
+    names: Sequence[str]
+    keys: Sequence[str]
+
+
+def write_output(path: Path, suffix: str, store: PartStore, listing: Listing, settings: dict[str, Any]) -> None:
+    """Write all rows of some results.
+
+    Args:
+        path: of the file.
+        suffix: what it becomes, ``.npz`` or ``.parquet``.
+        store: holds the results, each with ``EMBEDDINGS``, (rows, ``dim``) float32, and timed ones with ``TIMES``,
+            (rows,) float64 in ms.
+        listing: which, in this order.
+        settings: of the job; they go into the file.
+    """
+    (_write_npz if suffix == ".npz" else _write_parquet)(path, store, listing, settings)
+
+
+def _write_parquet(path: Path, store: PartStore, listing: Listing, settings: dict[str, Any]) -> None:
+    """One row an embedding; settings in the metadata."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    dim, timed = settings["dim"], settings["kind"] == "timestamps"
+    schema = output_schema(settings)
+    names, name = iter(listing.names), ""
+    # Embeddings do not compress.
+    options: dict[str, Any] = {
+        "compression": {_NAMES_COLUMN: "zstd", _TIMES_COLUMN: "zstd", f"{_EMBEDDINGS_COLUMN}.list.element": "none"},
+        "use_dictionary": [_NAMES_COLUMN],
+        "write_statistics": [_NAMES_COLUMN, _TIMES_COLUMN],
+    }
+    with pq.ParquetWriter(path, schema, **options) as writer, closing(ArrayReader()) as reader:
+        for block in _blocks(store, listing, dim):
+            vectors = store.gather(EMBEDDINGS, block, reader)
+            shown = [name := next(names) if rows.first == 0 else name for rows in block]
+            places = pa.array(np.repeat(np.arange(len(block), dtype=np.int32), [rows.length for rows in block]))
+            columns = [pa.DictionaryArray.from_arrays(places, pa.array(shown, pa.string())).dictionary_decode()]
+            if timed:
+                columns.append(pa.array(store.gather(TIMES, block, reader)))
+            columns.append(pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), dim))
+            writer.write_table(pa.table(columns, schema=schema))
+
+
+def output_schema(settings: dict[str, Any]) -> Any:
+    """The Arrow schema of embeddings with their settings: ``file``, ``timestamp_ms`` (if timed), ``embedding``."""
+    import pyarrow as pa
+
+    timed = [pa.field(_TIMES_COLUMN, pa.float64())] if settings["kind"] == "timestamps" else []
+    vectors = pa.field(_EMBEDDINGS_COLUMN, pa.list_(pa.float32(), settings["dim"]))
+    return pa.schema([pa.field(_NAMES_COLUMN, pa.string()), *timed, vectors], metadata=metadata_of(settings))
+
+
+def metadata_of(settings: dict[str, Any]) -> dict[str, str]:
+    """How settings are kept in the metadata of Parquet files."""
+    return {"m2d_embed": json.dumps(settings)}
+
+
+def _write_npz(path: Path, store: PartStore, listing: Listing, settings: dict[str, Any]) -> None:
+    """Names, settings and embeddings; of timed ones also the times, and where each clip begins."""
+    counts = [store.rows_of(key) for key in listing.keys]
+    total = sum(counts)
+    with zipfile.ZipFile(path, "w") as archive, closing(ArrayReader()) as reader:
+        with _member(archive, "files") as member:
+            _write_names(member, listing.names)
+        with _member(archive, "settings") as member:
+            np.lib.format.write_array(member, np.array(json.dumps(settings)), allow_pickle=False)
+        with _member(archive, EMBEDDINGS) as member:
+            write_array_header(member, np.dtype("<f4"), (total, settings["dim"]))
+            for block in _blocks(store, listing, settings["dim"]):
+                member.write(store.gather(EMBEDDINGS, block, reader).data)
+        if settings["kind"] == "timestamps":
+            with _member(archive, "offsets") as member:
+                write_array(member, [np.cumsum([0, *counts])])
+            with _member(archive, "timestamps") as member:
+                write_array_header(member, np.dtype("<f8"), (total,))
+                for block in _blocks(store, listing, settings["dim"]):
+                    member.write(store.gather(TIMES, block, reader).data)
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
+    return archive.open(f"{name}.npy", "w", force_zip64=True)  # also names may be more than 2 GiB
+
+
+def _write_names(stream: IO[bytes], names: Sequence[str]) -> None:
+    dtype = np.dtype(f"<U{max(map(len, names))}")
+    write_array_header(stream, dtype, (len(names),))
+    for start in range(0, len(names), _NAMES_AT_A_TIME):
+        stream.write(np.array(names[start : start + _NAMES_AT_A_TIME], dtype).tobytes())
+
+
+def _blocks(store: PartStore, listing: Listing, dim: int) -> Iterator[list[Rows]]:
+    return blocks(((key, store.rows_of(key)) for key in listing.keys), max(1, _BLOCK_BYTES // (4 * dim)))
+
+
+# --- reading back -------------------------------------------------------------------------------------------------
+
+
+class Scenes(NamedTuple):
+    """Scene embeddings, (files, D) float32, of some files, and the settings they were made with."""
+
+    names: list[str]
+    embeddings: npt.NDArray[np.float32]
+    settings: dict[str, Any]
+
+
+def find_outputs(paths: Sequence[Path]) -> list[Path]:
+    """The ``.npz`` and ``.parquet`` files that paths, folders of Parquet files and glob patterns name; [] if none."""
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            found += sorted(path.glob("*.parquet"))
+        elif path.exists():
+            found += [path] if path.suffix in ENDINGS else []
+        else:
+            root = Path(path.anchor)
+            matches = root.glob(str(path.relative_to(root))) if path.suffix in ENDINGS else ()
+            found += sorted(match for match in matches if match.is_file()) or ([path] if path.suffix in ENDINGS else [])
+    return found
+
+
+def read_scenes(files: Path | Sequence[Path]) -> Scenes:
+    """Read back scene embeddings, of one output or the parts of one. Rows of bad clips are left out, with a warning.
+
+    Raises:
+        ConfigError: if a file holds something else, has lost its settings, or several are of different settings.
+    """
+    parts = [_read_part(file) for file in ([files] if isinstance(files, Path) else files)]
+    first = parts[0].settings
+    for part in parts[1:]:
+        if part.settings.get("fingerprint") != first.get("fingerprint"):
+            raise ConfigError("these files hold embeddings of different models or settings; give those of one.")
+    names = [name for part in parts for name in part.names]
+    return Scenes(names, np.concatenate([part.embeddings for part in parts]), first)
+
+
+def _read_part(file: Path) -> Scenes:
+    read: Callable[[Path], Scenes] = _read_npz if file.suffix == ".npz" else _read_parquet
+    try:
+        scenes = read(file)
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such file.") from None
+    except (KeyError, ValueError, TypeError, OSError, zipfile.BadZipFile) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{file}: not embeddings written by m2d-embed ({error}).") from error
+    return scenes
+
+
+def _check_kind(file: Path, settings: dict[str, Any]) -> None:
+    if settings.get("kind") != "scene":
+        raise ConfigError(f"{file}: holds {settings.get('kind')} embeddings; scene embeddings are needed.")
+
+
+def _read_npz(file: Path) -> Scenes:
+    with np.load(file, allow_pickle=False) as held:
+        settings = json.loads(str(held["settings"].item()))
+        _check_kind(file, settings)
+        return Scenes([str(name) for name in held["files"]], held[EMBEDDINGS], settings)
+
+
+def _read_parquet(file: Path) -> Scenes:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(file) as opened:
+        metadata = opened.schema_arrow.metadata or {}
+        if b"m2d_embed" not in metadata:
+            if {_NAMES_COLUMN, _EMBEDDINGS_COLUMN} <= {*opened.schema_arrow.names}:
+                raise ConfigError(
+                    f"{file}: does not say which model made it. Programs that save a table anew (pandas, polars, "
+                    "DuckDB) drop the metadata that m2d-embed writes; give the file as it was written, or embed the "
+                    "sounds again."
+                )
+            raise KeyError("no columns file and embedding")
+        settings = json.loads(metadata[b"m2d_embed"])
+        _check_kind(file, settings)
+        names: list[str] = []
+        vectors = [np.empty((0, settings["dim"]), np.float32)]
+        skipped = 0
+        for batch in opened.iter_batches(columns=[_NAMES_COLUMN, _EMBEDDINGS_COLUMN]):
+            good = batch.filter(batch[_EMBEDDINGS_COLUMN].is_valid())
+            skipped += len(batch) - len(good)
+            names += good[_NAMES_COLUMN].to_pylist()
+            vectors.append(good[_EMBEDDINGS_COLUMN].flatten().to_numpy().reshape(len(good), -1))
+    if skipped:
+        log.warning("%s: %d rows of clips that could not be embedded are left out.", file, skipped)
+    return Scenes(names, np.concatenate(vectors), settings)
+
+
+def names_in(file: Path) -> tuple[set[str], dict[str, Any]]:
+    """The names in an output, and its settings.
+
+    Raises:
+        ConfigError: if it was not written by m2d-embed.
+    """
+    try:
+        if file.suffix == ".npz":
+            with np.load(file, allow_pickle=False) as held:
+                return {str(name) for name in held["files"]}, json.loads(str(held["settings"].item()))
+        import pyarrow.parquet as pq
+
+        with pq.ParquetFile(file) as opened:
+            settings = json.loads((opened.schema_arrow.metadata or {})[b"m2d_embed"])
+            batches: Iterable[Any] = opened.iter_batches(columns=[_NAMES_COLUMN])
+            return {name for batch in batches for name in batch[_NAMES_COLUMN].unique().to_pylist()}, settings
+    except (KeyError, ValueError, TypeError, OSError, zipfile.BadZipFile) as error:
+        raise ConfigError(f"{file} exists and is not of this job ({error}); choose another name.") from error

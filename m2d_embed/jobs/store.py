@@ -1,0 +1,574 @@
+"""Results of long jobs, kept piece by piece: what a killed run has done is there for the next one, and nothing else is.
+
+A store is a folder::
+
+    settings.json      what every result depends on; a store of other settings is refused
+    part-3f2a.json     the record of a part: its results, and size and CRC-32 of each of its files
+    part-3f2a.*.npy    files of a part; where the results are a folder of files themselves, these lie there instead
+    *.lock             who is at work
+
+A part is written in one go, its record last, and counts from then on. Every file of it is on the disk before. So
+whatever is killed, and whenever, the next run finds parts that are whole, and removes the rest. ``check`` compares the
+files with their records: results whose files are lost or damaged are forgotten, with a warning, and so made anew.
+
+A result has a key, the absolute path of a file or a hash of its content, and the stamp that the file had *before* it
+was read. ``done`` is asked with the stamp of now: another size, time or inode means that it is to be done again.
+
+``claim`` keeps two runs from the same work; shares of one job may be at work side by side.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import time
+import uuid
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from shutil import rmtree
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from filelock import FileLock, Timeout
+
+from m2d_embed.errors import ConfigError
+from m2d_embed.files import TEMPORARY, atomic_write, write_json
+
+log = logging.getLogger("m2d_embed")
+
+Array = npt.NDArray[Any]
+Stamp = tuple[int, ...]
+
+_SETTINGS = "settings.json"
+_CLAIMS = "claims"  # the lock under which claims are made
+_EVERYTHING = "all"  # the share of a run that does the whole job
+_NO_STAMP = (-1, -1, -1)
+_MOST_OPEN = 8  # files of parts: a job of a million clips has thousands, and a process may open a thousand
+_READ_BYTES = 1 << 20
+_OURS = re.compile(r"(claims|all|\d+-of-\d+)\.lock|part-.*|\..*\.partial")
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, IndexError)  # what reading a record that is damaged can raise
+
+
+class BusyError(ConfigError):
+    """Another run is at work on the same output."""
+
+
+class Entry(NamedTuple):
+    """One result of a part.
+
+    ``stamp`` is that of the file before it was read, () where the key is a hash of the content. ``rows`` of the part's
+    arrays are its own, in the order of entries. A bad file has an ``error`` and no rows. ``files`` are those of the
+    part's files that hold this result alone; without any it depends on all that no other entry has.
+    """
+
+    key: str
+    rows: int
+    stamp: Stamp = ()
+    error: str = ""
+    files: tuple[str, ...] = ()
+
+
+class Rows(NamedTuple):
+    """Consecutive rows of one result: the first, counted within it, and how many."""
+
+    key: str
+    first: int
+    length: int
+
+
+class Place(NamedTuple):
+    """Where the rows of a result are: in which ``.npy``, the first, and how many."""
+
+    file: Path
+    first: int
+    rows: int
+
+
+class Record(NamedTuple):
+    """What is written down about a part; ``files`` are name -> (bytes, CRC-32)."""
+
+    run: str
+    made_ns: int
+    entries: list[Entry]
+    files: dict[str, tuple[int, int]]
+
+
+class _Part(NamedTuple):
+    """What is kept of a record in memory: a million results have to fit."""
+
+    name: str
+    run: str
+    starts: npt.NDArray[np.int64]  # (entries + 1,): first row of each, and the number of all
+    stamps: npt.NDArray[np.int64]  # (entries, 3)
+    errors: dict[int, str]
+
+
+#: Whether a file is the one that was recorded, with its size and CRC-32.
+Intact = Callable[[Path, tuple[int, int]], bool]
+
+
+class PartStore:
+    """Parts, their index, settings and locks.
+
+    Args:
+        folder: of the store; made if it is not there.
+        output: what the results are for; named in messages.
+        data: where the files of parts are, by default in the folder, too.
+        run: what to call this run in its records.
+    """
+
+    def __init__(self, folder: Path, output: Path, data: Path | None = None, run: str = ""):
+        self.folder = folder
+        self.output = output
+        self.data = data or folder
+        self.run = run or uuid.uuid4().hex
+        self._parts: list[_Part] = []
+        self._where: dict[str, int] = {}  # key -> number of its part << 32 | its place there
+        self._names: set[str] = set()  # of parts
+
+    # --- who is at work ---------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def claim(self, share: str = _EVERYTHING) -> Iterator[None]:
+        """The right to do a share of the work, or all of it, until the block is left.
+
+        Raises:
+            BusyError: if another run has it, or has everything while this one wants a share, or a share while this
+                one wants everything.
+        """
+        with ExitStack() as held:
+            with self.exclusively():
+                try:
+                    held.enter_context(self._lock(share, wait=False))
+                    # A share goes with other shares, everything with nothing.
+                    if self.any_at_work(share) if share == _EVERYTHING else self._is_held(self._lock_file(_EVERYTHING)):
+                        raise Timeout(str(self.folder))
+                except Timeout:
+                    raise BusyError(
+                        f"{self.output}: another run is at work on this"
+                        f"{'' if share == _EVERYTHING else f' (share {share})'}; wait until it has ended, or stop it."
+                    ) from None
+            yield
+
+    @contextmanager
+    def exclusively(self) -> Iterator[None]:
+        """Keep claims from being made or given up by others meanwhile; waits for them."""
+        with self._lock(_CLAIMS, wait=True):
+            yield
+
+    def any_at_work(self, besides: str = _CLAIMS) -> bool:
+        """Whether somebody has a claim, on everything or a share, besides the one that is named."""
+        mine = {self._lock_file(_CLAIMS), self._lock_file(besides)}
+        return any(self._is_held(file) for file in self.folder.glob("*.lock") if file not in mine)
+
+    def _is_held(self, lock_file: Path) -> bool:
+        try:
+            with FileLock(lock_file).acquire(timeout=0):
+                return False
+        except Timeout:
+            return True
+
+    @contextmanager
+    def _lock(self, name: str, wait: bool) -> Iterator[None]:
+        while True:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                lock = FileLock(self._lock_file(name)).acquire(timeout=-1 if wait else 0)
+                break
+            except FileNotFoundError:  # a run that has just ended removed the folder
+                continue
+        with lock:
+            yield
+
+    def _lock_file(self, name: str) -> Path:
+        return self.folder / f"{name}.lock"
+
+    # --- opening ----------------------------------------------------------------------------------------------------
+
+    def open(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Take up what is there, of a run with the same settings; claim the work before.
+
+        Args:
+            settings: what results depend on. Keys that begin with "_" are recorded by the first run and not compared.
+
+        Returns:
+            The settings that the first run recorded.
+
+        Raises:
+            ConfigError: if the store is of other settings, or the folder holds something else.
+        """
+        file = self.folder / _SETTINGS
+        if file.exists():
+            recorded = _read_settings(file)
+            compare_settings(self.output, recorded, settings)
+        else:
+            foreign = [path.name for path in self.folder.iterdir() if not _is_ours(path.name)]
+            if foreign:
+                for name in (_CLAIMS, _EVERYTHING):  # made by us
+                    self._lock_file(name).unlink(missing_ok=True)
+                raise ConfigError(f"{self.folder}: holds other things, e.g. {min(foreign)}; choose another name.")
+            recorded = dict(settings)
+            write_json(file, recorded)
+        self.refresh()
+        return recorded
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether a run has recorded its settings, and so there is something to go on with."""
+        return (self.folder / _SETTINGS).exists()
+
+    def refresh(self) -> None:
+        """Take up the parts that others have made since."""
+        records = []
+        for file in self.folder.glob("part-*.json"):
+            if file.stem in self._names:
+                continue
+            try:
+                records.append((file.stem, _read_record(file)))
+            except FileNotFoundError:  # removed by another process meanwhile
+                continue
+            except _DAMAGE as error:
+                log.warning("%s: damaged, so what it stands for is made anew (%s).", file, error)
+                file.unlink(missing_ok=True)
+        for name, record in sorted(records, key=lambda one: (one[1].made_ns, one[0])):
+            self._register(name, record)
+
+    def remove_unfinished(self) -> None:
+        """Remove what killed runs left half done in the folder; only with everything claimed."""
+        for file in self.folder.glob(TEMPORARY):
+            file.unlink(missing_ok=True)
+        recorded = {*self.names()}
+        for file in self.folder.glob("part-*"):
+            if file.name.partition(".")[0] not in recorded:
+                file.unlink(missing_ok=True)
+
+    def check(self, intact: Intact, keys: Iterable[str] | None = None) -> None:
+        """Forget results, of all keys or of some, whose files are not ``intact``; said in a warning."""
+        wanted = None if keys is None else {self._where[key] >> 32 for key in keys if key in self._where}
+        for number, part in enumerate(self._parts):
+            if wanted is not None and number not in wanted:
+                continue
+            record_file = self.folder / f"{part.name}.json"
+            record = self.record(part.name)
+            if record is None:  # removed by another process meanwhile
+                continue
+            owned = {name for entry in record.entries for name in entry.files}
+            current = [e for place, e in enumerate(record.entries) if self._where.get(e.key) == number << 32 | place]
+            needed = {name for e in current for name in e.files} | ({*record.files} - owned if current else set())
+            bad = {name for name in needed if not intact(self.data / name, record.files[name])}
+            lost = [e for e in current if bad & set(e.files or record.files)]
+            if lost:
+                what = ", ".join(sorted(bad)[:3]) + (" ..." if len(bad) > 3 else "")
+                log.warning(
+                    "%s: files of an earlier run are lost or damaged, so %d results are made anew (%s).",
+                    self.output,
+                    len(lost),
+                    what,
+                )
+            for entry in lost:
+                del self._where[entry.key]
+            if len(lost) == len(current):
+                record_file.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Remove the store; with everything claimed, or exclusively. Whoever waits for a lock of it begins anew."""
+        (self.folder / _SETTINGS).unlink(missing_ok=True)
+        rmtree(self.folder, ignore_errors=True)
+
+    def forget_everything(self) -> None:
+        """Remove all parts with their files, and the settings."""
+        for file in self.folder.glob("part-*.json"):
+            self.drop(file.stem)
+        (self.folder / _SETTINGS).unlink(missing_ok=True)
+        self._parts, self._where, self._names = [], {}, set()
+
+    def drop(self, name: str) -> None:
+        """Remove a part with its files."""
+        record = self.record(name)
+        (self.folder / f"{name}.json").unlink(missing_ok=True)  # first: without it the rest does not count
+        for file in record.files if record else ():
+            (self.data / file).unlink(missing_ok=True)
+
+    def record(self, name: str) -> Record | None:
+        """What is recorded of a part; None if there is no such part, or its record is damaged."""
+        try:
+            return _read_record(self.folder / f"{name}.json")
+        except _DAMAGE:
+            return None
+
+    def names(self) -> list[str]:
+        """The names of all parts that have records, of whatever run."""
+        return sorted(file.stem for file in self.folder.glob("part-*.json"))
+
+    # --- looking up -------------------------------------------------------------------------------------------------
+
+    def has(self, key: str) -> bool:
+        """Whether there is a result, or an error, of whatever stamp."""
+        return key in self._where
+
+    def done(self, key: str, stamp: Stamp = ()) -> bool:
+        """Whether there is a result for a file that has this stamp now."""
+        return self.attempted(key, stamp) and self.error_of(key) is None
+
+    def failed(self, key: str, stamp: Stamp = ()) -> str | None:
+        """The error of a bad file that has this stamp now; None if it has not been tried, or was good."""
+        return self.error_of(key) if self.attempted(key, stamp) else None
+
+    def rows_of(self, key: str) -> int:
+        """How many rows a result has."""
+        part, place = self._find(key)
+        return int(part.starts[place + 1] - part.starts[place])
+
+    def run_of(self, key: str) -> str:
+        """The run that made a result."""
+        return self._find(key)[0].run
+
+    def error_of(self, key: str) -> str | None:
+        """The error of a key that is there."""
+        part, place = self._find(key)
+        return part.errors.get(place)
+
+    def attempted(self, key: str, stamp: Stamp = ()) -> bool:
+        """Whether there is a result or an error for a file that has this stamp now."""
+        if key not in self._where:
+            return False
+        part, place = self._find(key)
+        return tuple(part.stamps[place].tolist()) == (stamp or _NO_STAMP)
+
+    def _find(self, key: str) -> tuple[_Part, int]:
+        where = self._where[key]
+        return self._parts[where >> 32], where & 0xFFFF_FFFF
+
+    # --- adding -----------------------------------------------------------------------------------------------------
+
+    def add(self, entries: Sequence[Entry], arrays: Mapping[str, Sequence[Array]]) -> None:
+        """Keep results as a part: each array, (all rows, ...), is written from its pieces, one after the other."""
+        name, files = self.new_name(), []
+        for array, pieces in arrays.items():
+            files.append(self.array_file(name, array))
+            with atomic_write(files[-1]) as partial, partial.open("wb") as stream:
+                write_array(stream, pieces)
+        self.commit(name, entries, files)
+
+    @staticmethod
+    def new_name() -> str:
+        """A name for a part that no other process gives to one."""
+        return f"part-{uuid.uuid4().hex[:16]}"
+
+    def commit(self, name: str, entries: Sequence[Entry], files: Iterable[Path]) -> None:
+        """Record a part, ``part-*``, whose files are on the disk and below ``data``; from now on it counts."""
+        sums = {file.relative_to(self.data).as_posix(): _size_and_crc(file) for file in files}
+        record = Record(self.run, time.time_ns(), list(entries), sums)
+        with atomic_write(self.folder / f"{name}.json") as partial:
+            partial.write_bytes(_encode_record(record))
+        self._register(name, record)
+
+    def _register(self, name: str, record: Record) -> None:
+        entries = record.entries
+        starts = np.zeros(len(entries) + 1, np.int64)
+        np.cumsum([entry.rows for entry in entries], out=starts[1:])
+        stamps = np.array([entry.stamp or _NO_STAMP for entry in entries], np.int64).reshape(len(entries), 3)
+        errors = {place: entry.error for place, entry in enumerate(entries) if entry.error}
+        number = len(self._parts)
+        self._parts.append(_Part(name, record.run, starts, stamps, errors))
+        self._names.add(name)
+        self._where |= {entry.key: number << 32 | place for place, entry in enumerate(entries)}
+
+    # --- reading arrays ---------------------------------------------------------------------------------------------
+
+    def gather(self, array: str, wanted: Sequence[Rows], reader: ArrayReader) -> Array:
+        """Rows of several results, one after the other, read in the order in which they lie in the parts."""
+        places, at = [], 0
+        for key, first, count in wanted:
+            part, place = self._find(key)
+            places.append((part.name, int(part.starts[place]) + first, count, at))
+            at += count
+        found: Array | None = None
+        for name, first, count, to in sorted(places):
+            opened = reader.open(self.array_file(name, array))
+            if found is None:
+                found = np.empty((at, *opened.shape[1:]), opened.dtype)
+            opened.read_into(found[to : to + count], first)
+        assert found is not None, "gather needs at least one row"
+        return found
+
+    def place_of(self, array: str, key: str) -> Place:
+        """Where the rows of a result are."""
+        part, place = self._find(key)
+        first, stop = part.starts[place : place + 2].tolist()
+        return Place(self.array_file(part.name, array), first, stop - first)
+
+    def array_file(self, name: str, array: str) -> Path:
+        """The file of an array of a part."""
+        return self.data / f"{name}.{array}.npy"
+
+
+class ArrayReader:
+    """``.npy`` files, a few of which are kept open. Memory maps would count as memory, and each as an open file."""
+
+    def __init__(self) -> None:
+        self._opened: OrderedDict[Path, _ArrayFile] = OrderedDict()
+
+    def open(self, path: Path) -> _ArrayFile:
+        """The file, opened now or before; the one that was not asked for longest is closed."""
+        if path not in self._opened:
+            if len(self._opened) >= _MOST_OPEN:
+                self._opened.popitem(last=False)[1].close()
+            self._opened[path] = _ArrayFile(path)
+        self._opened.move_to_end(path)
+        return self._opened[path]
+
+    def close(self) -> None:
+        """Close all files."""
+        while self._opened:
+            self._opened.popitem()[1].close()
+
+
+class _ArrayFile:
+    def __init__(self, path: Path):
+        self.stream = path.open("rb", buffering=0)
+        version = np.lib.format.read_magic(self.stream)
+        read_header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}[version[0]]
+        self.shape, _, self.dtype = read_header(self.stream)
+        self.begin = self.stream.tell()
+        self.row_bytes = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
+
+    def read_into(self, rows: Array, first: int) -> None:
+        """Fill ``rows``, contiguous, from the ``first`` row of the file on."""
+        at = self.begin + first * self.row_bytes
+        left = rows.data.cast("B") if rows.nbytes else memoryview(b"")
+        while left:
+            read = self._read(left, at)
+            if not read:
+                raise OSError(f"{self.stream.name}: shorter than recorded; give the same command again.")
+            left, at = left[read:], at + read
+
+    def _read(self, into: memoryview, at: int) -> int:
+        if hasattr(os, "preadv"):  # a forked process shares the position of an open file
+            return os.preadv(self.stream.fileno(), [into], at)
+        self.stream.seek(at)
+        return self.stream.readinto(into)
+
+    def close(self) -> None:
+        self.stream.close()
+
+
+def write_array(stream: IO[bytes], pieces: Sequence[Array]) -> None:
+    """An ``.npy`` of consecutive pieces. Unlike ``np.save``, says so in the usual way when the disk is full."""
+    dtype, shape = pieces[0].dtype, (sum(map(len, pieces)), *pieces[0].shape[1:])
+    write_array_header(stream, dtype, shape)
+    for piece in pieces:
+        stream.write(np.ascontiguousarray(piece, dtype=dtype).data)
+
+
+def write_array_header(stream: IO[bytes], dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+    """The header of an ``.npy``."""
+    descr = np.lib.format.dtype_to_descr(dtype)
+    np.lib.format.write_array_header_2_0(stream, {"descr": descr, "fortran_order": False, "shape": shape})
+
+
+def blocks(counts: Iterable[tuple[str, int]], most_rows: int) -> Iterator[list[Rows]]:
+    """Keys with their numbers of rows, cut into blocks of ``most_rows``; a result may be spread over several."""
+    block: list[Rows] = []
+    room = most_rows
+    for key, count in counts:
+        first = 0
+        while first < count:
+            taken = min(room, count - first)
+            block.append(Rows(key, first, taken))
+            first, room = first + taken, room - taken
+            if room == 0:
+                yield block
+                block, room = [], most_rows
+    if block:
+        yield block
+
+
+# --- stamps, records, settings ------------------------------------------------------------------------------------
+
+
+def stamp_of(path: str | os.PathLike[str]) -> Stamp:
+    """Size, time of change in ns and inode of a file; ``(-2, 0, 0)`` if it cannot be looked at."""
+    try:
+        status = Path(path).stat()
+    except (OSError, ValueError):
+        return -2, 0, 0
+    # Inodes of some file systems have 64 bits without a sign.
+    return status.st_size, status.st_mtime_ns, status.st_ino & 0x7FFF_FFFF_FFFF_FFFF
+
+
+def key_of(path: str | os.PathLike[str]) -> str:
+    """The absolute path without ``..``: a run that is resumed from another folder finds its results."""
+    return os.path.abspath(path)  # noqa: PTH100  (Path.absolute keeps "..")
+
+
+def same_content(file: Path, recorded: tuple[int, int]) -> bool:
+    """Whether a file has the recorded size and CRC-32."""
+    try:
+        return file.stat().st_size == recorded[0] and _size_and_crc(file) == recorded
+    except OSError:
+        return False
+
+
+def same_size(file: Path, recorded: tuple[int, int]) -> bool:
+    """Whether a file has the recorded size: enough where reading it all would take long, and torn files cannot be."""
+    try:
+        return file.stat().st_size == recorded[0]
+    except OSError:
+        return False
+
+
+def compare_settings(where: Path, recorded: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Raise ConfigError that shows the settings that differ, if any do."""
+    keys = [key for key in {**settings, **recorded} if not key.startswith("_")]
+    differing = [key for key in keys if recorded.get(key) != settings.get(key)]
+    if differing:
+        shown = ", ".join(f"{key}={recorded.get(key)!r}, now {settings.get(key)!r}" for key in differing)
+        raise ConfigError(
+            f"{where} is of a run with other settings ({shown}); choose another name, or overwrite it to begin anew."
+        )
+
+
+def _is_ours(name: str) -> bool:
+    return _OURS.fullmatch(name) is not None
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    try:
+        settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{file}: damaged ({error}); remove the folder, or overwrite it, to begin anew.") from error
+    return settings
+
+
+def _encode_record(record: Record) -> bytes:
+    """One line of JSON, and one with its CRC-32."""
+    body = json.dumps(record._asdict(), ensure_ascii=True).encode()
+    return b"%s\n%08x\n" % (body, zlib.crc32(body))
+
+
+def _read_record(file: Path) -> Record:
+    """Raises one of ``_DAMAGE`` if there is something wrong with it."""
+    body, crc, *_ = file.read_bytes().split(b"\n")
+    if int(crc, 16) != zlib.crc32(body):
+        raise ValueError("its checksum is wrong")
+    held = json.loads(body)
+    entries = [
+        Entry(key, rows, tuple(stamp), error, tuple(names)) for key, rows, stamp, error, names in held["entries"]
+    ]
+    files = {name: (size, crc) for name, (size, crc) in held["files"].items()}
+    return Record(held["run"], held["made_ns"], entries, files)
+
+
+def _size_and_crc(file: Path) -> tuple[int, int]:
+    size, crc = 0, 0
+    with file.open("rb", buffering=0) as stream:
+        while chunk := stream.read(_READ_BYTES):
+            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+    return size, crc
