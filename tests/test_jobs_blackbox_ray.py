@@ -13,8 +13,8 @@ from interruptions import write_clips
 from test_cli import run as run_here
 from test_jobs_blackbox import CHANGES, DAMAGE, REPLACED, TOLD, changed_model
 
-from m2d_embed.jobs.embed import Summary
 from m2d_embed.errors import ConfigError
+from m2d_embed.jobs.embed import Summary
 from m2d_embed.model import M2D
 from m2d_embed.ray import Actors, embed_dataset
 
