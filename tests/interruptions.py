@@ -25,6 +25,7 @@ OPEN_FILES = 64  # a limit as it is met in containers and old clusters, only sma
 _POLL_SECONDS = 0.001
 _TIMEOUT = 300
 _MODULES_OF_PARTS = ("m2d_embed.jobs.embed", "m2d_embed.embed_files")
+RECORDS = "_m2d_embed"
 LEFT_WHILE_AT_WORK = ("partial", "tmp", "shard", "whole", "part-")
 
 
@@ -160,10 +161,18 @@ def kill_at_work(arguments: Sequence[str], folder: Path, changes: int, sign: int
 
 
 def leftovers(folder: Path) -> set[str]:
-    """What below a folder looks like work in progress; hidden lock files are allowed to stay."""
-    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
-    locks = {name for name in names if Path(name).name.startswith(".") and name.endswith(".lock")}
-    return {name for name in names - locks if any(word in name for word in LEFT_WHILE_AT_WORK)}
+    """What below a folder looks like work in progress.
+
+    Hidden lock files may stay, and so does, in a folder of results, the record of what they are.
+    """
+    found = set()
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        words = ("partial", "tmp") if f"/{RECORDS}/" in f"/{name}" else LEFT_WHILE_AT_WORK
+        is_lock = path.name.startswith(".") and path.suffix == ".lock"
+        if not is_lock and any(word in name for word in words):
+            found.add(name)
+    return found
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
