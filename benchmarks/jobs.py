@@ -3,9 +3,11 @@
 python -m benchmarks.jobs                       # writes benchmarks/jobs.json; 16 GB of disk, about an hour
 python -m benchmarks.jobs --rows 100000 --clips 0      # the merge alone, of fewer rows
 
-The merge: parts of random rows, as a run leaves them that was killed at its very end, are put together into the output.
-Memory is that of the process beyond what it had before; time is set against ``shutil.copyfile`` of the same output on
-the same disk, both with the files they read in memory (warm) and not (cold), and both until the disk has everything.
+The merge: parts of random rows, as a run leaves them that was killed at its very end, are taken up, which compares the
+checksum of each, and then put together into the output. Memory is that of the process beyond what it had before; the
+time of putting together is set against ``shutil.copyfile`` of the output on the same disk, both until the disk has
+everything. Cold: the system was told to drop all files from its memory before; the merge then still finds what the
+check has just read, if that fits.
 
 The overhead: ``embed`` of many clips of 1 s by this code and by another revision of it, taking turns.
 """
@@ -30,8 +32,10 @@ import soundfile
 import typer
 
 from benchmarks.timing import machine, measure
-from m2d_embed.jobs.outputs import EMBEDDINGS
-from m2d_embed.jobs.store import Entry, PartStore, key_of, stamp_of
+from m2d_embed.files import atomic_write
+from m2d_embed.jobs.outputs import EMBEDDINGS, Listing, write_output
+from m2d_embed.jobs.store import Entry, PartStore, key_of
+from m2d_embed.profiling import peak_memory
 
 RESULT = Path(__file__).with_suffix(".json")
 ROOT = Path(__file__).parents[1]
@@ -39,6 +43,7 @@ DIM = 1920
 _ROWS_A_PART = 1000
 _ROWS_SORTED = 2048  # embed sorts so many clips by length, so parts do not have the files' order
 _RATE = 16_000
+_SETTINGS = {"kind": "scene", "dim": DIM, "model": "none", "fingerprint": "of random rows"}
 
 
 # --- merging ----------------------------------------------------------------------------------------------------------
@@ -55,45 +60,52 @@ def parts_of(rows: int) -> Iterator[tuple[list[int], np.ndarray[Any, np.dtype[np
         yield numbers, np.random.default_rng(first).standard_normal((len(numbers), DIM), np.float32)
 
 
+def name_of(number: int) -> str:
+    return f"sounds/recordings/{number // 1000:06}/{number:09}.wav"
+
+
 def make_parts(folder: Path, output: Path, rows: int) -> None:
     """Parts as a run keeps them, of clips that need not be there."""
-    folder.mkdir()
     store = PartStore(folder, output)
-    for numbers, embeddings in parts_of(rows):
-        entries = [Entry(key_of(_clip(number)), 1, stamp_of(_clip(number))) for number in numbers]
-        store.add(entries, {EMBEDDINGS: [embeddings]})
+    with store.claim():
+        store.open(_SETTINGS)
+        for numbers, embeddings in parts_of(rows):
+            entries = [Entry(key_of(name_of(number)), 1, (32_044, number, number)) for number in numbers]
+            store.add(entries, {EMBEDDINGS: [embeddings]})
 
 
-def _clip(number: int) -> str:
-    return f"recordings/clip-{number:08}.wav"
+def merge(folder: Path, output: Path, rows: int) -> dict[str, float]:
+    """Take up the parts and put them together: seconds of each, and MB beyond what the process had before."""
+    import pyarrow.parquet  # noqa: F401  (counts as memory that was there before)
+
+    before = peak_memory() or 0
+    started = time.perf_counter()
+    store = PartStore(folder, output)
+    with store.claim():
+        store.open(_SETTINGS)
+        store.check()
+        opened = time.perf_counter()
+        names = [name_of(number) for number in range(rows)]
+        with atomic_write(output) as partial:
+            write_output(partial, output.suffix, store, Listing(names, [key_of(name) for name in names]), _SETTINGS)
+    ended = time.perf_counter()
+    return {
+        "take up": opened - started,
+        "merge": ended - opened,
+        "MB": ((peak_memory() or 0) - before) / 1e6,
+    }
 
 
-# As the last step of ``embed``, but that the parts stay.
 _MERGE = """
-import json, sys, time
+import json, sys
 from pathlib import Path
-
-import pyarrow.parquet  # what loading it takes is not counted
-
-from m2d_embed.files import atomic_write
-from m2d_embed.jobs.outputs import Listing, write_output
-from m2d_embed.jobs.store import PartStore, key_of
-from m2d_embed.profiling import peak_memory
-
-folder, output, rows = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-before, started = peak_memory(), time.perf_counter()
-store = PartStore(folder, output)
-store.refresh()
-names = [f"recordings/clip-{number:08}.wav" for number in range(rows)]
-with atomic_write(output, within=folder) as partial:
-    listing = Listing(names, [key_of(name) for name in names])
-    write_output(partial, output.suffix, store, listing, {"kind": "scene", "dim": 1920})
-print(json.dumps({"seconds": time.perf_counter() - started, "MB": (peak_memory() - before) / 1e6}))
+from benchmarks.jobs import merge
+print(json.dumps(merge(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))))
 """
 
 
 def merge_in_a_process(folder: Path, output: Path, rows: int) -> dict[str, float]:
-    """Put parts together; seconds, and MB of memory beyond what the process had before."""
+    """``merge`` in a process of its own."""
     command = [sys.executable, "-c", _MERGE, str(folder), str(output), str(rows)]
     found: dict[str, float] = json.loads(subprocess.check_output(command, cwd=ROOT))
     return found
@@ -130,6 +142,7 @@ def forget(folder: Path) -> None:
 
 def measure_merge(rows: int, suffix: str, rounds: int) -> dict[str, Any]:
     """Memory and time of the merge, and the time of copying what comes of it."""
+    taken_up: dict[str, list[float]] = {"cold": [], "warm": []}
     merges: dict[str, list[float]] = {"cold": [], "warm": []}
     copies: dict[str, list[float]] = {"cold": [], "warm": []}
     memory = []
@@ -142,7 +155,8 @@ def measure_merge(rows: int, suffix: str, rounds: int) -> dict[str, Any]:
             if state == "cold":
                 forget(folder)
             merged = merge_in_a_process(folder / "parts", output, rows)
-            merges[state].append(merged["seconds"])
+            taken_up[state].append(merged["take up"])
+            merges[state].append(merged["merge"])
             memory.append(merged["MB"])
             if state == "cold":
                 forget(folder)
@@ -159,6 +173,7 @@ def measure_merge(rows: int, suffix: str, rounds: int) -> dict[str, Any]:
         "peak memory, MB": round(max(memory)),
         **{
             state: {
+                "take up and verify, s": round(min(taken_up[state]), 1),
                 "merge, s": round(min(merges[state]), 1),
                 "copy, s": round(min(copies[state]), 1),
                 "ratio": round(min(merges[state]) / min(copies[state]), 2),

@@ -10,7 +10,9 @@ import importlib.util
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from enum import StrEnum
@@ -649,6 +651,8 @@ def _common(
 
 def main() -> None:
     """Run the command line; errors of ours are printed without a traceback."""
+    if threading.current_thread() is threading.main_thread():  # others may not set handlers
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         app()
     except M2DEmbedError as error:
@@ -664,6 +668,11 @@ def main() -> None:
         hint = "; what was done is kept, try again to go on" if error.errno in _DISK_FULL else ""
         print(f"error: {error.strerror}{where}{hint}", file=sys.stderr)
         sys.exit(2)
+
+
+def _terminate(number: int, frame: object) -> None:
+    """End as on Ctrl-C, so that what is done is kept: clusters and containers ask in this way."""
+    sys.exit(128 + number)
 
 
 def _require_extra(extra: str, *modules: str) -> None:

@@ -30,7 +30,7 @@ from m2d_embed.files import atomic_write
 from m2d_embed.jobs.embed import STORE_IN_FOLDER, Summary
 from m2d_embed.jobs.outputs import metadata_of
 from m2d_embed.jobs.settings import Kind, job_settings
-from m2d_embed.jobs.store import Entry, PartStore, Record, key_of, same_content, stamp_of
+from m2d_embed.jobs.store import Entry, PartStore, Record, key_of, stamp_of
 from m2d_embed.model import M2D, parse_dtype
 
 if TYPE_CHECKING:
@@ -236,7 +236,7 @@ class _OutputFolder:
         if overwrite:
             self.store.forget_everything()
         recorded = self.store.open(settings | {"_root": str(Path.cwd())})
-        self.store.check(same_content)
+        self.store.check()
         self.store.remove_unfinished()
         whole = {*self.store.names()}
         for part in self.path.glob("part-*.parquet"):

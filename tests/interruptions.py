@@ -6,7 +6,6 @@ command line with shorter parts: ``python tests/interruptions.py SECONDS embed .
 
 import itertools
 import os
-import re
 import resource
 import signal
 import subprocess
@@ -24,6 +23,7 @@ import soundfile
 OPEN_FILES = 64  # a limit as it is met in containers and old clusters, only smaller
 _POLL_SECONDS = 0.001
 _TIMEOUT = 300
+RECORDS = "_m2d_embed"
 LEFT_WHILE_AT_WORK = ("partial", "tmp", "shard", "whole", "part-")
 
 
@@ -159,10 +159,18 @@ def kill_at_work(arguments: Sequence[str], folder: Path, changes: int, sign: int
 
 
 def leftovers(folder: Path) -> set[str]:
-    """What below a folder looks like work in progress. The records of a folder of results belong to it."""
-    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
-    records = {name for name in names if re.search(r"_m2d_embed/part-\w+\.json$", name)}
-    return {name for name in names - records if any(word in name for word in LEFT_WHILE_AT_WORK)}
+    """What below a folder looks like work in progress.
+
+    Hidden lock files may stay, and so does, in a folder of results, the record of what they are.
+    """
+    found = set()
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        words = ("partial", "tmp") if f"/{RECORDS}/" in f"/{name}" else LEFT_WHILE_AT_WORK
+        is_lock = path.name.startswith(".") and path.suffix == ".lock"
+        if not is_lock and any(word in name for word in words):
+            found.add(name)
+    return found
 
 
 # --- results ----------------------------------------------------------------------------------------------------------

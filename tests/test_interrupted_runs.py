@@ -115,10 +115,9 @@ class Job:
 
 
 def leftovers_besides(output: Path) -> set[str]:
-    """What looks left over, but for the parquet files and records of ``embed_dataset``, which are its output."""
-    found = leftovers(output.parent)
-    is_output = output.is_dir() and any(output.glob("*.parquet"))
-    return {name for name in found if not (is_output and Path(name).stem.startswith("part-") and "partial" not in name)}
+    """What looks left over, but for the Parquet files of ``embed_dataset``, which are its output."""
+    results = {file.relative_to(output.parent).as_posix() for file in output.glob("part-*.parquet")}
+    return leftovers(output.parent) - results
 
 
 def torture(job: Job, kills: int, seed: int) -> None:

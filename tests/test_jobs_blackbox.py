@@ -40,7 +40,7 @@ from interruptions import run as run_process
 from test_cli import Result
 from test_cli import run as run_here
 
-from m2d_embed import embed_files
+from m2d_embed.jobs.embed import embed_files
 from m2d_embed.model import M2D
 
 OUTPUTS = ["out.parquet", "out.npz", "out"]

@@ -13,14 +13,15 @@ from interruptions import write_clips
 from test_cli import run as run_here
 from test_jobs_blackbox import CHANGES, DAMAGE, REPLACED, TOLD, changed_model
 
-from m2d_embed.jobs.embed import Summary
 from m2d_embed.errors import ConfigError
+from m2d_embed.jobs.embed import Summary
 from m2d_embed.model import M2D
 from m2d_embed.ray import Actors, embed_dataset
 
 pytest.importorskip("ray", reason="needs the extra 'ray'")
 
 _BAD = 3
+_GOOD = 29
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def clips(tmp_path) -> list[Path]:
-    return write_clips(tmp_path / "in", 24, bad=[_BAD], seed=2)
+    return write_clips(tmp_path / "in", 30, bad=[_BAD], seed=2)
 
 
 @pytest.fixture
@@ -80,46 +81,46 @@ def assert_right(out: Path, clips: list[Path], model: Path) -> None:
     assert np.abs(got - M2D.from_pretrained(model).encode(list(by_name))).max() <= 1e-5
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_part_is_made_again_and_told(embed, out, clips, model, caplog, damage):
-    assert embed().embedded == 23
-    DAMAGE[damage](parts_of(out)[1])
+def test_damaged_parts_are_made_again_and_told(embed, out, clips, model, caplog):
+    assert embed().embedded == _GOOD
+    for damage, part in zip(DAMAGE.values(), parts_of(out), strict=False):  # one part stays whole
+        damage(part)
     caplog.clear()
     again = embed()
-    assert again.embedded + again.resumed == 23
-    assert 0 < again.embedded <= 6
+    assert again.embedded + again.resumed == _GOOD
+    assert 5 <= again.resumed <= 6
     assert_right(out, clips, model)
     assert any(word in caplog.text.lower() for word in TOLD)
 
 
 def test_damaged_records_are_made_again(embed, out, clips, model):
     """Whatever of the job's own files a power cut has torn, but for what says which job it is."""
-    assert embed().embedded == 23
+    assert embed().embedded == _GOOD
     records = [file for file in out.rglob("*") if file.is_file() and file.suffix != ".parquet" and "part" in file.name]
     assert records
     for file in records[::2]:
         os.truncate(file, file.stat().st_size // 2)
     again = embed()
-    assert again.embedded + again.resumed == 23
+    assert again.embedded + again.resumed == _GOOD
     assert again.embedded
     assert_right(out, clips, model)
 
 
-@pytest.mark.parametrize("replace", REPLACED)
-def test_a_sound_that_was_replaced_since_is_embedded_again(embed, out, clips, model, replace):
-    assert embed().embedded == 23
-    replace(clips[0], clips[20])
+def test_sounds_that_were_replaced_since_are_embedded_again(embed, out, clips, model):
+    assert embed().embedded == _GOOD
+    for number, replace in enumerate(REPLACED):
+        replace(clips[number], clips[number + 20])
     again = embed()
-    assert 0 < again.embedded <= 6
+    assert 3 <= again.embedded < _GOOD
     assert_right(out, clips, model)
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: next(iter(change)))
-def test_a_folder_of_another_model_is_refused(embed, tmp_path, model, change):
+def test_a_folder_of_another_model_is_refused(embed, tmp_path, model):
     embed()
-    other = changed_model(model, tmp_path / "other", **change)
-    with pytest.raises(ConfigError, match=f"settings|{next(iter(change))}"):
-        embed(model=str(other))
+    for change in CHANGES[:2]:
+        other = changed_model(model, tmp_path / next(iter(change)), **change)
+        with pytest.raises(ConfigError, match=f"settings|{next(iter(change))}"):
+            embed(model=str(other))
 
 
 def test_times_are_kept_in_double_precision(embed, out):
@@ -150,7 +151,7 @@ def test_every_reader_opens_the_folder(embed, out):
     embed()
     for reader in (by_pyarrow, by_pandas, by_polars, by_duckdb):
         try:
-            assert reader(out) == 24, reader
+            assert reader(out) == 30, reader
         except pytest.skip.Exception:
             continue
 
@@ -160,7 +161,7 @@ def test_similar_takes_the_folder_and_a_part_of_it(embed, out, clips, model):
     query = shutil.copy(clips[0], out.parent / "query.wav")
     options = ["--model", model, "--device", "cpu", "-k", 100]
     with_error = next(part for part in parts_of(out) if pq.read_table(part)["error"].null_count < 6)
-    for among, count in ((out, 23), (with_error, 5)):
+    for among, count in ((out, _GOOD), (with_error, 5)):
         done = run_here("similar", query, among, *options)
         assert done.returncode == 0, done.stderr
         lines = done.stdout.splitlines()

@@ -227,7 +227,7 @@ def test_a_file_that_changed_is_computed_anew(tmp_path, items, caplog, times):
     assert "1 files have changed since" in caplog.text
 
 
-@pytest.mark.parametrize("harm", ["lost", "cut", "record"])
+@pytest.mark.parametrize("harm", ["lost", "cut", "bit", "record"])
 def test_a_lost_or_damaged_part_is_computed_anew(tmp_path, items, caplog, harm):
     cache = build_cache(tmp_path / "cache", items, TINY, workers=0)
     expected = [frames_of(cache, index) for index in (0, 1, 2, 4)]
@@ -237,7 +237,8 @@ def test_a_lost_or_damaged_part_is_computed_anew(tmp_path, items, caplog, harm):
     elif harm == "lost":
         part.unlink()
     else:
-        part.write_bytes(part.read_bytes()[:-7])
+        content = part.read_bytes()
+        part.write_bytes(content[:-7] if harm == "cut" else content[:-1] + bytes([content[-1] ^ 1]))
     again = build_cache(tmp_path / "cache", items, TINY, workers=0)
     for index, frames in zip((0, 1, 2, 4), expected, strict=True):
         np.testing.assert_array_equal(frames_of(again, index), frames)

@@ -25,7 +25,7 @@ from m2d_embed.errors import AudioError
 from m2d_embed.evaluate.features import Vectors
 from m2d_embed.jobs.outputs import EMBEDDINGS
 from m2d_embed.jobs.settings import fingerprint
-from m2d_embed.jobs.store import ArrayReader, Entry, PartStore, Rows, same_content
+from m2d_embed.jobs.store import ArrayReader, Entry, PartStore, Rows
 from m2d_embed.model import M2D
 
 log = logging.getLogger("m2d_embed")
@@ -132,7 +132,7 @@ class _Cache:
         """Content -> embedding of what is wanted and there."""
         try:
             self.store.refresh()
-            self.store.check(same_content, contents)
+            self.store.check(contents)
             found = [content for content in contents if self.store.has(content)]
             if not found:
                 return {}

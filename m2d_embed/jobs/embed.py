@@ -30,7 +30,7 @@ from m2d_embed.errors import AudioError, ConfigError
 from m2d_embed.files import atomic_write
 from m2d_embed.jobs.outputs import EMBEDDINGS, ENDINGS, TIMES, Listing, write_output
 from m2d_embed.jobs.settings import Kind, job_settings
-from m2d_embed.jobs.store import Entry, PartStore, Stamp, key_of, same_content, stamp_of, write_array
+from m2d_embed.jobs.store import Entry, PartStore, Stamp, key_of, stamp_of, write_array
 from m2d_embed.model import M2D
 from m2d_embed.profiling import OPENING, WRITING
 
@@ -288,7 +288,7 @@ class FileOutput(Output):
     def join(self, settings: dict[str, Any]) -> None:
         self.settings = settings | {"root": os.getcwd()}  # noqa: PTH109
         self.store.open(settings)
-        self.store.check(same_content)
+        self.store.check()
 
     def _write(self, pending: Sequence[tuple[Path, Stamp, Result | AudioError]]) -> None:
         entries = [_entry(*one) for one in pending]
@@ -332,7 +332,7 @@ class FolderOutput(Output):
         recorded = self.store.open(settings | {"_root": _common_folder(self._files)})
         self._root = recorded["_root"]
         self._refuse_shared_names()
-        self.store.check(same_content)
+        self.store.check()
 
     def _refuse_shared_names(self) -> None:
         taken: dict[Path, Path] = {}

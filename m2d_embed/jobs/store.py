@@ -27,7 +27,7 @@ import time
 import uuid
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from shutil import rmtree
@@ -107,10 +107,6 @@ class _Part(NamedTuple):
     starts: npt.NDArray[np.int64]  # (entries + 1,): first row of each, and the number of all
     stamps: npt.NDArray[np.int64]  # (entries, 3)
     errors: dict[int, str]
-
-
-#: Whether a file is the one that was recorded, with its size and CRC-32.
-Intact = Callable[[Path, tuple[int, int]], bool]
 
 
 class PartStore:
@@ -248,8 +244,8 @@ class PartStore:
             if file.name.partition(".")[0] not in recorded:
                 file.unlink(missing_ok=True)
 
-    def check(self, intact: Intact, keys: Iterable[str] | None = None) -> None:
-        """Forget results, of all keys or of some, whose files are not ``intact``; said in a warning."""
+    def check(self, keys: Iterable[str] | None = None) -> None:
+        """Forget results, of all keys or of some, whose files are not as recorded; said in a warning."""
         wanted = None if keys is None else {self._where[key] >> 32 for key in keys if key in self._where}
         for number, part in enumerate(self._parts):
             if wanted is not None and number not in wanted:
@@ -261,7 +257,7 @@ class PartStore:
             owned = {name for entry in record.entries for name in entry.files}
             current = [e for place, e in enumerate(record.entries) if self._where.get(e.key) == number << 32 | place]
             needed = {name for e in current for name in e.files} | ({*record.files} - owned if current else set())
-            bad = {name for name in needed if not intact(self.data / name, record.files[name])}
+            bad = {name for name in needed if not _is_intact(self.data / name, record.files[name])}
             lost = [e for e in current if bad & set(e.files or record.files)]
             if lost:
                 what = ", ".join(sorted(bad)[:3]) + (" ..." if len(bad) > 3 else "")
@@ -508,22 +504,6 @@ def key_of(path: str | os.PathLike[str]) -> str:
     return os.path.abspath(path)  # noqa: PTH100  (Path.absolute keeps "..")
 
 
-def same_content(file: Path, recorded: tuple[int, int]) -> bool:
-    """Whether a file has the recorded size and CRC-32."""
-    try:
-        return file.stat().st_size == recorded[0] and _size_and_crc(file) == recorded
-    except OSError:
-        return False
-
-
-def same_size(file: Path, recorded: tuple[int, int]) -> bool:
-    """Whether a file has the recorded size: enough where reading it all would take long, and torn files cannot be."""
-    try:
-        return file.stat().st_size == recorded[0]
-    except OSError:
-        return False
-
-
 def compare_settings(where: Path, recorded: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Raise ConfigError that shows the settings that differ, if any do."""
     keys = [key for key in {**settings, **recorded} if not key.startswith("_")]
@@ -564,6 +544,13 @@ def _read_record(file: Path) -> Record:
     ]
     files = {name: (size, crc) for name, (size, crc) in held["files"].items()}
     return Record(held["run"], held["made_ns"], entries, files)
+
+
+def _is_intact(file: Path, recorded: tuple[int, int]) -> bool:
+    try:
+        return file.stat().st_size == recorded[0] and _size_and_crc(file) == recorded
+    except OSError:
+        return False
 
 
 def _size_and_crc(file: Path) -> tuple[int, int]:

@@ -27,7 +27,7 @@ from m2d_embed.errors import AudioError, ConfigError, TrainingError
 from m2d_embed.files import atomic_write
 from m2d_embed.frontend import LogMel
 from m2d_embed.jobs.settings import NUMERICS
-from m2d_embed.jobs.store import ArrayReader, Entry, PartStore, key_of, same_size, stamp_of, write_array_header
+from m2d_embed.jobs.store import ArrayReader, Entry, PartStore, key_of, stamp_of, write_array_header
 from m2d_embed.pretrain.sources import Item
 from m2d_embed.pretrain.workers import start_worker
 
@@ -129,7 +129,7 @@ def build_cache(
         with store.exclusively():
             store.open({**config.front_end, "numerics": NUMERICS})
             store.remove_unfinished()
-            store.check(same_size)  # of parts that were on the disk before they were recorded
+            store.check()
             _complete(store, keys, config, workers, on_progress)
     except OSError as error:
         raise ConfigError(f"{folder}: the cache cannot be written here ({error.strerror or error}).") from error
