@@ -17,7 +17,7 @@ from conftest import DATA, TINY
 from m2d_embed.audio import load_audio
 from m2d_embed.errors import AudioError, ConfigError, TrainingError
 from m2d_embed.frontend import LogMel
-from m2d_embed.jobs import store
+from m2d_embed.jobs import arrays
 from m2d_embed.pretrain import mel_cache
 from m2d_embed.pretrain.mel_cache import MelCache, build_cache
 from m2d_embed.pretrain.sources import Item
@@ -249,7 +249,7 @@ def test_a_lost_or_damaged_part_is_computed_anew(tmp_path, items, caplog, harm):
 def test_many_parts_take_few_open_files(tmp_path, items, monkeypatch):
     monkeypatch.setattr(mel_cache, "_PART_FILES", 1)
     cache = build_cache(tmp_path / "cache", [*items[:3], *items[4:9]] * 2, TINY, workers=0)
-    monkeypatch.setattr(store, "_MOST_OPEN", 3)
+    monkeypatch.setattr(arrays, "_MOST_OPEN", 3)
     before = len(list(Path("/proc/self/fd").iterdir()))
     expected = [frames_of(cache, index) for index in range(8)]
     assert len(list(Path("/proc/self/fd").iterdir())) <= before + 3

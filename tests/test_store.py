@@ -17,14 +17,17 @@ import pytest
 from m2d_embed import files
 from m2d_embed.errors import ConfigError
 from m2d_embed.files import atomic_write, write_json
+from m2d_embed.jobs import arrays
+from m2d_embed.jobs import index as index_module
 from m2d_embed.jobs import store as module
+from m2d_embed.jobs.arrays import ArrayReader
+from m2d_embed.jobs.index import ABSENT, Index
+from m2d_embed.jobs.outputs import _blocks
 from m2d_embed.jobs.store import (
-    ArrayReader,
     BusyError,
     Entry,
+    Located,
     PartStore,
-    Rows,
-    blocks,
     key_of,
     stamp_of,
 )
@@ -50,7 +53,7 @@ def add(store, *numbers, rows=1):
 
 def values(store, *numbers):
     with closing(ArrayReader()) as reader:
-        return store.gather("x", [Rows(f"k{n}", 0, store.rows_of(f"k{n}")) for n in numbers], reader)[:, 0].tolist()
+        return store.read("x", store.locate(f"k{n}" for n in numbers), reader)[:, 0].tolist()
 
 
 def test_results_are_found_by_another_process(tmp_path):
@@ -239,28 +242,68 @@ def test_a_killed_process_leaves_no_claim(tmp_path):
         pass
 
 
-def test_gather_in_any_order_with_few_open_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_MOST_OPEN", 2)
+def test_results_in_any_order_with_few_open_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(arrays, "_MOST_OPEN", 2)
     store = opened(tmp_path / "s")
     for part in range(30):
         add(store, *range(10 * part, 10 * part + 10), rows=2)
     order = np.random.default_rng(0).permutation(300).tolist()
+    located = store.locate(f"k{n}" for n in order)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 6, limits[1]))
     try:
-        got = []
         with closing(ArrayReader()) as reader:
-            for block in blocks(((f"k{n}", 2) for n in order), 7):
-                assert sum(rows.length for rows in block) <= 7
-                got.append(store.gather("x", block, reader))
+            whole = store.read("x", located, reader)
+            some = store.read("x", Located(*(column[7:9] for column in located)), reader)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    assert np.array_equal(np.concatenate(got), np.concatenate([rows_like(n, 2) for n in order]))
+    assert np.array_equal(whole, np.concatenate([rows_like(n, 2) for n in order]))
+    assert np.array_equal(some, whole[14:18])
 
 
-def test_blocks_cut_long_results():
-    cut = list(blocks([("a", 5), ("b", 0), ("c", 2)], 3))
-    assert cut == [[Rows("a", 0, 3)], [Rows("a", 3, 2), Rows("c", 0, 1)], [Rows("c", 1, 1)]]
+@pytest.mark.parametrize("most_rows", [1, 2, 3, 5, 7, 100])
+def test_outputs_are_written_in_blocks(most_rows):
+    located = Located(np.array([5, 6, 7, 8]), np.array([100, 200, 300, 400]), np.array([5, 1, 0, 4]))
+    rows = []
+    for first, block in _blocks(located, most_rows):
+        assert 0 < block.rows.sum() <= most_rows
+        for part, start, length in zip(*(column.tolist() for column in block), strict=True):
+            assert part == located.parts[first]
+            rows += [(part, start + i) for i in range(length)]
+            first += 1
+    assert rows == [(p, f + i) for p, f, n in zip(*(c.tolist() for c in located), strict=True) for i in range(n)]
+
+
+def test_an_index_of_many_keys():
+    """As a dictionary, whatever is set in whatever order."""
+    index, expected = Index(), {}
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        keys = [f"k{n}" for n in rng.integers(3000, size=500)]
+        numbers = rng.integers(1 << 40, size=500)
+        if rng.random() < 0.5:
+            index.set_many(keys, numbers)
+            expected |= dict(zip(keys, numbers.tolist(), strict=True))
+        for key in (f"k{n}" for n in rng.integers(3000, size=100)):
+            index.set(key, ABSENT)
+            expected.pop(key, None)
+        for key in (f"k{n}" for n in rng.integers(3000, size=100)):
+            index.set(key, len(expected))
+            expected[key] = len(expected)
+        some = [f"k{n}" for n in range(0, 3000, 7)]
+        assert [index.get(key) for key in some] == [expected.get(key, ABSENT) for key in some]
+        if rng.random() < 0.5:
+            assert index.find(some).tolist() == [expected.get(key, ABSENT) for key in some]
+    assert Index().find(["a"]).tolist() == [ABSENT] and Index().get("a") == ABSENT
+
+
+def test_hashes_that_end_in_zeros(monkeypatch):
+    """numpy drops zeros at the end of its strings."""
+    hashes = {"a": b"x" * 16, "b": b"x" * 15 + b"\0", "c": b"x" + b"\0" * 15, "d": b"\0" * 16, "e": b"y" * 16}
+    monkeypatch.setattr(index_module, "_hash", hashes.__getitem__)
+    index = Index()
+    index.set_many("abcd", np.arange(4))
+    assert [index.get(key) for key in "abcde"] == index.find("abcde").tolist() == [0, 1, 2, 3, ABSENT]
 
 
 def test_a_part_that_shrinks_is_no_silent_zero(tmp_path):

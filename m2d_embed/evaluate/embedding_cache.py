@@ -23,9 +23,10 @@ from m2d_embed import hub
 from m2d_embed.batching import encode_scenes
 from m2d_embed.errors import AudioError
 from m2d_embed.evaluate.features import Vectors
+from m2d_embed.jobs.arrays import ArrayReader
 from m2d_embed.jobs.outputs import EMBEDDINGS
 from m2d_embed.jobs.settings import fingerprint
-from m2d_embed.jobs.store import ArrayReader, Entry, PartStore, Rows
+from m2d_embed.jobs.store import Entry, PartStore
 from m2d_embed.model import M2D
 
 log = logging.getLogger("m2d_embed")
@@ -137,7 +138,7 @@ class _Cache:
             if not found:
                 return {}
             with closing(ArrayReader()) as reader:
-                matrix = self.store.gather(EMBEDDINGS, [Rows(content, 0, 1) for content in found], reader)
+                matrix = self.store.read(EMBEDDINGS, self.store.locate(found), reader)
         except OSError as error:
             log.warning("%s: cannot be read, so its clips are embedded again (%s).", self.folder, error)
             return {}

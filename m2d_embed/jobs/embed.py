@@ -28,9 +28,10 @@ from m2d_embed.audio import Clip
 from m2d_embed.batching import DEFAULT_PIPELINE, Pipeline, Timestamps, encode_scenes, encode_timestamps
 from m2d_embed.errors import AudioError, ConfigError
 from m2d_embed.files import atomic_write
+from m2d_embed.jobs.arrays import write_array
 from m2d_embed.jobs.outputs import EMBEDDINGS, ENDINGS, TIMES, Listing, write_output
 from m2d_embed.jobs.settings import Kind, job_settings
-from m2d_embed.jobs.store import Entry, PartStore, Stamp, key_of, stamp_of, write_array
+from m2d_embed.jobs.store import Entry, PartStore, Stamp, key_of, stamp_of
 from m2d_embed.model import M2D
 from m2d_embed.profiling import OPENING, WRITING
 
@@ -301,7 +302,7 @@ class FileOutput(Output):
     def finish(self, files: Sequence[Path]) -> None:
         """Put the parts together in the files' order, and remove them. Of no files at all nothing is left."""
         if files:
-            listing = Listing([str(file) for file in files], [key_of(file) for file in files])
+            listing = Listing([str(file) for file in files], map(key_of, files))
             with atomic_write(self.output, within=self.store.folder) as partial:
                 write_output(partial, self.output.suffix, self.store, listing, self.settings)
                 self._finished.touch()

@@ -26,12 +26,11 @@ import re
 import time
 import uuid
 import zlib
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from shutil import rmtree
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -39,17 +38,18 @@ from filelock import FileLock, Timeout
 
 from m2d_embed.errors import ConfigError
 from m2d_embed.files import TEMPORARY, atomic_write, write_json
+from m2d_embed.jobs.arrays import Array, ArrayReader, write_array
+from m2d_embed.jobs.index import ABSENT, Index
 
 log = logging.getLogger("m2d_embed")
 
-Array = npt.NDArray[Any]
+Numbers = npt.NDArray[np.int64]
 Stamp = tuple[int, ...]
 
 _SETTINGS = "settings.json"
 _CLAIMS = "claims"  # the lock under which claims are made
 _EVERYTHING = "all"  # the share of a run that does the whole job
 _NO_STAMP = (-1, -1, -1)
-_MOST_OPEN = 8  # files of parts: a job of a million clips has thousands, and a process may open a thousand
 _READ_BYTES = 1 << 20
 _OURS = re.compile(r"(claims|all|\d+-of-\d+)\.lock|part-.*|\..*\.partial")
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, IndexError)  # what reading a record that is damaged can raise
@@ -74,20 +74,12 @@ class Entry(NamedTuple):
     files: tuple[str, ...] = ()
 
 
-class Rows(NamedTuple):
-    """Consecutive rows of one result: the first, counted within it, and how many."""
+class Located(NamedTuple):
+    """Where some results are, one value each: number of the part, first row in it, and rows."""
 
-    key: str
-    first: int
-    length: int
-
-
-class Place(NamedTuple):
-    """Where the rows of a result are: in which ``.npy``, the first, and how many."""
-
-    file: Path
-    first: int
-    rows: int
+    parts: Numbers
+    firsts: Numbers
+    rows: Numbers
 
 
 class Record(NamedTuple):
@@ -104,8 +96,8 @@ class _Part(NamedTuple):
 
     name: str
     run: str
-    starts: npt.NDArray[np.int64]  # (entries + 1,): first row of each, and the number of all
-    stamps: npt.NDArray[np.int64]  # (entries, 3)
+    starts: Numbers  # (entries + 1,): first row of each, and the number of all
+    stamps: Numbers  # (entries, 3)
     errors: dict[int, str]
 
 
@@ -125,7 +117,7 @@ class PartStore:
         self.data = data or folder
         self.run = run or uuid.uuid4().hex
         self._parts: list[_Part] = []
-        self._where: dict[str, int] = {}  # key -> number of its part << 32 | its place there
+        self._index = Index()  # key -> number of its part << 32 | its place there
         self._names: set[str] = set()  # of parts
 
     # --- who is at work ---------------------------------------------------------------------------------------------
@@ -232,8 +224,10 @@ class PartStore:
             except _DAMAGE as error:
                 log.warning("%s: damaged, so what it stands for is made anew (%s).", file, error)
                 file.unlink(missing_ok=True)
-        for name, record in sorted(records, key=lambda one: (one[1].made_ns, one[0])):
-            self._register(name, record)
+        records.sort(key=lambda one: (one[1].made_ns, one[0]))
+        values = [self._register(name, record) for name, record in records]
+        keys = (entry.key for _, record in records for entry in record.entries)
+        self._index.set_many(keys, np.concatenate([np.empty(0, np.int64), *values]))
 
     def remove_unfinished(self) -> None:
         """Remove what killed runs left half done in the folder; only with everything claimed."""
@@ -246,7 +240,7 @@ class PartStore:
 
     def check(self, keys: Iterable[str] | None = None) -> None:
         """Forget results, of all keys or of some, whose files are not as recorded; said in a warning."""
-        wanted = None if keys is None else {self._where[key] >> 32 for key in keys if key in self._where}
+        wanted = None if keys is None else {*(self._index.find(keys) >> 32).tolist()}
         for number, part in enumerate(self._parts):
             if wanted is not None and number not in wanted:
                 continue
@@ -255,7 +249,7 @@ class PartStore:
             if record is None:  # removed by another process meanwhile
                 continue
             owned = {name for entry in record.entries for name in entry.files}
-            current = [e for place, e in enumerate(record.entries) if self._where.get(e.key) == number << 32 | place]
+            current = [e for place, e in enumerate(record.entries) if self._index.get(e.key) == number << 32 | place]
             needed = {name for e in current for name in e.files} | ({*record.files} - owned if current else set())
             bad = {name for name in needed if not _is_intact(self.data / name, record.files[name])}
             lost = [e for e in current if bad & set(e.files or record.files)]
@@ -268,7 +262,7 @@ class PartStore:
                     what,
                 )
             for entry in lost:
-                del self._where[entry.key]
+                self._index.set(entry.key, ABSENT)
             if len(lost) == len(current):
                 record_file.unlink(missing_ok=True)
 
@@ -282,7 +276,7 @@ class PartStore:
         for file in self.folder.glob("part-*.json"):
             self.drop(file.stem)
         (self.folder / _SETTINGS).unlink(missing_ok=True)
-        self._parts, self._where, self._names = [], {}, set()
+        self._parts, self._index, self._names = [], Index(), set()
 
     def drop(self, name: str) -> None:
         """Remove a part with its files."""
@@ -306,7 +300,7 @@ class PartStore:
 
     def has(self, key: str) -> bool:
         """Whether there is a result, or an error, of whatever stamp."""
-        return key in self._where
+        return self._index.get(key) != ABSENT
 
     def done(self, key: str, stamp: Stamp = ()) -> bool:
         """Whether there is a result for a file that has this stamp now."""
@@ -332,13 +326,13 @@ class PartStore:
 
     def attempted(self, key: str, stamp: Stamp = ()) -> bool:
         """Whether there is a result or an error for a file that has this stamp now."""
-        if key not in self._where:
+        if not self.has(key):
             return False
         part, place = self._find(key)
         return tuple(part.stamps[place].tolist()) == (stamp or _NO_STAMP)
 
     def _find(self, key: str) -> tuple[_Part, int]:
-        where = self._where[key]
+        where = self._index.get(key)
         return self._parts[where >> 32], where & 0xFFFF_FFFF
 
     # --- adding -----------------------------------------------------------------------------------------------------
@@ -363,9 +357,11 @@ class PartStore:
         record = Record(self.run, time.time_ns(), list(entries), sums)
         with atomic_write(self.folder / f"{name}.json") as partial:
             partial.write_bytes(_encode_record(record))
-        self._register(name, record)
+        for entry, value in zip(entries, self._register(name, record).tolist(), strict=True):
+            self._index.set(entry.key, value)
 
-    def _register(self, name: str, record: Record) -> None:
+    def _register(self, name: str, record: Record) -> Numbers:
+        """Take up a part; return what the index is to say of its results."""
         entries = record.entries
         starts = np.zeros(len(entries) + 1, np.int64)
         np.cumsum([entry.rows for entry in entries], out=starts[1:])
@@ -374,119 +370,52 @@ class PartStore:
         number = len(self._parts)
         self._parts.append(_Part(name, record.run, starts, stamps, errors))
         self._names.add(name)
-        self._where |= {entry.key: number << 32 | place for place, entry in enumerate(entries)}
+        return np.arange(len(entries), dtype=np.int64) + (number << 32)
 
     # --- reading arrays ---------------------------------------------------------------------------------------------
 
-    def gather(self, array: str, wanted: Sequence[Rows], reader: ArrayReader) -> Array:
-        """Rows of several results, one after the other, read in the order in which they lie in the parts."""
-        places, at = [], 0
-        for key, first, count in wanted:
-            part, place = self._find(key)
-            places.append((part.name, int(part.starts[place]) + first, count, at))
-            at += count
+    def locate(self, keys: Iterable[str]) -> Located:
+        """Where results are, all of which are there."""
+        where = self._index.find(keys)
+        parts, places = where >> 32, where & 0xFFFF_FFFF
+        firsts, rows = np.empty_like(parts), np.empty_like(parts)
+        order = np.argsort(parts, kind="stable")
+        for of_part in _runs(order, parts):
+            starts, place = self._parts[parts[of_part[0]]].starts, places[of_part]
+            firsts[of_part] = starts[place]
+            rows[of_part] = starts[place + 1] - starts[place]
+        return Located(parts, firsts, rows)
+
+    def read(self, array: str, located: Located, reader: ArrayReader) -> Array:
+        """The rows of results, at least one, in their order; each file is read once, from front to back."""
+        parts = np.repeat(located.parts, located.rows)
+        ends = np.cumsum(located.rows)
+        rows = np.arange(len(parts)) + np.repeat(located.firsts - ends + located.rows, located.rows)
+        order = np.lexsort((rows, parts))
         found: Array | None = None
-        for name, first, count, to in sorted(places):
-            opened = reader.open(self.array_file(name, array))
+        for places in _runs(order, parts):
+            opened = reader.open(self.file_of(array, parts[places[0]]))
             if found is None:
-                found = np.empty((at, *opened.shape[1:]), opened.dtype)
-            opened.read_into(found[to : to + count], first)
-        assert found is not None, "gather needs at least one row"
+                found = np.empty((len(order), *opened.shape[1:]), opened.dtype)
+            opened.read_rows(rows[places], found, places)
+        assert found is not None
         return found
 
-    def place_of(self, array: str, key: str) -> Place:
-        """Where the rows of a result are."""
-        part, place = self._find(key)
-        first, stop = part.starts[place : place + 2].tolist()
-        return Place(self.array_file(part.name, array), first, stop - first)
+    def file_of(self, array: str, part: int) -> Path:
+        """The file of an array of a part that is named by its number."""
+        return self.array_file(self._parts[part].name, array)
 
     def array_file(self, name: str, array: str) -> Path:
         """The file of an array of a part."""
         return self.data / f"{name}.{array}.npy"
 
 
-class ArrayReader:
-    """``.npy`` files, a few of which are kept open. Memory maps would count as memory, and each as an open file."""
-
-    def __init__(self) -> None:
-        self._opened: OrderedDict[Path, _ArrayFile] = OrderedDict()
-
-    def open(self, path: Path) -> _ArrayFile:
-        """The file, opened now or before; the one that was not asked for longest is closed."""
-        if path not in self._opened:
-            if len(self._opened) >= _MOST_OPEN:
-                self._opened.popitem(last=False)[1].close()
-            self._opened[path] = _ArrayFile(path)
-        self._opened.move_to_end(path)
-        return self._opened[path]
-
-    def close(self) -> None:
-        """Close all files."""
-        while self._opened:
-            self._opened.popitem()[1].close()
-
-
-class _ArrayFile:
-    def __init__(self, path: Path):
-        self.stream = path.open("rb", buffering=0)
-        version = np.lib.format.read_magic(self.stream)
-        read_header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}[version[0]]
-        self.shape, _, self.dtype = read_header(self.stream)
-        self.begin = self.stream.tell()
-        self.row_bytes = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
-
-    def read_into(self, rows: Array, first: int) -> None:
-        """Fill ``rows``, contiguous, from the ``first`` row of the file on."""
-        at = self.begin + first * self.row_bytes
-        left = rows.data.cast("B") if rows.nbytes else memoryview(b"")
-        while left:
-            read = self._read(left, at)
-            if not read:
-                raise OSError(f"{self.stream.name}: shorter than recorded; give the same command again.")
-            left, at = left[read:], at + read
-
-    def _read(self, into: memoryview, at: int) -> int:
-        if hasattr(os, "preadv"):  # a forked process shares the position of an open file
-            return os.preadv(self.stream.fileno(), [into], at)
-        self.stream.seek(at)
-        return self.stream.readinto(into)
-
-    def close(self) -> None:
-        self.stream.close()
-
-
-def write_array(stream: IO[bytes], pieces: Sequence[Array]) -> None:
-    """An ``.npy`` of consecutive pieces. Unlike ``np.save``, says so in the usual way when the disk is full."""
-    dtype, shape = pieces[0].dtype, (sum(map(len, pieces)), *pieces[0].shape[1:])
-    write_array_header(stream, dtype, shape)
-    for piece in pieces:
-        stream.write(np.ascontiguousarray(piece, dtype=dtype).data)
-
-
-def write_array_header(stream: IO[bytes], dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
-    """The header of an ``.npy``."""
-    descr = np.lib.format.dtype_to_descr(dtype)
-    np.lib.format.write_array_header_2_0(stream, {"descr": descr, "fortran_order": False, "shape": shape})
-
-
-def blocks(counts: Iterable[tuple[str, int]], most_rows: int) -> Iterator[list[Rows]]:
-    """Keys with their numbers of rows, cut into blocks of ``most_rows``; a result may be spread over several."""
-    block: list[Rows] = []
-    room = most_rows
-    for key, count in counts:
-        first = 0
-        while first < count:
-            taken = min(room, count - first)
-            block.append(Rows(key, first, taken))
-            first, room = first + taken, room - taken
-            if room == 0:
-                yield block
-                block, room = [], most_rows
-    if block:
-        yield block
-
-
 # --- stamps, records, settings ------------------------------------------------------------------------------------
+
+
+def _runs(order: Numbers, parts: Numbers) -> Iterator[Numbers]:
+    """``order``, which sorts ``parts``, cut where another part begins."""
+    yield from np.split(order, np.flatnonzero(np.diff(parts[order])) + 1) if len(order) else ()
 
 
 def stamp_of(path: str | os.PathLike[str]) -> Stamp:

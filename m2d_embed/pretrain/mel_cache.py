@@ -26,8 +26,9 @@ from m2d_embed.config import ModelConfig
 from m2d_embed.errors import AudioError, ConfigError, TrainingError
 from m2d_embed.files import atomic_write
 from m2d_embed.frontend import LogMel
+from m2d_embed.jobs.arrays import ArrayReader, write_array_header
 from m2d_embed.jobs.settings import NUMERICS
-from m2d_embed.jobs.store import ArrayReader, Entry, PartStore, key_of, stamp_of, write_array_header
+from m2d_embed.jobs.store import Entry, PartStore, key_of, stamp_of
 from m2d_embed.pretrain.sources import Item
 from m2d_embed.pretrain.workers import start_worker
 
@@ -58,12 +59,10 @@ class MelCache:
         errors = {index: store.error_of(key) for index, key in enumerate(keys)}
         self._errors = {index: error for index, error in errors.items() if error is not None}
         self.unreadable = {keys[index]: error for index, error in self._errors.items()}
-        places = [store.place_of(_FRAMES, key) for key in keys]
-        self._files = list(dict.fromkeys(place.file for place in places))
-        numbers = {file: number for number, file in enumerate(self._files)}
-        self._file_of = np.array([numbers[place.file] for place in places], np.int32)
-        self._starts = np.array([place.first for place in places], np.int64)
-        self._frames = np.array([place.rows for place in places], np.int64)
+        located = store.locate(keys)
+        numbers, self._file_of = np.unique(located.parts, return_inverse=True)
+        self._files = [store.file_of(_FRAMES, number) for number in numbers]
+        self._starts, self._frames = located.firsts, located.rows
         self._reader = ArrayReader()
 
     def __len__(self) -> int:
