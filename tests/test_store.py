@@ -21,7 +21,7 @@ from m2d_embed.jobs import arrays
 from m2d_embed.jobs import index as index_module
 from m2d_embed.jobs import store as module
 from m2d_embed.jobs.arrays import ArrayReader
-from m2d_embed.jobs.index import ABSENT, Index
+from m2d_embed.jobs.index import ABSENT, Index, hashes_of
 from m2d_embed.jobs.outputs import _blocks
 from m2d_embed.jobs.store import (
     BusyError,
@@ -282,7 +282,7 @@ def test_an_index_of_many_keys():
         keys = [f"k{n}" for n in rng.integers(3000, size=500)]
         numbers = rng.integers(1 << 40, size=500)
         if rng.random() < 0.5:
-            index.set_many(keys, numbers)
+            index.set_many(hashes_of(keys), numbers)
             expected |= dict(zip(keys, numbers.tolist(), strict=True))
         for key in (f"k{n}" for n in rng.integers(3000, size=100)):
             index.set(key, ABSENT)
@@ -302,7 +302,7 @@ def test_hashes_that_end_in_zeros(monkeypatch):
     hashes = {"a": b"x" * 16, "b": b"x" * 15 + b"\0", "c": b"x" + b"\0" * 15, "d": b"\0" * 16, "e": b"y" * 16}
     monkeypatch.setattr(index_module, "_hash", hashes.__getitem__)
     index = Index()
-    index.set_many("abcd", np.arange(4))
+    index.set_many(hashes_of("abcd"), np.arange(4))
     assert [index.get(key) for key in "abcde"] == index.find("abcde").tolist() == [0, 1, 2, 3, ABSENT]
 
 

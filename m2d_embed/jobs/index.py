@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 _HASH_BYTES = 16  # that two of a billion keys have one hash has a probability of 1e-21
-_Hashes = npt.NDArray[np.bytes_]
+Hashes = npt.NDArray[np.bytes_]
 Values = npt.NDArray[np.int64]
 
 ABSENT = -1
@@ -35,7 +35,7 @@ class Index:
     def find(self, keys: Iterable[str]) -> Values:
         """The numbers of many keys, ABSENT where there is none."""
         self._sort_in()
-        wanted = _hashes_of(keys)
+        wanted = hashes_of(keys)
         if len(self._hashes) == 0:
             return np.full(len(wanted), ABSENT, np.int64)
         at = np.searchsorted(self._hashes, wanted).clip(max=len(self._hashes) - 1)
@@ -45,18 +45,14 @@ class Index:
         """Set the number of a key; ABSENT removes it."""
         self._recent[_hash(key)] = value
 
-    def set_many(self, keys: Iterable[str], values: Values) -> None:
-        """Set the numbers of many keys."""
-        self._sort_in()
-        self._merge(_hashes_of(keys), values)
-
     def _sort_in(self) -> None:
         recent, self._recent = self._recent, {}
         if recent:
-            self._merge(np.array([*recent], self._hashes.dtype), np.array([*recent.values()], np.int64))
+            self.set_many(np.array([*recent], self._hashes.dtype), np.array([*recent.values()], np.int64))
 
-    def _merge(self, hashes: _Hashes, values: Values) -> None:
-        """Of equal keys the last counts."""
+    def set_many(self, hashes: Hashes, values: Values) -> None:
+        """Set the numbers of the keys of these ``hashes_of``; of equal ones the last counts."""
+        self._sort_in()
         hashes = np.concatenate([self._hashes, hashes])
         values = np.concatenate([self._values, values])
         order = np.argsort(hashes, kind="stable")
@@ -71,5 +67,9 @@ def _hash(key: str) -> bytes:
     return hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=_HASH_BYTES).digest()
 
 
-def _hashes_of(keys: Iterable[str]) -> _Hashes:
-    return np.array([*map(_hash, keys)], f"S{_HASH_BYTES}")
+def hashes_of(keys: Iterable[str]) -> Hashes:
+    """What an index knows keys by."""
+    joined = bytearray()
+    for key in keys:
+        joined += _hash(key)
+    return np.frombuffer(joined, f"S{_HASH_BYTES}")

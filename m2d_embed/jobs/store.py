@@ -39,7 +39,7 @@ from filelock import FileLock, Timeout
 from m2d_embed.errors import ConfigError
 from m2d_embed.files import TEMPORARY, atomic_write, write_json
 from m2d_embed.jobs.arrays import Array, ArrayReader, write_array
-from m2d_embed.jobs.index import ABSENT, Index
+from m2d_embed.jobs.index import ABSENT, Hashes, Index, hashes_of
 
 log = logging.getLogger("m2d_embed")
 
@@ -213,21 +213,24 @@ class PartStore:
 
     def refresh(self) -> None:
         """Take up the parts that others have made since."""
-        records = []
+        found: list[tuple[int, str, _Part, Hashes]] = []
         for file in self.folder.glob("part-*.json"):
             if file.stem in self._names:
                 continue
             try:
-                records.append((file.stem, _read_record(file)))
+                record = _read_record(file)
             except FileNotFoundError:  # removed by another process meanwhile
                 continue
             except _DAMAGE as error:
                 log.warning("%s: damaged, so what it stands for is made anew (%s).", file, error)
                 file.unlink(missing_ok=True)
-        records.sort(key=lambda one: (one[1].made_ns, one[0]))
-        values = [self._register(name, record) for name, record in records]
-        keys = (entry.key for _, record in records for entry in record.entries)
-        self._index.set_many(keys, np.concatenate([np.empty(0, np.int64), *values]))
+                continue
+            hashes = hashes_of(entry.key for entry in record.entries)
+            found.append((record.made_ns, file.stem, _as_part(file.stem, record), hashes))
+        found.sort(key=lambda one: one[:2])
+        values = [self._register(part) for _, _, part, _ in found]
+        if found:
+            self._index.set_many(np.concatenate([hashes for *_, hashes in found]), np.concatenate(values))
 
     def remove_unfinished(self) -> None:
         """Remove what killed runs left half done in the folder; only with everything claimed."""
@@ -249,7 +252,8 @@ class PartStore:
             if record is None:  # removed by another process meanwhile
                 continue
             owned = {name for entry in record.entries for name in entry.files}
-            current = [e for place, e in enumerate(record.entries) if self._index.get(e.key) == number << 32 | place]
+            found = self._index.find(entry.key for entry in record.entries)
+            current = [record.entries[place] for place in np.flatnonzero(found == _values_of(number, len(found)))]
             needed = {name for e in current for name in e.files} | ({*record.files} - owned if current else set())
             bad = {name for name in needed if not _is_intact(self.data / name, record.files[name])}
             lost = [e for e in current if bad & set(e.files or record.files)]
@@ -357,20 +361,14 @@ class PartStore:
         record = Record(self.run, time.time_ns(), list(entries), sums)
         with atomic_write(self.folder / f"{name}.json") as partial:
             partial.write_bytes(_encode_record(record))
-        for entry, value in zip(entries, self._register(name, record).tolist(), strict=True):
+        for entry, value in zip(entries, self._register(_as_part(name, record)).tolist(), strict=True):
             self._index.set(entry.key, value)
 
-    def _register(self, name: str, record: Record) -> Numbers:
+    def _register(self, part: _Part) -> Numbers:
         """Take up a part; return what the index is to say of its results."""
-        entries = record.entries
-        starts = np.zeros(len(entries) + 1, np.int64)
-        np.cumsum([entry.rows for entry in entries], out=starts[1:])
-        stamps = np.array([entry.stamp or _NO_STAMP for entry in entries], np.int64).reshape(len(entries), 3)
-        errors = {place: entry.error for place, entry in enumerate(entries) if entry.error}
-        number = len(self._parts)
-        self._parts.append(_Part(name, record.run, starts, stamps, errors))
-        self._names.add(name)
-        return np.arange(len(entries), dtype=np.int64) + (number << 32)
+        self._parts.append(part)
+        self._names.add(part.name)
+        return _values_of(len(self._parts) - 1, len(part.stamps))
 
     # --- reading arrays ---------------------------------------------------------------------------------------------
 
@@ -411,6 +409,20 @@ class PartStore:
 
 
 # --- stamps, records, settings ------------------------------------------------------------------------------------
+
+
+def _as_part(name: str, record: Record) -> _Part:
+    entries = record.entries
+    starts = np.zeros(len(entries) + 1, np.int64)
+    np.cumsum([entry.rows for entry in entries], out=starts[1:])
+    stamps = np.array([entry.stamp or _NO_STAMP for entry in entries], np.int64).reshape(len(entries), 3)
+    errors = {place: entry.error for place, entry in enumerate(entries) if entry.error}
+    return _Part(name, record.run, starts, stamps, errors)
+
+
+def _values_of(number: int, entries: int) -> Numbers:
+    """What the index says of the results of a part."""
+    return np.arange(entries, dtype=np.int64) + (number << 32)
 
 
 def _runs(order: Numbers, parts: Numbers) -> Iterator[Numbers]:
