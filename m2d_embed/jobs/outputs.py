@@ -24,7 +24,7 @@ Array = npt.NDArray[Any]
 
 EMBEDDINGS, TIMES = "embeddings", "times"  # arrays of a part
 ENDINGS = (".npz", ".parquet")
-_BLOCK_BYTES = 8 << 20  # of embeddings written at a time
+_BLOCK_BYTES = 4 << 20  # of embeddings written at a time
 _NAMES_AT_A_TIME = 1 << 14
 _NAMES_COLUMN, _TIMES_COLUMN, _EMBEDDINGS_COLUMN = "file", "timestamp_ms", "embedding"
 
