@@ -667,12 +667,8 @@ def _require_extra(extra: str, *modules: str) -> None:
 
 
 def _load(model: str, device: str | None, dtype: Precision | None, features: FeatureConfig) -> M2D:
-    import torch
-
     from m2d_embed.model import M2D
 
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     return M2D.from_pretrained(model, device=device, dtype=dtype.value if dtype else None, features=features)
 
 
@@ -709,8 +705,8 @@ def _features(
 ) -> FeatureConfig:
     return FeatureConfig(
         layers=_parse_layers(layers) if layers is not None else None,
-        layer_pooling="concat" if concat else "mean",
-        flat=flat,
+        layer_pooling="concat" if concat else None,
+        flat=flat or None,
         hop_ms=hop_ms,
         scene_pooling=scene_pooling.value if scene_pooling else None,
     )

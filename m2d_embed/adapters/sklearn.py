@@ -45,7 +45,7 @@ class M2DFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimat
         model: which one, as for ``load_model``; "" is the bundled one.
         layers: the transformer block to read, or several, which are averaged; -1 is the last; None is the model's
             own.
-        flat: average the patches of a time column instead of stacking them.
+        flat: average the patches of a time column instead of stacking them; None is the model's own choice.
         scene_pooling: "mean" over time, or "mean_std", followed by the standard deviation; None is the model's own.
         batch_size: windows encoded at a time, at most.
         device: where to put the model; None is a GPU if there is one, else the CPU.
@@ -56,7 +56,7 @@ class M2DFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimat
         self,
         model: str | os.PathLike[str] = "",
         layers: int | Sequence[int] | None = None,
-        flat: bool = False,
+        flat: bool | None = None,
         scene_pooling: ScenePooling | None = None,
         batch_size: int = 32,
         device: str | torch.device | None = None,
@@ -119,6 +119,7 @@ class M2DFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimat
             device=self.device,
             dtype=self.dtype,
             layers=self.layers,
+            layer_pooling=None if self.layers is None else "mean",
             flat=self.flat,
             scene_pooling=self.scene_pooling,
         )
