@@ -173,8 +173,19 @@ def convert(source: Path, destination: Path, half_dtypes: Iterable[torch.dtype] 
 
 def read_native(folder: Path, prefer_half: Iterable[torch.dtype] = ()) -> Checkpoint:
     """Read our layout; the tensors keep the precision they are stored in."""
-    text = _read_config(folder)
-    config = ModelConfig.parse_json(text, str(folder / CONFIG_FILE))
+    try:
+        before = _stamp_of_config(folder)
+        checkpoint = _read_native(folder, prefer_half)
+        is_being_replaced = _stamp_of_config(folder) != before
+    except FileNotFoundError:  # a moment ago it was there
+        is_being_replaced = True
+    if is_being_replaced:
+        raise CheckpointError(f"{folder}: another model is being saved here at this moment; try again.")
+    return checkpoint
+
+
+def _read_native(folder: Path, prefer_half: Iterable[torch.dtype]) -> Checkpoint:
+    config = ModelConfig.from_json(folder / CONFIG_FILE)
     dtype = next((d for d in (*prefer_half, *WEIGHT_FILES) if (folder / WEIGHT_FILES[d]).exists()), None)
     if dtype is None:
         raise CheckpointError(f"{folder}: has a {CONFIG_FILE} but no {WEIGHT_FILES[torch.float32]}.")
@@ -182,19 +193,13 @@ def read_native(folder: Path, prefer_half: Iterable[torch.dtype] = ()) -> Checkp
     text_encoder = folder / TEXT_ENCODER_FILE if config.clap and config.clap.text_encoder_included else None
     if text_encoder and not text_encoder.exists():
         raise CheckpointError(f"{folder}: its {CONFIG_FILE} speaks of a {TEXT_ENCODER_FILE}, which is missing.")
-    if _read_config(folder) != text:
-        raise CheckpointError(f"{folder}: another model is being saved here at this moment; try again.")
     return Checkpoint(config, tensors, text_encoder, file_dtype=dtype)
 
 
-def _read_config(folder: Path) -> str:
-    file = folder / CONFIG_FILE
-    try:
-        return file.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder}: {_INTERRUPTED}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{file}: not valid JSON ({error}).") from error
+def _stamp_of_config(folder: Path) -> tuple[int, int]:
+    """What changes when a ``config.json`` is replaced."""
+    stat = (folder / CONFIG_FILE).stat()
+    return stat.st_ino, stat.st_mtime_ns
 
 
 def write_native(folder: Path, checkpoint: Checkpoint, dtypes: Iterable[torch.dtype] = (torch.float32,)) -> None:

@@ -533,7 +533,7 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
         self._compiled = CompiledEncoder(self.encoder)
         return self
 
-    def save_pretrained(  # type: ignore[override]  # the mixin's also takes a configuration, which is ours to write
+    def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
         *,
@@ -559,9 +559,7 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
         self._save_pretrained(folder)
         return self.push_to_hub(repo_id or folder.name, **push_to_hub_kwargs) if push_to_hub else None
 
-    def push_to_hub(  # type: ignore[override]  # the mixin's arguments, by the mixin's names
-        self, repo_id: str, *, delete_patterns: str | Sequence[str] | None = None, **kwargs: Any
-    ) -> str:
+    def push_to_hub(self, repo_id: str, *, delete_patterns: str | Sequence[str] | None = None, **kwargs: Any) -> str:
         """Upload the model, in one commit; arguments as in ``huggingface_hub.ModelHubMixin.push_to_hub``.
 
         Weights that the repository has of an earlier model, such as half-precision files, are deleted with it.
