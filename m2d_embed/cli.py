@@ -370,7 +370,7 @@ def export(
     concat: Concat = False,
     flat: Flat = False,
     scene_pooling: Scenes = None,
-    opset: Annotated[int | None, typer.Option(help="Of ONNX; the newest by default, 18 for older runtimes.")] = None,
+    opset: Annotated[int | None, typer.Option(help="Of ONNX, 18 (the default) to 25.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
 ) -> None:
     """Write a model for other runtimes: waveform in, embeddings out, any length and batch size.

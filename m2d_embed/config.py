@@ -324,10 +324,10 @@ def resolve_layers(layers: typing.Sequence[int], depth: int) -> list[int]:
     _require(len(layers) > 0, "layers is empty; name at least one, e.g. layers=[-1]")
     for layer in layers:
         _require(
-            type(layer) is int and -depth <= layer < depth,
+            is_whole(layer) and -depth <= layer < depth,
             f"layer {layer!r} does not exist; this model's run from 0 to {depth - 1} (or -{depth} to -1)",
         )
-    return [layer % depth for layer in layers]
+    return [int(layer) % depth for layer in layers]
 
 
 _NAME = re.compile(

@@ -707,7 +707,8 @@ def _is_on_device(clip: object) -> TypeGuard[Tensor]:
 def _as_list(clips: Any) -> tuple[list[Any], bool]:
     """The clips, and whether there was only one, not in a sequence."""
     if _is_one_clip(clips):
-        return [clips], True
+        is_boxed = isinstance(clips, np.ndarray) and clips.ndim == 0 and clips.dtype.kind in "UOT"
+        return [clips.item() if is_boxed else clips], True
     if getattr(clips, "ndim", 1) == 2:
         if not isinstance(clips, Tensor) and (not isinstance(clips, np.ndarray) or clips.dtype.kind in "USOT"):
             raise AudioError(

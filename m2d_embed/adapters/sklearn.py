@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -151,7 +151,14 @@ def _is_sequence_of_clips(X: Any) -> TypeGuard[Sequence[ClipLike]]:  # noqa: N80
     """
     if not isinstance(X, list | tuple) and getattr(X, "ndim", None) != 1:
         return False
-    return len(X) == 0 or any(isinstance(x, str | os.PathLike) or getattr(x, "ndim", 0) > 0 for x in X)
+    return len(X) == 0 or any(_is_clip(x) for x in X)
+
+
+def _is_clip(x: Any) -> bool:
+    """Whether this is a clip rather than a number: a path, samples of any length, or an object with sound in it."""
+    if isinstance(x, str | os.PathLike | bytes | Mapping) or getattr(x, "ndim", 0) > 0:
+        return True
+    return hasattr(x, "read") or hasattr(x, "get_all_samples")
 
 
 def _is_table_of_paths(X: Any) -> bool:  # noqa: N803
