@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import responses
 from pathlib import Path
 
 from filelock import FileLock
@@ -167,8 +168,9 @@ def _hub_errors(shown: str) -> Iterator[None]:
     except errors.LocalTokenNotFoundError as error:
         raise ModelNotFoundError(f"{shown}: asked for with token=True, but you are not logged in.") from error
     except errors.HfHubHTTPError as error:
-        answer = f"{error.response.status_code} {error.server_message or error.response.reason_phrase}"
-        if error.response.status_code in (401, 403):
+        status = error.response.status_code
+        answer = f"{status} {error.server_message or responses.get(status, '')}"
+        if status in (401, 403):
             raise ModelNotFoundError(
                 f"{shown}: the Hub refuses access ({answer}); check the token, or log in (hf auth login)."
             ) from error
@@ -297,10 +299,11 @@ def _download(url: str, file: Path) -> None:
 
 
 def _http_error() -> type[Exception]:
-    """The base class of the errors of the HTTP library that this huggingface_hub is built on (httpx, httpx2)."""
+    """The base class of the errors of the HTTP library that this huggingface_hub is built on (requests, httpx)."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    return HfHubHTTPError.__bases__[0]
+    base = HfHubHTTPError.__bases__[0]
+    return base.__bases__[0] if issubclass(base, OSError) else base  # requests has one more below its own
 
 
 def _is_of_disk(error: Exception) -> bool:

@@ -566,8 +566,8 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
         """
         more = [delete_patterns] if isinstance(delete_patterns, str) else list(delete_patterns or ())
         earlier = [*WEIGHT_FILES.values(), TEXT_ENCODER_FILE]
-        url: str = super().push_to_hub(repo_id, delete_patterns=[*earlier, *more], **kwargs)
-        return url
+        commit = super().push_to_hub(repo_id, delete_patterns=[*earlier, *more], **kwargs)
+        return str(getattr(commit, "commit_url", commit))  # before 1.0 it is a string of something else
 
     def _save_pretrained(self, save_directory: Path) -> None:
         tensors = {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}

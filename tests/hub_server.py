@@ -192,6 +192,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._resolve(*map(unquote, found.groups()))  # a revision may hold slashes
         elif found := re.fullmatch(r"/api/models/(.+)/tree/main", request.path):
             self._send_json([_listed(*file) for file in self.hub.content(found[1]).items()])
+        elif found := re.fullmatch(r"/api/models/(.+)/revision/main", request.path):
+            self._send_json({"id": found[1], "xetEnabled": False})
         elif found := re.fullmatch(r"/storage/(\w+)/.+", request.path):
             self._send_file(self.hub.blob(found[1]))
         else:

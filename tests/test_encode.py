@@ -2,7 +2,9 @@
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,35 +29,37 @@ def expected(model) -> np.ndarray:
     return model.encode(FILES)
 
 
-def columns() -> dict[str, object]:
-    """The same three paths in everything that holds a list."""
-    import pandas
-    import pyarrow
-
-    series = pandas.Series(NAMES, index=[7, 7, 3])
-    return {
-        "array": np.array(NAMES),
-        "array of objects": np.array(NAMES, dtype=object),
-        "array of paths": np.array(FILES, dtype=object),
-        "array of bytes": np.array([os.fsencode(name) for name in NAMES]),
-        "tuple": tuple(FILES),
-        "generator": (name for name in NAMES),
-        "series": series,
-        "series of objects": series.astype(object),
-        "series of strings": series.astype("string[pyarrow]"),
-        "categories": series.astype("category"),
-        "column of a frame": pandas.DataFrame({"file": NAMES})["file"],
-        "to_numpy": series.to_numpy(),
-        "arrow": pyarrow.array(NAMES),
-        "arrow, in chunks": pyarrow.chunked_array([NAMES[:1], NAMES[1:]]),
-    }
+def series() -> Any:
+    return pytest.importorskip("pandas").Series(NAMES, index=[7, 7, 3])
 
 
-@pytest.mark.parametrize("kind", columns())
-def test_lists_of_paths(model, expected, kind):
-    assert np.array_equal(model.encode(columns()[kind]), expected)
-    timed = model.encode_timestamps(columns()[kind])
-    for found, wanted in zip(timed, model.encode_timestamps(FILES), strict=True):
+def arrow() -> Any:
+    return pytest.importorskip("pyarrow")
+
+
+#: The same three paths in everything that holds a list.
+COLUMNS: dict[str, Callable[[], Any]] = {
+    "array": lambda: np.array(NAMES),
+    "array of objects": lambda: np.array(NAMES, dtype=object),
+    "array of paths": lambda: np.array(FILES, dtype=object),
+    "array of bytes": lambda: np.array([os.fsencode(name) for name in NAMES]),
+    "tuple": lambda: tuple(FILES),
+    "generator": lambda: (name for name in NAMES),
+    "series": series,
+    "series of objects": lambda: series().astype(object),
+    "series of strings": lambda: series().astype("string[pyarrow]"),
+    "categories": lambda: series().astype("category"),
+    "column of a frame": lambda: series().to_frame("file")["file"],
+    "to_numpy": lambda: series().to_numpy(),
+    "arrow": lambda: arrow().array(NAMES),
+    "arrow, in chunks": lambda: arrow().chunked_array([NAMES[:1], NAMES[1:]]),
+}
+
+
+@pytest.mark.parametrize("make", COLUMNS.values(), ids=COLUMNS)
+def test_lists_of_paths(model, expected, make):
+    assert np.array_equal(model.encode(make()), expected)
+    for found, wanted in zip(model.encode_timestamps(make()), model.encode_timestamps(FILES), strict=True):
         assert torch.equal(found.embeddings, wanted.embeddings)
 
 
@@ -65,9 +69,7 @@ def test_a_single_path_in_an_array_of_no_dimensions(model, expected):
 
 
 def test_a_table_is_refused_with_what_to_do(model):
-    import pandas
-
-    for table in (np.array(NAMES)[:, None], pandas.DataFrame({"file": NAMES}), np.array([FILES], dtype=object)):
+    for table in (np.array(NAMES)[:, None], series().to_frame("file"), np.array([FILES], dtype=object)):
         with pytest.raises(AudioError, match=r"table of shape .* one column of it"):
             model.encode(table)
 
