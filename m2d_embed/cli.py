@@ -677,6 +677,7 @@ def _facts(model: M2D) -> dict[str, Any]:
 
     config = model.config
     (mels, frames), (patch_mels, patch_frames) = config.input_size, config.patch_size
+    hop_ms = model.features.hop_frames(config) * config.frame_ms
     facts: dict[str, Any] = {
         "name": config.name,
         "origin": model.origin,
@@ -689,7 +690,7 @@ def _facts(model: M2D) -> dict[str, Any]:
         "patch": f"{patch_mels} mels x {patch_frames} frames ({config.column_ms:g} ms)",
         "layers read": ", ".join(map(str, resolve_layers(model.features.blocks(config), config.depth))),
         "scene embedding": model.scene_embedding_size,
-        "timestamp embedding": f"{model.timestamp_embedding_size}, every {config.column_ms:g} ms",
+        "timestamp embedding": f"{model.timestamp_embedding_size}, every {hop_ms:g} ms",
         "CPU kernels": ", ".join(f"{kind} ({unit})" for kind, unit in native.available().items())
         or "none here, PyTorch computes everything",
     }
