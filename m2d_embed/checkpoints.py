@@ -92,7 +92,8 @@ class Checkpoint:
 
     ``text_encoder`` holds a CLAP checkpoint's own text encoder, or the path of the file that does. ``unused`` lists
     what was in the file but is no part of the model, such as the decoder of pre-training. ``file_dtype`` is what the
-    file is for: float32, or half precision if it is such a sibling.
+    file is for: float32, or half precision if it is such a sibling. ``text_stamp`` is the ``stamp_of`` a text encoder's
+    file.
     """
 
     config: ModelConfig
@@ -100,6 +101,7 @@ class Checkpoint:
     text_encoder: Path | dict[str, Tensor] | None = None
     unused: list[str] = field(default_factory=list)
     file_dtype: torch.dtype = torch.float32
+    text_stamp: tuple[int, int, int] | None = None
 
 
 def load_checkpoint(location: hub.Location, prefer_half: Iterable[torch.dtype] = ()) -> Checkpoint:
@@ -174,9 +176,9 @@ def convert(source: Path, destination: Path, half_dtypes: Iterable[torch.dtype] 
 def read_native(folder: Path, prefer_half: Iterable[torch.dtype] = ()) -> Checkpoint:
     """Read our layout; the tensors keep the precision they are stored in."""
     try:
-        before = _stamp_of_config(folder)
+        before = stamp_of(folder / CONFIG_FILE)
         checkpoint = _read_native(folder, prefer_half)
-        is_being_replaced = _stamp_of_config(folder) != before
+        is_being_replaced = stamp_of(folder / CONFIG_FILE) != before
     except FileNotFoundError:  # a moment ago it was there
         is_being_replaced = True
     if is_being_replaced:
@@ -193,13 +195,21 @@ def _read_native(folder: Path, prefer_half: Iterable[torch.dtype]) -> Checkpoint
     text_encoder = folder / TEXT_ENCODER_FILE if config.clap and config.clap.text_encoder_included else None
     if text_encoder and not text_encoder.exists():
         raise CheckpointError(f"{folder}: its {CONFIG_FILE} speaks of a {TEXT_ENCODER_FILE}, which is missing.")
-    return Checkpoint(config, tensors, text_encoder, file_dtype=dtype)
+    text_stamp = stamp_of(text_encoder) if text_encoder else None
+    return Checkpoint(config, tensors, text_encoder, file_dtype=dtype, text_stamp=text_stamp)
 
 
-def _stamp_of_config(folder: Path) -> tuple[int, int]:
-    """What changes when a ``config.json`` is replaced."""
-    stat = (folder / CONFIG_FILE).stat()
-    return stat.st_ino, stat.st_mtime_ns
+def check_unchanged(text_encoder: object, stamp: tuple[int, int, int] | None) -> None:
+    """Raise CheckpointError if the file of a text encoder, which is read late, is not the one it was at first."""
+    file = text_encoder
+    if stamp and isinstance(file, Path) and not (file.exists() and stamp_of(file) == stamp):
+        raise CheckpointError(f"{file}: gone, or another file since the model was loaded; load the model again.")
+
+
+def stamp_of(file: Path) -> tuple[int, int, int]:
+    """What changes when a file is replaced."""
+    stat = file.stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def write_native(folder: Path, checkpoint: Checkpoint, dtypes: Iterable[torch.dtype] = (torch.float32,)) -> None:
@@ -210,6 +220,7 @@ def write_native(folder: Path, checkpoint: Checkpoint, dtypes: Iterable[torch.dt
     and the new ``config.json`` comes last. A ``README.md`` that is there is kept.
     """
     tensors, dtypes = checkpoint.tensors, set(dtypes)
+    check_unchanged(checkpoint.text_encoder, checkpoint.text_stamp)
     with _only_writer(folder), ExitStack() as renamed:  # in the reverse order
         if not (folder / "README.md").exists():
             card = renamed.enter_context(atomic_write(folder / "README.md"))

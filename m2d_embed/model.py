@@ -27,6 +27,7 @@ from m2d_embed.batching import Timestamps
 from m2d_embed.checkpoints import (
     WEIGHT_FILES,
     Checkpoint,
+    check_unchanged,
     load_checkpoint,
     model_card,
     summarise_unused,
@@ -95,6 +96,7 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
         self._compiled: CompiledEncoder | None = None
         self._text_encoder: TextEncoder | None = None
         self._text_weights: Path | dict[str, Tensor] | None = None
+        self._text_stamp: tuple[int, int, int] | None = None
 
     # --- what HEAR asks for -------------------------------------------------------------------------------------
 
@@ -290,6 +292,7 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
         """
         clap = self.clap_head()
         if self._text_encoder is None or self._text_encoder.device != self.device:
+            check_unchanged(self._text_weights, self._text_stamp)
             self._text_encoder = TextEncoder(clap.config, self._text_weights, self.device)
         return clap.project_text(self._text_encoder(texts))
 
@@ -502,7 +505,7 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
         tensors = {name: t.to(device=device, dtype=dtypes[name]) for name, t in checkpoint.tensors.items()}
         model.load_state_dict(tensors, assign=True)
         model.origin = origin
-        model._text_weights = checkpoint.text_encoder
+        model._text_weights, model._text_stamp = checkpoint.text_encoder, checkpoint.text_stamp
         return model.to(device).eval()
 
     def set_dtype(self, dtype: torch.dtype) -> M2D:
@@ -571,7 +574,8 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
 
     def _save_pretrained(self, save_directory: Path) -> None:
         tensors = {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}
-        write_native(save_directory, Checkpoint(self.features.as_own(self.config), tensors, self._text_weights))
+        config = self.features.as_own(self.config)
+        write_native(save_directory, Checkpoint(config, tensors, self._text_weights, text_stamp=self._text_stamp))
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """The model card that ``push_to_hub`` writes."""

@@ -272,3 +272,16 @@ def test_two_who_save_and_one_who_loads(tmp_path):
     reader.join()
     assert not failed
     assert held(tmp_path, torch.float32) in {("old", 1, 1), ("new", 2, 2)}
+
+
+def test_a_text_encoder_replaced_after_loading_is_not_taken_for_the_models(tmp_path):
+    """It is read when the first sentence comes, or copied when the model is saved, perhaps much later."""
+    write_native(tmp_path, checkpoint_of("old", 1, True))
+    model = M2D.from_pretrained(tmp_path)
+    (tmp_path / "copy").mkdir()
+    model.save_pretrained(tmp_path / "copy")
+    write_native(tmp_path, checkpoint_of("new", 2, True))
+    for late in (lambda: model.encode_text(["a dog"]), lambda: model.save_pretrained(tmp_path / "copy")):
+        with pytest.raises(CheckpointError, match="another file since the model was loaded"):
+            late()
+    assert held(tmp_path / "copy", torch.float32) == ("old", 1, 1)
