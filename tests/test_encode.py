@@ -1,13 +1,16 @@
 """What encode and encode_timestamps take, and what they do about clips that cannot be embedded."""
 
+import io
 import logging
 import os
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from conftest import DATA, TINY, random_model
 
@@ -175,3 +178,68 @@ def test_folders_of_paths_that_are_no_strings(model, expected):
             return str(self.path)
 
     assert np.array_equal(model.encode([Entry(file) for file in FILES]), expected)
+
+
+# --- sound in memory --------------------------------------------------------------------------------------------------
+
+
+class Decoder:
+    """What torchcodec's ``AudioDecoder`` has of what is used of it."""
+
+    def __init__(self, samples: torch.Tensor, rate: int):
+        self.samples, self.rate = samples, rate
+
+    def get_all_samples(self) -> Any:
+        return types.SimpleNamespace(data=self.samples, sample_rate=self.rate)
+
+
+def in_memory() -> dict[str, Any]:
+    """The first file, in whatever else holds a sound."""
+    samples, rate = soundfile.read(FILES[0], dtype="float32", always_2d=True)
+    content = FILES[0].read_bytes()
+    return {
+        "bytes": content,
+        "bytearray": bytearray(content),
+        "memoryview": memoryview(content),
+        "file in memory": io.BytesIO(content),
+        "array of datasets": {"path": None, "array": samples.mean(1), "sampling_rate": rate},
+        "rate of numpy": {"array": samples.T, "sampling_rate": np.int64(rate)},
+        "encoded, of datasets": {"bytes": content, "path": "a.opus"},
+        "decoder": Decoder(torch.from_numpy(samples.T), rate),
+    }
+
+
+@pytest.mark.parametrize("kind", in_memory())
+def test_sound_in_memory(model, expected, kind):
+    """Alone, in a list beside others, and in an array of objects."""
+    assert np.abs(model.encode(in_memory()[kind]) - expected[0]).max() <= 1e-5
+    assert np.abs(model.encode([FILES[1], in_memory()[kind]]) - expected[[1, 0]]).max() <= 1e-5
+    boxed = np.empty(2, dtype=object)
+    boxed[0], boxed[1] = in_memory()[kind], str(FILES[2])
+    assert np.abs(model.encode(boxed) - expected[[0, 2]]).max() <= 1e-5
+    assert isinstance(model.encode_timestamps(in_memory()[kind]), m2d_embed.model.Timestamps)
+
+
+def test_an_open_file(model, expected):
+    with FILES[0].open("rb") as file:
+        assert np.abs(model.encode(file) - expected[0]).max() <= 1e-5
+        assert np.abs(model.encode([file, file]) - expected[[0, 0]]).max() <= 1e-5
+
+
+def test_a_mapping_of_something_else_is_one_bad_clip(model):
+    with pytest.raises(AudioError, match=r"clips\[0\]"):
+        model.encode({"file": NAMES[0]})
+    assert np.isnan(model.encode([{"array": None}, b"not a sound", FILES[0]], on_error="skip")).all(1).tolist() == [
+        True,
+        True,
+        False,
+    ]
+
+
+def test_scikit_learn_takes_them_too(expected, model, tmp_path):
+    pytest.importorskip("sklearn")
+    from m2d_embed.adapters.sklearn import M2DFeatures
+
+    model.save_pretrained(tmp_path)
+    found = M2DFeatures(tmp_path, device="cpu").fit_transform([in_memory()["bytes"], in_memory()["decoder"]])
+    assert np.abs(found - expected[[0, 0]]).max() <= 1e-5
