@@ -35,6 +35,7 @@ from m2d_embed.evaluate.features import Vectors
 from m2d_embed.evaluate.labelled import LabelledClips, check_duplicates, read_labelled
 from m2d_embed.evaluate.probes import PROBES, ProbeResult, probe_embeddings
 from m2d_embed.evaluate.scores import Score, score_predictions
+from m2d_embed.files import write_json
 from m2d_embed.model import M2D
 
 RESULT = Path(__file__).with_suffix(".json")
@@ -136,9 +137,7 @@ def rows_to_keep(
 
 def write(result: Mapping[str, Any], output: Path) -> None:
     """Write the JSON whole or not at all: measuring a row takes minutes."""
-    partial_file = output.with_name(f"{output.name}.partial")
-    partial_file.write_text(json.dumps(result, indent=1) + "\n")
-    partial_file.replace(output)
+    write_json(output, result)
 
 
 def main(

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from m2d_embed.audio import Clip, Samples
 from m2d_embed.collectors import Collector, Kind, Place, Timestamps, scenes_kind, timestamps_kind
-from m2d_embed.config import FeatureConfig, ModelConfig
+from m2d_embed.config import FeatureConfig, ModelConfig, is_whole
 from m2d_embed.errors import AudioError, ConfigError
 from m2d_embed.frontend import LogMel
 from m2d_embed.prefetch import read_ahead, usable_cores
@@ -56,7 +56,7 @@ class Pipeline:
 
     def __post_init__(self) -> None:
         threads = self.decode_threads
-        if threads is not None and (not isinstance(threads, int) or threads < 0):
+        if threads is not None and (not is_whole(threads) or threads < 0):
             raise ConfigError(f"decode_threads must be a whole number from 0 on, or None, not {threads!r}.")
 
     def threads_for(self, device: torch.device) -> int:
@@ -99,7 +99,8 @@ def encode_scenes(
     Scene embeddings are (D,) float32 on the CPU. A clip that cannot be read yields its error instead.
     """
     kind = scenes_kind(features.pooling(model.config))
-    return _encode(model, clips, replace(features, hop_ms=None), batch_size, kind, pipeline)
+    one_a_patch = replace(features, hop_ms=model.config.column_ms)
+    return _encode(model, clips, one_a_patch, batch_size, kind, pipeline)
 
 
 def encode_timestamps(
@@ -334,7 +335,7 @@ def _encode(
     kind: Kind[R],
     pipeline: Pipeline,
 ) -> Generator[tuple[int, R | AudioError], None, None]:
-    if not isinstance(batch_size, int) or batch_size < 1:
+    if not is_whole(batch_size) or batch_size < 1:
         raise ConfigError(f"batch_size must be a whole number from 1 on, not {batch_size!r}.")
     yield from ((index, clip) for index, clip in enumerate(clips) if isinstance(clip, AudioError))
     order = _longest_first(clips)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import pathlib
 import pickletools
 import re
@@ -22,7 +23,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ from m2d_embed.config import (
     ModelConfig,
 )
 from m2d_embed.encoder import Encoder, sincos_positions
-from m2d_embed.errors import CheckpointError, ConfigError, M2DEmbedError, ModelNotFoundError
+from m2d_embed.errors import CheckpointError, ConfigError, ModelNotFoundError
+from m2d_embed.files import atomic_write, sync
 from m2d_embed.heads.clap import FIRST_LOGIT_SCALE, TEXT_ENCODER_FILE, ClapHead
 from m2d_embed.heads.tagging import TaggingHead, audioset_labels
 from m2d_embed.registry import RELEASES
@@ -56,6 +58,10 @@ WEIGHT_FILES = {
     torch.float16: "model.fp16.safetensors",
 }
 
+_INTERRUPTED = (
+    f"weights without a {CONFIG_FILE}, as while a model is saved, and where that was interrupted; save it again, or "
+    "download all of it."
+)
 _NORM_STATS_OF_2022 = (-7.1, 4.2)  # what checkpoints without the key `norm_stats` were trained with
 _LICENSE_OF_RELEASES = "NTT evaluation licence (non-commercial); see the release's own LICENSE"
 
@@ -86,7 +92,8 @@ class Checkpoint:
 
     ``text_encoder`` holds a CLAP checkpoint's own text encoder, or the path of the file that does. ``unused`` lists
     what was in the file but is no part of the model, such as the decoder of pre-training. ``file_dtype`` is what the
-    file is for: float32, or half precision if it is such a sibling.
+    file is for: float32, or half precision if it is such a sibling. ``text_stamp`` is the ``stamp_of`` a text encoder's
+    file.
     """
 
     config: ModelConfig
@@ -94,6 +101,7 @@ class Checkpoint:
     text_encoder: Path | dict[str, Tensor] | None = None
     unused: list[str] = field(default_factory=list)
     file_dtype: torch.dtype = torch.float32
+    text_stamp: tuple[int, int, int] | None = None
 
 
 def load_checkpoint(location: hub.Location, prefer_half: Iterable[torch.dtype] = ()) -> Checkpoint:
@@ -103,7 +111,8 @@ def load_checkpoint(location: hub.Location, prefer_half: Iterable[torch.dtype] =
 
     Args:
         location: where the files are.
-        prefer_half: half-precision files to take when the folder has them, best first.
+        prefer_half: half-precision files to take when the folder has them, best first; then the float32 file, then
+            any other.
 
     Raises:
         CheckpointError: if it cannot be read, or holds more than tensors.
@@ -166,38 +175,96 @@ def convert(source: Path, destination: Path, half_dtypes: Iterable[torch.dtype] 
 
 def read_native(folder: Path, prefer_half: Iterable[torch.dtype] = ()) -> Checkpoint:
     """Read our layout; the tensors keep the precision they are stored in."""
+    try:
+        before = stamp_of(folder / CONFIG_FILE)
+        checkpoint = _read_native(folder, prefer_half)
+        is_being_replaced = stamp_of(folder / CONFIG_FILE) != before
+    except FileNotFoundError:  # a moment ago it was there
+        is_being_replaced = True
+    if is_being_replaced:
+        raise CheckpointError(f"{folder}: another model is being saved here at this moment; try again.")
+    return checkpoint
+
+
+def _read_native(folder: Path, prefer_half: Iterable[torch.dtype]) -> Checkpoint:
     config = ModelConfig.from_json(folder / CONFIG_FILE)
-    dtype = next((d for d in (*prefer_half, torch.float32) if (folder / WEIGHT_FILES[d]).exists()), None)
+    dtype = next((d for d in (*prefer_half, *WEIGHT_FILES) if (folder / WEIGHT_FILES[d]).exists()), None)
     if dtype is None:
         raise CheckpointError(f"{folder}: has a {CONFIG_FILE} but no {WEIGHT_FILES[torch.float32]}.")
     tensors = _load_safetensors(folder / WEIGHT_FILES[dtype])
     text_encoder = folder / TEXT_ENCODER_FILE if config.clap and config.clap.text_encoder_included else None
     if text_encoder and not text_encoder.exists():
         raise CheckpointError(f"{folder}: its {CONFIG_FILE} speaks of a {TEXT_ENCODER_FILE}, which is missing.")
-    return Checkpoint(config, tensors, text_encoder, file_dtype=dtype)
+    text_stamp = stamp_of(text_encoder) if text_encoder else None
+    return Checkpoint(config, tensors, text_encoder, file_dtype=dtype, text_stamp=text_stamp)
+
+
+def check_unchanged(text_encoder: object, stamp: tuple[int, int, int] | None) -> None:
+    """Raise CheckpointError if the file of a text encoder, which is read late, is not the one it was at first."""
+    file = text_encoder
+    if stamp and isinstance(file, Path) and not (file.exists() and stamp_of(file) == stamp):
+        raise CheckpointError(f"{file}: gone, or another file since the model was loaded; load the model again.")
+
+
+def stamp_of(file: Path) -> tuple[int, int, int]:
+    """What changes when a file is replaced."""
+    stat = file.stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def write_native(folder: Path, checkpoint: Checkpoint, dtypes: Iterable[torch.dtype] = (torch.float32,)) -> None:
-    """Write our layout into an existing folder, one weight file a dtype; each file appears whole or not at all.
+    """Write our layout into an existing folder, one weight file a dtype, in place of a model that was there before.
 
-    Weights of a model that was there before are replaced or removed.
+    Whatever happens meanwhile, the folder holds the old model, the new one, or weights without ``config.json``, which
+    ``read_native`` refuses: everything is written under other names first, then the old ``config.json`` and weights go,
+    and the new ``config.json`` comes last. A ``README.md`` that is there is kept.
     """
-    dtypes = list(dtypes)
-    _write_text(folder / CONFIG_FILE, checkpoint.config.to_json())
-    for dtype in dtypes:
-        tensors = {name: as_stored(name, tensor, dtype) for name, tensor in checkpoint.tensors.items()}
-        _save_safetensors(tensors, folder / WEIGHT_FILES[dtype])
-    if isinstance(checkpoint.text_encoder, Path):
-        if checkpoint.text_encoder.parent.resolve() != folder.resolve():
-            shutil.copyfile(checkpoint.text_encoder, folder / TEXT_ENCODER_FILE)
-    elif checkpoint.text_encoder is not None:
-        _save_safetensors(checkpoint.text_encoder, folder / TEXT_ENCODER_FILE)
-    else:
-        (folder / TEXT_ENCODER_FILE).unlink(missing_ok=True)
-    for stale in WEIGHT_FILES.keys() - set(dtypes):
-        (folder / WEIGHT_FILES[stale]).unlink(missing_ok=True)
-    if not (folder / "README.md").exists():
-        _write_text(folder / "README.md", model_card(checkpoint.config))
+    tensors, dtypes = checkpoint.tensors, set(dtypes)
+    check_unchanged(checkpoint.text_encoder, checkpoint.text_stamp)
+    with _only_writer(folder), ExitStack() as renamed:  # in the reverse order
+        if not (folder / "README.md").exists():
+            card = renamed.enter_context(atomic_write(folder / "README.md"))
+            card.write_text(model_card(checkpoint.config), encoding="utf-8")
+        config = renamed.enter_context(atomic_write(folder / CONFIG_FILE))
+        config.write_text(checkpoint.config.to_json(), encoding="utf-8")
+        for dtype in dtypes:
+            partial = renamed.enter_context(atomic_write(folder / WEIGHT_FILES[dtype]))
+            _save_safetensors({name: as_stored(name, t, dtype) for name, t in tensors.items()}, partial)
+            sync(partial)  # which takes long: not while there is no model
+        stale = [folder / WEIGHT_FILES[dtype] for dtype in WEIGHT_FILES.keys() - dtypes]
+        source, text_encoder = checkpoint.text_encoder, folder / TEXT_ENCODER_FILE
+        if source is None:
+            stale.append(text_encoder)
+        elif not (isinstance(source, Path) and source.resolve() == text_encoder.resolve()):
+            partial = renamed.enter_context(atomic_write(text_encoder))
+            if isinstance(source, Path):
+                shutil.copyfile(source, partial)
+            else:
+                _save_safetensors(source, partial)
+            sync(partial)
+        for file in (folder / CONFIG_FILE, *stale):
+            file.unlink(missing_ok=True)
+        sync(folder)
+
+
+@contextmanager
+def _only_writer(folder: Path) -> Iterator[None]:
+    """Wait for others who write into this folder: the files of two writers would be mixed.
+
+    It holds where ``flock`` locks folders: not on Windows, nor on some network file systems.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def as_stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -488,6 +555,8 @@ def _only_checkpoint(folder: Path) -> Path:
     files = sorted([*folder.glob("*.pth"), *folder.glob("*.pt")])
     if len(files) == 1:
         return files[0]
+    if not files and any((folder / name).exists() for name in WEIGHT_FILES.values()):
+        raise CheckpointError(f"{folder}: {_INTERRUPTED}")
     if not files:
         raise ModelNotFoundError(f"{folder}: no model in this folder ({CONFIG_FILE} or a .pth).")
     raise CheckpointError(f"{folder}: several checkpoints ({', '.join(f.name for f in files)}); name one of them.")
@@ -525,12 +594,10 @@ def _unpack_only_checkpoint(path: Path, destination: Path) -> str:
 def _converted_release(archive: Path, converted: Path) -> Path:
     """The folder of a release in our layout; made from its zip, which is then deleted, if it is not there yet."""
     if not converted.exists():
-        try:
-            convert(archive, converted, [torch.bfloat16])
-        except (OSError, M2DEmbedError):
+        with hub.lock_of_release(archive):
             if not converted.exists():  # else another process was quicker
-                raise
-        archive.unlink(missing_ok=True)
+                convert(archive, converted, [torch.bfloat16])
+                archive.unlink(missing_ok=True)
     return converted
 
 
@@ -545,16 +612,7 @@ def _load_safetensors(file: Path) -> dict[str, Tensor]:
 
 
 def _save_safetensors(tensors: dict[str, Tensor], file: Path) -> None:
-    partial = file.with_name(f".{file.name}.partial")
-    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, partial, metadata={"format": "pt"})
-    shutil.copymode(file.with_name(CONFIG_FILE), partial)  # safetensors makes files that only their owner can read
-    partial.replace(file)
-
-
-def _write_text(file: Path, text: str) -> None:
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
+    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, file, metadata={"format": "pt"})
 
 
 @contextmanager
@@ -567,5 +625,6 @@ def _folder_written_whole(destination: Path) -> Iterator[Path]:
         if destination.exists():
             destination.rmdir()
         scratch.rename(destination)
+        sync(destination.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -378,7 +378,7 @@ def export(
     concat: Concat = False,
     flat: Flat = False,
     scene_pooling: Scenes = None,
-    opset: Annotated[int | None, typer.Option(help="Of ONNX; the newest by default, 18 for older runtimes.")] = None,
+    opset: Annotated[int | None, typer.Option(help="Of ONNX, 18 (the default) to 25.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
 ) -> None:
     """Write a model for other runtimes: waveform in, embeddings out, any length and batch size.
@@ -682,12 +682,8 @@ def _require_extra(extra: str, *modules: str) -> None:
 
 
 def _load(model: str, device: str | None, dtype: Precision | None, features: FeatureConfig) -> M2D:
-    import torch
-
     from m2d_embed.model import M2D
 
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     return M2D.from_pretrained(model, device=device, dtype=dtype.value if dtype else None, features=features)
 
 
@@ -696,6 +692,7 @@ def _facts(model: M2D) -> dict[str, Any]:
 
     config = model.config
     (mels, frames), (patch_mels, patch_frames) = config.input_size, config.patch_size
+    hop_ms = model.features.hop_frames(config) * config.frame_ms
     facts: dict[str, Any] = {
         "name": config.name,
         "origin": model.origin,
@@ -708,7 +705,7 @@ def _facts(model: M2D) -> dict[str, Any]:
         "patch": f"{patch_mels} mels x {patch_frames} frames ({config.column_ms:g} ms)",
         "layers read": ", ".join(map(str, resolve_layers(model.features.blocks(config), config.depth))),
         "scene embedding": model.scene_embedding_size,
-        "timestamp embedding": f"{model.timestamp_embedding_size}, every {config.column_ms:g} ms",
+        "timestamp embedding": f"{model.timestamp_embedding_size}, every {hop_ms:g} ms",
         "CPU kernels": ", ".join(f"{kind} ({unit})" for kind, unit in native.available().items())
         or "none here, PyTorch computes everything",
     }
@@ -724,8 +721,8 @@ def _features(
 ) -> FeatureConfig:
     return FeatureConfig(
         layers=_parse_layers(layers) if layers is not None else None,
-        layer_pooling="concat" if concat else "mean",
-        flat=flat,
+        layer_pooling="concat" if concat else None,
+        flat=flat or None,
         hop_ms=hop_ms,
         scene_pooling=scene_pooling.value if scene_pooling else None,
     )

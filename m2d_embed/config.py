@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import numbers
 import re
 import types
 import typing
@@ -20,6 +21,8 @@ from m2d_embed.errors import ConfigError
 
 FORMAT_VERSION = 1
 
+#: How the features of several layers are combined: their mean, or one after the other.
+LayerPooling = Literal["mean", "concat"]
 #: What a scene embedding keeps of the frame features: their mean over time, or that and their standard deviation.
 ScenePooling = Literal["mean", "mean_std"]
 CONFIG_FILE = "config.json"
@@ -87,8 +90,8 @@ class ModelConfig:
 
     ``input_size`` and ``patch_size`` are (mels, frames); ``norm_stats`` the mean and standard deviation of the
     training data's log-mel. ``n_fft`` (= window length) and ``hop_length`` are in samples, ``f_min`` and
-    ``f_max`` in Hz. ``layers`` are the blocks that its embeddings are made of, and ``scene_pooling`` is how its scene
-    embeddings are made of those of time columns, unless a ``FeatureConfig`` says otherwise.
+    ``f_max`` in Hz. ``layers``, ``layer_pooling``, ``flat``, ``hop_ms`` and ``scene_pooling`` are the model's own
+    features: those it has unless a ``FeatureConfig``, which explains them, says otherwise.
 
     Raises:
         ConfigError: if the values contradict one another; it names the field.
@@ -109,6 +112,9 @@ class ModelConfig:
     f_max: float = 8_000.0
     norm_stats: tuple[float, float] = (-7.1, 4.2)
     layers: tuple[int, ...] = (-1,)
+    layer_pooling: LayerPooling = "mean"
+    flat: bool = False
+    hop_ms: float | None = None
     scene_pooling: ScenePooling = "mean"
     head: HeadConfig | None = None
     clap: ClapConfig | None = None
@@ -125,7 +131,7 @@ class ModelConfig:
         _require(self.embed_dim % self.num_heads == 0, f"embed_dim {self.embed_dim} is not a multiple of num_heads")
         _require(self.embed_dim % 4 == 0, f"embed_dim {self.embed_dim} is not a multiple of 4")
         _require(0 <= self.f_min < self.f_max <= self.sample_rate / 2, "need 0 <= f_min < f_max <= sample_rate / 2")
-        resolve_layers(self.layers, self.depth)
+        FeatureConfig().check(self)
         _require(self.mlp_ratio > 0, f"mlp_ratio must be positive, not {self.mlp_ratio}")
         _require(
             len(self.norm_stats) == 2 and all(map(math.isfinite, self.norm_stats)),
@@ -168,7 +174,11 @@ class ModelConfig:
 
     def to_json(self) -> str:
         """The text of ``config.json``."""
-        content = {"model_type": "m2d", "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        fields = dataclasses.asdict(self)
+        for name, default in _LATER_FIELDS.items():  # releases that lack them go on reading what does not need them
+            if fields[name] == default:
+                del fields[name]
+        content = {"model_type": "m2d", "format_version": FORMAT_VERSION, **fields}
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
@@ -205,23 +215,50 @@ class ModelConfig:
         return config
 
 
+#: Fields of ``config.json`` that its first readers did not know, with what their absence means.
+_LATER_FIELDS: dict[str, Any] = {"layer_pooling": "mean", "flat": False, "hop_ms": None}
+
+
 @dataclass(frozen=True)
 class FeatureConfig:
-    """Which features an embedding is made of.
+    """Which features an embedding is made of; None is everywhere the model's own choice.
 
-    ``layers`` are transformer blocks, 0 the first and -1 the last, each read through the model's final norm; None is
-    the model's own choice. Several are combined by ``layer_pooling``, ``"mean"`` or ``"concat"``. ``flat`` averages the
-    patches of a time column (``d`` values) where the default stacks them (``F * d``). ``hop_ms`` is the step of
-    timestamp embeddings; None is the model's own, one patch. ``scene_pooling`` makes a scene embedding of frame
-    features: ``"mean"`` over time, or ``"mean_std"``, followed by the standard deviation over time; None is the
-    model's own.
+    ``layers`` are transformer blocks, 0 the first and -1 the last, each read through the model's final norm. Several
+    are combined by ``layer_pooling``, ``"mean"`` or ``"concat"``. ``flat`` averages the patches of a time column (``d``
+    values), False stacks them (``F * d``). ``hop_ms`` is the step of timestamp embeddings, at most one patch.
+    ``scene_pooling`` makes a scene embedding of frame features: ``"mean"`` over time, or ``"mean_std"``, followed by
+    the standard deviation over time.
+
+    Whole numbers and floats of numpy are taken as Python's.
     """
 
     layers: tuple[int, ...] | None = None
-    layer_pooling: Literal["mean", "concat"] = "mean"
-    flat: bool = False
+    layer_pooling: LayerPooling | None = None
+    flat: bool | None = None
     hop_ms: float | None = None
     scene_pooling: ScenePooling | None = None
+
+    def __post_init__(self) -> None:
+        if self.layers is not None:
+            plain = tuple(int(i) if is_whole(i) else i for i in self.layers)
+            object.__setattr__(self, "layers", plain)
+        if self.flat is not None:
+            _require(self.flat in (True, False), f"flat is True or False, not {self.flat!r}")
+            object.__setattr__(self, "flat", bool(self.flat))
+        if self.hop_ms is not None:
+            is_number = isinstance(self.hop_ms, numbers.Real) and not isinstance(self.hop_ms, bool)
+            _require(is_number, f"hop_ms is a number, not {self.hop_ms!r}")
+            object.__setattr__(self, "hop_ms", float(self.hop_ms))
+
+    def resolved(self, config: ModelConfig) -> FeatureConfig:
+        """These features with the model's own in place of None; only ``hop_ms`` may be None still, for one patch."""
+        own = {field.name: getattr(config, field.name) for field in dataclasses.fields(self)}
+        chosen = {name: value for name, value in vars(self).items() if value is not None}
+        return FeatureConfig(**own | chosen)
+
+    def as_own(self, config: ModelConfig) -> ModelConfig:
+        """The configuration of a model whose own features are these."""
+        return dataclasses.replace(config, **vars(self.resolved(config)))
 
     def blocks(self, config: ModelConfig) -> tuple[int, ...]:
         """Which transformer blocks are read."""
@@ -237,8 +274,9 @@ class FeatureConfig:
 
     def frame_dim(self, config: ModelConfig) -> int:
         """Size of one frame feature."""
-        per_layer = config.embed_dim * (1 if self.flat else config.grid_size[0])
-        return per_layer * (len(self.blocks(config)) if self.layer_pooling == "concat" else 1)
+        chosen = self.resolved(config)
+        per_layer = config.embed_dim * (1 if chosen.flat else config.grid_size[0])
+        return per_layer * (len(chosen.blocks(config)) if chosen.layer_pooling == "concat" else 1)
 
     def hop_frames(self, config: ModelConfig) -> int:
         """Step between timestamp embeddings in log-mel frames, a divisor of the patch's.
@@ -247,27 +285,34 @@ class FeatureConfig:
             ConfigError: if ``hop_ms`` is not a whole number of log-mel frames that divides the patch.
         """
         patch_frames = config.patch_size[1]
-        if self.hop_ms is None:
+        hop_ms = self.resolved(config).hop_ms
+        if hop_ms is None:
             return patch_frames
         possible = [n for n in range(1, patch_frames + 1) if patch_frames % n == 0]
         for frames in possible:
-            if abs(frames * config.frame_ms - self.hop_ms) < 1e-6:
+            if abs(frames * config.frame_ms - hop_ms) < 1e-6:
                 return frames
         choices = ", ".join(f"{n * config.frame_ms:g}" for n in possible)
-        raise ConfigError(f"hop_ms={self.hop_ms:g} is not possible with this model; choose one of {choices}.")
+        raise ConfigError(f"hop_ms={hop_ms:g} is not possible with this model; choose one of {choices}.")
 
     def check(self, config: ModelConfig) -> None:
         """Raise ConfigError if these features cannot be had from a model of this configuration."""
-        self.hop_frames(config)
-        resolve_layers(self.blocks(config), config.depth)
+        chosen = self.resolved(config)
+        chosen.hop_frames(config)
+        resolve_layers(chosen.blocks(config), config.depth)
         _require(
-            self.layer_pooling in ("mean", "concat"),
-            f'layer_pooling is "mean" or "concat", not {self.layer_pooling!r}',
+            chosen.layer_pooling in typing.get_args(LayerPooling),
+            f'layer_pooling is "mean" or "concat", not {chosen.layer_pooling!r}',
         )
         _require(
-            self.pooling(config) in typing.get_args(ScenePooling),
-            f'scene_pooling is "mean" or "mean_std", not {self.pooling(config)!r}',
+            chosen.scene_pooling in typing.get_args(ScenePooling),
+            f'scene_pooling is "mean" or "mean_std", not {chosen.scene_pooling!r}',
         )
+
+
+def is_whole(value: object) -> typing.TypeGuard[int]:
+    """Whether a value is a whole number: Python's or numpy's, but no boolean and no float."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def resolve_layers(layers: typing.Sequence[int], depth: int) -> list[int]:
@@ -279,10 +324,10 @@ def resolve_layers(layers: typing.Sequence[int], depth: int) -> list[int]:
     _require(len(layers) > 0, "layers is empty; name at least one, e.g. layers=[-1]")
     for layer in layers:
         _require(
-            type(layer) is int and -depth <= layer < depth,
+            is_whole(layer) and -depth <= layer < depth,
             f"layer {layer!r} does not exist; this model's run from 0 to {depth - 1} (or -{depth} to -1)",
         )
-    return [layer % depth for layer in layers]
+    return [int(layer) % depth for layer in layers]
 
 
 _NAME = re.compile(

@@ -29,15 +29,19 @@ from torch import Tensor, nn
 
 from m2d_embed import __version__
 from m2d_embed.collectors import pool_scene
-from m2d_embed.config import FeatureConfig, ModelConfig, resolve_layers
+from m2d_embed.config import FeatureConfig, ModelConfig, is_whole, resolve_layers
 from m2d_embed.errors import ConfigError, ExportError, UnsupportedError
+from m2d_embed.files import atomic_write
 from m2d_embed.model import M2D, frame_features
 
 Kind = Literal["scene", "timestamps", "tags"]
 
 #: The newest opset that torch 2.13's exporter writes (with onnxscript 0.7); onnxruntime 1.31 reads up to 26.
 NEWEST_OPSET = 25
+#: The one that every runtime reads, and the exporter itself writes.
 OLDEST_OPSET = 18
+#: Below 23, as ``quantize_dynamic`` of ONNX Runtime (1.31) makes an invalid graph of the attention operator.
+DEFAULT_OPSET = OLDEST_OPSET
 
 #: Largest difference from the model, in any value of an output, with which a file is kept.
 TOLERANCE = 1e-4
@@ -89,7 +93,8 @@ def export_onnx(
         model: float32, on the CPU, in evaluation mode; its ``features`` say what an embedding is.
         path: ``*.onnx``.
         kind: scene embeddings, timestamp embeddings with their times, or probabilities of the tagging head.
-        opset: of ONNX, 18 to 25; None is the newest.
+        opset: of ONNX, 18 to 25; None is 18. From 23 on attention is one operator, but then ONNX Runtime's
+            ``quantize_dynamic`` makes an invalid graph.
         overwrite: replace an existing file.
 
     Raises:
@@ -99,8 +104,8 @@ def export_onnx(
         ExportError: if the file does not give the model's numbers; it is not left behind.
     """
     target = check_target(path, ".onnx", overwrite)
-    chosen = NEWEST_OPSET if opset is None else opset
-    if not OLDEST_OPSET <= chosen <= NEWEST_OPSET:
+    chosen = DEFAULT_OPSET if opset is None else opset
+    if not is_whole(chosen) or not OLDEST_OPSET <= chosen <= NEWEST_OPSET:
         raise ConfigError(f"opset {opset} is not possible; choose one of {OLDEST_OPSET} to {NEWEST_OPSET}.")
     for module in ("onnx", "onnxscript", "onnxruntime"):
         if importlib.util.find_spec(module) is None:
@@ -110,7 +115,7 @@ def export_onnx(
     if weight_bytes > _MAX_ONNX_BYTES:
         raise UnsupportedError(f"{weight_bytes / 1e9:.1f} GB of weights do not fit one ONNX file; export a .pt2.")
     written = _as_onnx(graph, chosen).SerializeToString()
-    with _whole_file(target) as partial:
+    with atomic_write(target) as partial:
         partial.write_bytes(written)
         difference = _check(graph, model, _onnx_runner(partial, graph), target)
     return Export(target, model.sample_rate, target.stat().st_size, graph.outputs, chosen, difference)
@@ -131,7 +136,7 @@ def export_program(model: M2D, path: str | Path, kind: Kind = "scene", overwrite
     target = check_target(path, ".pt2", overwrite)
     graph = _Graph(model, kind)
     program = _trace(graph)
-    with _whole_file(target) as partial:
+    with atomic_write(target) as partial:
         with partial.open("wb") as stream, _quiet():
             torch.export.save(program, stream, extra_files={METADATA_FILE: json.dumps(graph.metadata)})
         difference = _check(graph, model, _program_runner(partial), target)
@@ -395,17 +400,6 @@ def _check_model(model: M2D, kind: Kind) -> None:
         )
     if model.training:
         raise ConfigError("the model is in training mode; call model.eval() first.")
-
-
-@contextmanager
-def _whole_file(path: Path) -> Iterator[Path]:
-    """A name to write to, which becomes ``path`` at the end, or is removed after an error."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -18,12 +18,14 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import responses
 from pathlib import Path
 
 from filelock import FileLock
 
 from m2d_embed.config import CONFIG_FILE
 from m2d_embed.errors import CheckpointError, ConfigError, ModelNotFoundError
+from m2d_embed.files import sync
 from m2d_embed.registry import BUNDLED_NAME, LICENSE_NOTICE, RELEASE_URL, RELEASES, Release
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
@@ -54,7 +56,11 @@ class HubOptions:
 
 
 def locate(
-    name: str | Path, weight_files: Sequence[str], optional_files: Sequence[str], options: HubOptions
+    name: str | os.PathLike[str],
+    weight_files: Sequence[str],
+    optional_files: Sequence[str],
+    options: HubOptions,
+    rounded_files: Sequence[str] = (),
 ) -> Location:
     """Find a model's files, downloading what is not here yet.
 
@@ -64,6 +70,8 @@ def locate(
         weight_files: file names to take from a Hub repository, the first that it has.
         optional_files: further files to take if the repository has them.
         options: for the Hub.
+        rounded_files: weights to take of a repository that has none of ``weight_files``; not where these are only not
+            in the cache.
 
     Raises:
         ModelNotFoundError: if the name leads nowhere or access is refused.
@@ -80,12 +88,13 @@ def locate(
         return _locate_release(RELEASES[text], options)
     repository, _, revision = text.partition("@")
     looks_local = (
-        isinstance(name, Path) or text.startswith((".", "~", os.sep)) or path.suffix in (".pth", ".pt", ".zip")
+        isinstance(name, os.PathLike) or text.startswith((".", "~", os.sep)) or path.suffix in (".pth", ".pt", ".zip")
     )
     if _REPOSITORY.fullmatch(repository) and not looks_local:
         if revision and options.revision not in (None, revision):
             raise ConfigError(f"{text}: names another revision than revision={options.revision!r}; give one of them.")
-        return _locate_on_hub(repository, revision or options.revision, weight_files, optional_files, options)
+        weights = (weight_files, rounded_files)
+        return _locate_on_hub(repository, revision or options.revision, weights, optional_files, options)
     if looks_local or os.sep in text:
         raise ModelNotFoundError(f"{text}: no such file or folder.")
     known = [BUNDLED_NAME, *RELEASES]
@@ -114,7 +123,7 @@ def release_cache() -> Path:
 def _locate_on_hub(
     repository: str,
     revision: str | None,
-    weight_files: Sequence[str],
+    weights: tuple[Sequence[str], Sequence[str]],
     optional_files: Sequence[str],
     options: HubOptions,
 ) -> Location:
@@ -122,9 +131,13 @@ def _locate_on_hub(
     with _hub_errors(shown):
         config = _fetch(repository, CONFIG_FILE, revision, options)
         commit = config.parent.name  # the other files come from this one, whatever is pushed meanwhile
-        if _fetch_first(repository, weight_files, commit, options) is None:
+        exact, rounded = weights
+        found = _fetch_first(repository, exact, commit, options)
+        if found is None and all(_is_known_to_lack(repository, file, commit, options) for file in exact):
+            found = _fetch_first(repository, rounded, commit, options)
+        if found is None:
             lacking = "local cache has its" if _is_offline(options) else "repository has a"
-            raise ModelNotFoundError(f"{shown}: the {lacking} {CONFIG_FILE} but none of {', '.join(weight_files)}.")
+            raise ModelNotFoundError(f"{shown}: the {lacking} {CONFIG_FILE} but none of {', '.join(exact)}.")
         for file in optional_files:
             _fetch_first(repository, [file], commit, options)
     return Location(config.parent, f"Hub repository {shown}")
@@ -155,8 +168,9 @@ def _hub_errors(shown: str) -> Iterator[None]:
     except errors.LocalTokenNotFoundError as error:
         raise ModelNotFoundError(f"{shown}: asked for with token=True, but you are not logged in.") from error
     except errors.HfHubHTTPError as error:
-        answer = f"{error.response.status_code} {error.server_message or error.response.reason_phrase}"
-        if error.response.status_code in (401, 403):
+        status = error.response.status_code
+        answer = f"{status} {error.server_message or responses.get(status, '')}"
+        if status in (401, 403):
             raise ModelNotFoundError(
                 f"{shown}: the Hub refuses access ({answer}); check the token, or log in (hf auth login)."
             ) from error
@@ -196,11 +210,10 @@ def _fetch(repository: str, file: str, revision: str | None, options: HubOptions
 
 def _fetch_first(repository: str, files: Sequence[str], commit: str, options: HubOptions) -> Path | None:
     """The first of the files that the commit has; offline, the first that the cache has."""
-    from huggingface_hub import _CACHED_NO_EXIST, errors, try_to_load_from_cache
+    from huggingface_hub import errors
 
     for file in files:
-        known = try_to_load_from_cache(repository, file, cache_dir=options.cache_dir, revision=commit)
-        if known is _CACHED_NO_EXIST:  # asking again would take many seconds where there is no connection
+        if _is_known_to_lack(repository, file, commit, options):  # asking again takes long without a connection
             continue
         try:
             return _fetch(repository, file, commit, options)
@@ -210,6 +223,14 @@ def _fetch_first(repository: str, files: Sequence[str], commit: str, options: Hu
         except errors.EntryNotFoundError:
             continue
     return None
+
+
+def _is_known_to_lack(repository: str, file: str, commit: str, options: HubOptions) -> bool:
+    """Whether the Hub has said of this commit that it has no such file."""
+    from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
+
+    known = try_to_load_from_cache(repository, file, cache_dir=options.cache_dir, revision=commit)
+    return known is _CACHED_NO_EXIST
 
 
 def _is_offline(options: HubOptions) -> bool:
@@ -231,12 +252,16 @@ def _locate_release(release: Release, options: HubOptions) -> Location:
         url = release.url(os.environ.get("M2D_EMBED_RELEASE_URL", RELEASE_URL))
         print(f"Downloading {release.name}\n{LICENSE_NOTICE}", file=sys.stderr)
         archive.parent.mkdir(parents=True, exist_ok=True)
-        # Another process that wants the same release waits for this one's download.
-        with FileLock(archive.with_name(f".{release.name}.lock")):
+        with lock_of_release(archive):
             if options.force_download or not (folder.exists() or archive.exists()):
                 _download(url, archive)
                 shutil.rmtree(folder, ignore_errors=True)  # what an earlier download was converted to
     return Location(archive, f"official M2D release {release.tag}", release=folder)
+
+
+def lock_of_release(archive: Path) -> FileLock:
+    """Held while an official release is downloaded, or converted: another process that wants it, too, waits."""
+    return FileLock(archive.with_name(f".{archive.stem}.lock"))
 
 
 def _download(url: str, file: Path) -> None:
@@ -268,14 +293,17 @@ def _download(url: str, file: Path) -> None:
     if damaged is not None:
         partial.unlink()
         raise CheckpointError(f"{url}: the download is damaged ({damaged}); try again.")
+    sync(partial)
     partial.replace(file)
+    sync(file.parent)
 
 
 def _http_error() -> type[Exception]:
-    """The base class of the errors of the HTTP library that this huggingface_hub is built on (httpx, httpx2)."""
+    """The base class of the errors of the HTTP library that this huggingface_hub is built on (requests, httpx)."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    return HfHubHTTPError.__bases__[0]
+    base = HfHubHTTPError.__bases__[0]
+    return base.__bases__[0] if issubclass(base, OSError) else base  # requests has one more below its own
 
 
 def _is_of_disk(error: Exception) -> bool:

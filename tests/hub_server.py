@@ -190,6 +190,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _download(self, request: Request) -> None:
         if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", request.path):
             self._resolve(*map(unquote, found.groups()))  # a revision may hold slashes
+        elif found := re.fullmatch(r"/api/models/(.+)/tree/main", request.path):
+            self._send_json([_listed(*file) for file in self.hub.content(found[1]).items()])
+        elif found := re.fullmatch(r"/api/models/(.+)/revision/main", request.path):
+            self._send_json({"id": found[1], "xetEnabled": False})
         elif found := re.fullmatch(r"/storage/(\w+)/.+", request.path):
             self._send_file(self.hub.blob(found[1]))
         else:
@@ -278,6 +282,8 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif entry["key"] == "lfsFile":
                 files[value["path"]] = self.hub.blob(value["oid"])
+            elif entry["key"] == "deletedFile":
+                del files[value["path"]]
         commit = self.hub.publish(repository, files)
         self._send_json({"commitOid": commit, "commitUrl": f"{self.hub.url}/{repository}/commit/{commit}"})
 
@@ -297,6 +303,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         pass
+
+
+def _listed(path: str, content: bytes) -> dict[str, Any]:
+    return {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
 
 
 def _upload_mode(path: str) -> dict[str, Any]:

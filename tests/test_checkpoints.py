@@ -7,8 +7,10 @@ import os
 import pickle
 import stat
 import tempfile
+import time
 import warnings
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -446,7 +448,7 @@ def release(tmp_path):
 def test_release_is_converted_once_and_read_from_there(release, monkeypatch):
     checkpoint = load_checkpoint(release)
     assert checkpoint.config.source == f"{NAME}.zip: {NAME}/checkpoint-300.pth"
-    assert [p.name for p in release.path.parent.iterdir()] == [NAME]
+    assert [p.name for p in release.path.parent.iterdir() if p.suffix != ".lock"] == [NAME]
     monkeypatch.setattr(checkpoints, "convert", None)
     again = load_checkpoint(release, [torch.bfloat16])
     assert again.file_dtype == torch.bfloat16
@@ -454,13 +456,20 @@ def test_release_is_converted_once_and_read_from_there(release, monkeypatch):
 
 
 def test_two_processes_convert_a_release_at_once(release, monkeypatch):
-    def overtaken(source, destination, half_dtypes):
-        convert(source, destination, half_dtypes)
-        source.unlink()
+    """The second waits for the first, and reads what that has made."""
+    begun = []
+
+    def slow(source, destination, half_dtypes):
+        begun.append(source)
+        time.sleep(0.3)
         return convert(source, destination, half_dtypes)
 
-    monkeypatch.setattr(checkpoints, "convert", overtaken)
-    assert torch.equal(load_checkpoint(release).tensors["encoder.norm.bias"], encoder_state()["norm.bias"])
+    monkeypatch.setattr(checkpoints, "convert", slow)
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: load_checkpoint(release), range(4)))
+    assert len(begun) == 1
+    for checkpoint in found:
+        assert torch.equal(checkpoint.tensors["encoder.norm.bias"], encoder_state()["norm.bias"])
 
 
 def test_damaged_release_is_an_error(release):

@@ -10,10 +10,12 @@ import torch
 from conftest import TINY, random_model
 
 import m2d_embed
+from m2d_embed.checkpoints import Checkpoint, write_native
 from m2d_embed.config import ModelConfig
 
 
 def test_load_model_gives_the_bundled_model():
+    assert m2d_embed.load_model(None).config == m2d_embed.M2D.from_pretrained(None).config
     model = m2d_embed.load_model()
     assert isinstance(model, torch.nn.Module)
     assert (model.sample_rate, model.scene_embedding_size, model.timestamp_embedding_size) == (16_000, 1920, 960)
@@ -33,6 +35,22 @@ def test_embeddings(bundled, noise):
     assert not embeddings.requires_grad
     pooled = torch.cat([embeddings.mean(1), embeddings.std(1, correction=0)], dim=1)
     torch.testing.assert_close(pooled, scene, atol=1e-5, rtol=0)
+
+
+def test_one_default_device_and_precision(monkeypatch, tmp_path):
+    """A GPU where there is one, and float32 even where there is a half-precision file; the same for both ways."""
+    folder = tmp_path
+    write_native(folder, Checkpoint(TINY, random_model(TINY).state_dict()), [torch.float32, torch.bfloat16])
+    for load in (m2d_embed.load_model, m2d_embed.M2D.from_pretrained):
+        assert load(folder).dtype == torch.float32
+        assert load(folder).device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+        assert load(folder, device="meta").dtype == torch.float32
+        assert load(folder, device="meta", dtype="bf16").dtype == torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("m2d_embed.model._parse_device", lambda device: torch.device({"cuda": "meta"}[device]))
+    for load in (m2d_embed.load_model, m2d_embed.M2D.from_pretrained):
+        assert load(folder).device.type == "meta"
+        assert load(folder).dtype == torch.float32
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -89,7 +107,7 @@ def test_impossible_options():
     ("audio", "message"),
     [
         (torch.zeros(16_000), r"\(sounds, samples\)"),
-        (torch.zeros(0, 16_000), "empty"),
+        (torch.zeros(2, 0), "empty"),
         (torch.full((1, 100), torch.nan), "NaN"),
     ],
 )

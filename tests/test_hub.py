@@ -18,7 +18,7 @@ from hub_server import HubServer, Request
 import m2d_embed
 from m2d_embed import CheckpointError, ConfigError, ModelNotFoundError
 from m2d_embed.checkpoints import Checkpoint, write_native
-from m2d_embed.config import CheckpointName, ClapConfig
+from m2d_embed.config import CheckpointName, ClapConfig, FeatureConfig
 from m2d_embed.model import M2D
 from m2d_embed.registry import BUNDLED_NAME, LICENSE_NOTICE, RELEASES, Release
 
@@ -34,6 +34,10 @@ RELEASE_FILE = f"/releases/v9.9.9/{RELEASE}.zip"
 
 CHUNK = 64 * 1024
 
+CURRENT_CLIENT = pytest.mark.skipif(
+    not hasattr(huggingface_hub, "close_session"), reason="a client of before 1.0 gives up sooner, in other words"
+)
+
 
 @pytest.fixture
 def waits(monkeypatch) -> list[float]:
@@ -41,6 +45,14 @@ def waits(monkeypatch) -> list[float]:
     seconds: list[float] = []
     monkeypatch.setattr(time, "sleep", seconds.append)
     return seconds
+
+
+def close_session() -> None:
+    """Forget the client's connections; the one of before 1.0 calls it otherwise."""
+    if hasattr(huggingface_hub, "close_session"):
+        huggingface_hub.close_session()
+    else:
+        huggingface_hub.utils._http.reset_sessions()
 
 
 @pytest.fixture
@@ -59,14 +71,16 @@ def hub(monkeypatch, tmp_path, waits) -> Iterator[HubServer]:
             "HF_HUB_DISABLE_TELEMETRY": True,
             "DOWNLOAD_CHUNK_SIZE": CHUNK,
         }.items():
-            monkeypatch.setattr(constants, name, value)
+            monkeypatch.setattr(constants, name, value, raising=False)  # older clients know fewer of them,
+            if hasattr(huggingface_hub.file_download, name):  # and have copies
+                monkeypatch.setattr(huggingface_hub.file_download, name, value)
         for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"):
             monkeypatch.delenv(variable, raising=False)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         monkeypatch.setenv("no_proxy", "127.0.0.1")
-        huggingface_hub.close_session()
+        close_session()
         yield server
-    huggingface_hub.close_session()
+    close_session()
 
 
 @pytest.fixture
@@ -115,6 +129,7 @@ def go_offline(how: str, hub: HubServer, monkeypatch) -> dict[str, bool]:
     hub.requests.clear()
     if how == "environment":
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        close_session()  # of an older client, which asks when it begins one
     if how == "no connection":
         hub.stop()
     return {"local_files_only": True} if how == "argument" else {}
@@ -238,13 +253,13 @@ def test_cpu_takes_the_float32_file_alone(hub, with_half, tiny):
 @pytest.mark.parametrize(
     ("dtype", "asked", "result"),
     [
-        (None, [BF16], torch.bfloat16),
+        (None, [FLOAT32], torch.float32),
         ("bf16", [BF16], torch.bfloat16),
         ("fp16", ["model.fp16.safetensors", FLOAT32], torch.float16),
         ("fp32", [FLOAT32], torch.float32),
     ],
 )
-def test_other_devices_prefer_half_precision(hub, with_half, dtype, asked, result):
+def test_other_devices_take_half_precision_where_it_is_asked_for(hub, with_half, dtype, asked, result):
     model = M2D.from_pretrained(REPOSITORY, device="meta", dtype=dtype)
     weights = [f for f in hub.asked("HEAD") if f.startswith("model.")]
     assert weights == asked
@@ -253,11 +268,27 @@ def test_other_devices_prefer_half_precision(hub, with_half, dtype, asked, resul
     assert model.device.type == "meta"
 
 
-def test_other_devices_take_fp16_where_there_is_no_bf16(hub, files, tiny):
-    hub.publish(REPOSITORY, files(tiny, torch.float16))
-    model = M2D.from_pretrained(REPOSITORY, device="meta")
-    assert hub.asked("GET") == ["config.json", "model.fp16.safetensors"]
-    assert dtype_of(model) == torch.float16
+@pytest.mark.parametrize("how", [None, *OFFLINE])
+def test_a_repository_with_half_precision_alone(hub, files, tiny, monkeypatch, caplog, waits, how):
+    """Its values are all there is; that they are rounded is said."""
+    content = files(tiny, torch.float16)
+    del content[FLOAT32]
+    hub.publish(REPOSITORY, content)
+    if how:
+        M2D.from_pretrained(REPOSITORY)
+    model = M2D.from_pretrained(REPOSITORY, **go_offline(how, hub, monkeypatch))
+    assert dtype_of(model) == torch.float32
+    assert_same(model, random_model(TINY).set_dtype(torch.float16).set_dtype(torch.float32))
+    assert caplog.messages[-1].endswith("there is no float32 file; the weights are those of float16, rounded.")
+
+
+@pytest.mark.parametrize("how", ["argument", "environment"])
+def test_offline_no_rounded_weights_stand_in_for_float32(hub, with_half, monkeypatch, how):
+    """What a call gives must not depend on what an earlier one left in the cache."""
+    M2D.from_pretrained(REPOSITORY, device="meta", dtype="bf16")
+    arguments = go_offline(how, hub, monkeypatch)
+    with pytest.raises(ModelNotFoundError, match=r"local cache has its config.json but none of model.safetensors\.$"):
+        M2D.from_pretrained(REPOSITORY, device="meta", **arguments)
 
 
 def test_bf16_falls_back_to_the_float32_file(hub, published, tiny):
@@ -452,6 +483,7 @@ def test_broken_download_is_an_error_and_the_next_try_works(hub, published, tiny
     assert_same(M2D.from_pretrained(REPOSITORY), tiny)
 
 
+@CURRENT_CLIENT
 def test_connection_closed_without_an_answer(hub, published, tiny):
     hub.fail(status=0)
     with pytest.raises(CheckpointError, match=f"^{REPOSITORY}: the download did not arrive whole .*; try again"):
@@ -460,6 +492,7 @@ def test_connection_closed_without_an_answer(hub, published, tiny):
     assert_same(M2D.from_pretrained(REPOSITORY), tiny)
 
 
+@CURRENT_CLIENT
 def test_one_hiccup_is_overcome(hub, published, tiny, waits):
     hub.fail("/storage/", method="GET", cut=CHUNK + 1000, times=1)
     assert_same(M2D.from_pretrained(REPOSITORY), tiny)
@@ -602,10 +635,36 @@ def test_what_is_pushed_loads_again(hub, tiny):
 
 
 @pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")
-def test_push_over_an_earlier_model(hub, published, other):
+def test_push_over_an_earlier_model(hub, with_half, other):
+    """Its half-precision weights go with it: a later load in bf16 would take them for the new model's."""
     M2D.from_pretrained(REPOSITORY)
     other.push_to_hub(REPOSITORY, token="hf_secret")
+    assert set(hub.content(REPOSITORY)) == {"config.json", FLOAT32, "README.md"}
     assert_same(M2D.from_pretrained(REPOSITORY), other)
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")
+def test_pushed_features_are_those_of_the_model(hub, tiny):
+    tiny.features = FeatureConfig(layers=(0, 1), layer_pooling="concat", flat=True, hop_ms=40, scene_pooling="mean_std")
+    tiny.push_to_hub(REPOSITORY, token="hf_secret", delete_patterns="*.txt")
+    assert b"# (2, 128)" in hub.content(REPOSITORY)["README.md"]
+    assert m2d_embed.load_model(REPOSITORY).features == tiny.features
+
+
+def test_load_model_takes_what_the_client_takes(hub, files, tiny, other, tmp_path):
+    hub.publish(REPOSITORY, files(tiny), "v1")
+    hub.publish(REPOSITORY, files(other))
+    cache = tmp_path / "elsewhere"
+    model = m2d_embed.load_model(REPOSITORY, revision="v1", token="hf_secret", cache_dir=cache)
+    assert_same(model, tiny)
+    assert {r.token for r in hub.requests if "storage" not in r.path} == {"hf_secret"}
+    assert any(cache.iterdir())
+    hub.requests.clear()
+    again = m2d_embed.load_model(REPOSITORY, revision="v1", cache_dir=str(cache), local_files_only=True)
+    assert_same(again, tiny)
+    assert hub.requests == []
+    with pytest.raises(ModelNotFoundError, match="not in the local cache"):
+        m2d_embed.load_model(REPOSITORY, revision="v1", local_files_only=True)
 
 
 # --- official releases --------------------------------------------------------------------------------------------
@@ -664,7 +723,7 @@ def test_release_is_downloaded_and_converted_once(hub, releases, released):
     assert {f.name for f in (releases / RELEASE).iterdir()} == {"config.json", FLOAT32, BF16, "README.md"}
     hub.stop()
     assert_same(M2D.from_pretrained(RELEASE), released[0])
-    assert dtype_of(M2D.from_pretrained(RELEASE, device="meta")) == torch.bfloat16
+    assert dtype_of(M2D.from_pretrained(RELEASE, device="meta", dtype="bf16")) == torch.bfloat16
     assert len(hub.requests) == 1
 
 

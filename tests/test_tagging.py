@@ -1,5 +1,6 @@
 """The classification head: AudioSet's labels in the published order, and logits computed by hand."""
 
+import copy
 import csv
 from dataclasses import replace
 
@@ -208,3 +209,35 @@ def test_a_head_of_standard_deviations_judges_no_single_column(noise):
     model = random_model(replace(TINY, name="barks", head=HeadConfig(("a", "b"), scene_pooling="mean_std")))
     with pytest.raises(UnsupportedError, match=r"head of barks takes standard deviations.*scene_pooling=mean"):
         model.frame_logits(noise(0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_head_in_half_precision_learns_the_statistics(dtype):
+    """They are kept in float32: in half precision, steps of a tenth of what is left would end far from the mean."""
+    head = TaggingHead(8, HeadConfig(("a", "b"))).to(dtype).train()
+    assert head.norm.running_mean.dtype == head.norm.running_var.dtype == torch.float32
+    assert head.linear.weight.dtype == dtype
+    features = 100 + 3 * torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    for _ in range(200):
+        head(features)
+    torch.testing.assert_close(head.norm.running_mean, features.mean(0))
+    torch.testing.assert_close(head.norm.running_var, features.var(0))
+    assert head.norm.num_batches_tracked == 200
+    head.eval()
+    assert torch.equal(head(features), head(features))
+
+
+def test_statistics_keep_every_digit_when_a_model_is_cast(noise):
+    model = random_model(replace(TINY, head=HeadConfig(("a", "b"))))
+    mean = torch.randn(model.config.head_dim)
+    model.head.norm.running_mean.copy_(mean)
+    for cast in (model.half(), model.bfloat16(), model.to(torch.float16), copy.deepcopy(model).float()):
+        assert torch.equal(cast.head.norm.running_mean, mean)
+        assert cast.head.norm.num_batches_tracked.dtype == torch.long
+    assert torch.isfinite(model.float().eval().logits(noise(0.5))).all()
+
+
+def test_a_head_without_memory_gets_it():
+    with torch.device("meta"):
+        head = TaggingHead(8, HeadConfig(("a", "b"))).half()
+    assert head.to_empty(device="cpu").norm.running_var.device.type == "cpu"

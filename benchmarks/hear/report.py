@@ -25,6 +25,7 @@ from benchmarks.timing import machine
 from m2d_embed.errors import ConfigError
 from m2d_embed.evaluate.labelled import LabelledClips
 from m2d_embed.evaluate.scores import RESAMPLES, score_predictions
+from m2d_embed.files import write_text
 
 RESULT = Path(__file__).parents[1] / "hear.json"
 SCORES_FILE = "test.predicted-scores.json"
@@ -219,9 +220,7 @@ def comparison(collected: dict[str, Any], quality: dict[str, Any]) -> list[str]:
 def write_report(collected: dict[str, Any], path: Path) -> None:
     """Write the JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(collected, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(path, json.dumps(collected, indent=1, allow_nan=False) + "\n")
 
 
 def _cell(name: str, score: dict[str, Any]) -> str:

@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 
 from benchmarks.pretraining.join_features import overlapping
 from benchmarks.pretraining.targets import read_rows
+from m2d_embed.files import atomic_write
 
 RATE = 16_000
 SECONDS = 5
@@ -154,9 +155,8 @@ def write(number: int, seed: int, folder: Path) -> dict[str, str]:
     samples, rows = scene(_corpora[0], seed, number)
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        soundfile.write(partial, samples, RATE, format="FLAC", subtype="PCM_16")
-        partial.replace(file)
+        with atomic_write(file) as partial:
+            soundfile.write(partial, samples, RATE, format="FLAC", subtype="PCM_16")
     return {
         "file": str(file.relative_to(folder.parent)),
         "seconds": f"{SECONDS:.3f}",

@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import soundfile
 
+from m2d_embed.files import atomic_write
+
 
 @dataclass(frozen=True)
 class Job:
@@ -43,10 +45,8 @@ def _seconds(folder: Path, row: dict[str, str]) -> float:
 def save(target: Path, features: npt.NDArray[Any]) -> None:
     """Write a ``.npy``, wholly or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_suffix(f".{os.getpid()}.partial")
-    with partial.open("wb") as stream:
+    with atomic_write(target) as partial, partial.open("wb") as stream:
         np.save(stream, features)
-    partial.replace(target)
 
 
 def write_manifest(manifest: Path, output: Path) -> None:

@@ -18,7 +18,7 @@ README says, with m2d-embed installed:
        feature_d: 3840       # 960 with the bundled model; must be the size of an embedding
        sample_rate: 16000    # must be the model's
 
-       output_layers: [-1]   # several are stacked; feature_d grows with them
+       output_layers: [-1]   # several are stacked; feature_d grows with them. Without it, the model's own
        flat_features: False  # True averages the patches of a time column instead of stacking them
        # temporal_pooling_type: mean_max  # mean (the default), max or mean_max
 
@@ -75,8 +75,8 @@ class AR_M2DEmbed(BaseAudioRepr):  # noqa: N801  # EVAR finds it by this name
             cfg.get("weight_file") or "",
             device="cpu",  # EVAR moves it
             layers=layers,
-            layer_pooling="mean" if layers is None else "concat",
-            flat=cfg.get("flat_features", False),
+            layer_pooling=None if layers is None else "concat",
+            flat=cfg.get("flat_features"),
             scene_pooling="mean",  # EVAR pools frames itself, and has one size for both
         )
         _check(cfg, self.model)

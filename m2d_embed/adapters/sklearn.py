@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -45,7 +45,7 @@ class M2DFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimat
         model: which one, as for ``load_model``; "" is the bundled one.
         layers: the transformer block to read, or several, which are averaged; -1 is the last; None is the model's
             own.
-        flat: average the patches of a time column instead of stacking them.
+        flat: average the patches of a time column instead of stacking them; None is the model's own choice.
         scene_pooling: "mean" over time, or "mean_std", followed by the standard deviation; None is the model's own.
         batch_size: windows encoded at a time, at most.
         device: where to put the model; None is a GPU if there is one, else the CPU.
@@ -56,7 +56,7 @@ class M2DFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimat
         self,
         model: str | os.PathLike[str] = "",
         layers: int | Sequence[int] | None = None,
-        flat: bool = False,
+        flat: bool | None = None,
         scene_pooling: ScenePooling | None = None,
         batch_size: int = 32,
         device: str | torch.device | None = None,
@@ -119,6 +119,7 @@ class M2DFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimat
             device=self.device,
             dtype=self.dtype,
             layers=self.layers,
+            layer_pooling=None if self.layers is None else "mean",
             flat=self.flat,
             scene_pooling=self.scene_pooling,
         )
@@ -150,7 +151,14 @@ def _is_sequence_of_clips(X: Any) -> TypeGuard[Sequence[ClipLike]]:  # noqa: N80
     """
     if not isinstance(X, list | tuple) and getattr(X, "ndim", None) != 1:
         return False
-    return len(X) == 0 or any(isinstance(x, str | os.PathLike) or getattr(x, "ndim", 0) > 0 for x in X)
+    return len(X) == 0 or any(_is_clip(x) for x in X)
+
+
+def _is_clip(x: Any) -> bool:
+    """Whether this is a clip rather than a number: a path, samples of any length, or an object with sound in it."""
+    if isinstance(x, str | os.PathLike | bytes | Mapping) or getattr(x, "ndim", 0) > 0:
+        return True
+    return hasattr(x, "read") or hasattr(x, "get_all_samples")
 
 
 def _is_table_of_paths(X: Any) -> bool:  # noqa: N803

@@ -92,7 +92,7 @@ class M2DEncoder(nn.Module):
             AudioError: if ``audio`` is not of rank 2, is empty, or holds NaN or infinity.
         """
         audio = check_batch(audio).to(self.model.device)
-        if self.model.features.hop_ms is None:
+        if self.model.features.hop_frames(self.model.config) == self.model.config.patch_size[1]:
             return self.model.encode_frames(audio)
         frames, times = self.model.timestamps(audio)
         duration_ms = 1000 * audio.shape[-1] / self.sampling_rate

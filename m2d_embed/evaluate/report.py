@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from m2d_embed.evaluate.features import Vectors
 from m2d_embed.evaluate.labelled import LABEL_SEPARATOR, LabelledClips
 from m2d_embed.evaluate.probes import ProbeResult
 from m2d_embed.evaluate.scores import RESAMPLES, Score, confusion, label_scores, predicted_labels
+from m2d_embed.files import write_json
 
 RESULTS_FILE = "results.json"
 PREDICTIONS_FILE = "predictions.csv"
@@ -92,7 +92,7 @@ def write_report(report: ProbeReport, folder: Path) -> list[Path]:
         files.append(_draw_confusion(report, folder / CONFUSION_FILE))
     _write_predictions(report, folder / PREDICTIONS_FILE)
     _write_scores(report, folder / SCORES_FILE)
-    _write_whole(folder / RESULTS_FILE, json.dumps(report_as_dict(report), indent=1, ensure_ascii=False) + "\n")
+    write_json(folder / RESULTS_FILE, report_as_dict(report))
     return [*files, *(folder / name for name in (PREDICTIONS_FILE, SCORES_FILE, RESULTS_FILE))]
 
 
@@ -200,13 +200,3 @@ def _write_scores(report: ProbeReport, output: Path) -> None:
 
 def _joined(clips: LabelledClips, targets: np.typing.NDArray[np.bool_], separator: str = LABEL_SEPARATOR) -> str:
     return separator.join(clips.label_names[label] for label in np.flatnonzero(targets))
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """A file that appears only when it is complete."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -25,6 +25,7 @@ import soundfile
 from m2d_embed.audio import Clip, open_clip
 from m2d_embed.errors import ConfigError
 from m2d_embed.evaluate.extra import require
+from m2d_embed.files import atomic_write
 
 Array = npt.NDArray[np.float32]
 
@@ -77,13 +78,8 @@ def write_map(
         "x": [round(float(x), 4) for x in points[:, 0]],
         "y": [round(float(y), 4) for y in points[:, 1]],
     }
-    partial = output.with_name(f".{output.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8", errors="backslashreplace") as page:
-            _fill(page, title, data, _encoded(clips, _opus_rate(sample_rate)))
-        partial.replace(output)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_write(output) as partial, partial.open("w", encoding="utf-8", errors="backslashreplace") as page:
+        _fill(page, title, data, _encoded(clips, _opus_rate(sample_rate)))
 
 
 def place(embeddings: Array) -> tuple[Array, str]:

@@ -15,6 +15,7 @@ import torch
 from m2d_embed.evaluate import scores
 from m2d_embed.evaluate.events import LabelledEvents
 from m2d_embed.evaluate.labelled import LABEL_SEPARATOR, Integers
+from m2d_embed.files import atomic_write
 from m2d_embed.finetune.crops import EvaluationClips
 from m2d_embed.finetune.frame_scores import ClipFrames, EventDecision, events_from_frames, score_frames
 from m2d_embed.finetune.task import Task
@@ -112,12 +113,10 @@ def describe(found: Mapping[str, Mapping[str, Any]]) -> str:
 def write_predictions(task: Task, clips: EvaluationClips, predicted: Predictions, output: Path) -> None:
     """Write a CSV: of clips a row each, with the probability of each label; of events a row each event found."""
     header, rows = _event_rows(task, clips, predicted) if task.per_column else _clip_rows(task, predicted)
-    partial = output.with_name(f".{output.name}.partial")
-    with partial.open("w", newline="", encoding="utf-8") as stream:
+    with atomic_write(output) as partial, partial.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(header)
         writer.writerows(rows)
-    partial.replace(output)
 
 
 def _clip_rows(task: Task, predicted: Predictions) -> tuple[list[str], list[list[Any]]]:

@@ -31,7 +31,7 @@ def main(data: Path, output: Path) -> float:
     torch.manual_seed(0)
     clips = read_labelled(data)
     train, test = (torch.from_numpy(rows) for rows in clips.split(clips.test_folds()[0]))
-    model = M2D.from_pretrained()
+    model = M2D.from_pretrained(device="cpu")
     head = HeadConfig(clips.label_names, multi_label=False, scene_pooling=model.config.scene_pooling)
     model.config = dataclasses.replace(model.config, head=head)
     model.head = TaggingHead(model.config.head_dim, head)

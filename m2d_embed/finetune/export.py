@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 from m2d_embed.checkpoints import Checkpoint, model_card, write_native
 from m2d_embed.config import ModelConfig
 from m2d_embed.errors import ConfigError
+from m2d_embed.files import write_json, write_text
 from m2d_embed.finetune.evaluate import describe
 from m2d_embed.finetune.recipe import FinetuneRecipe
 from m2d_embed.training.monitor import RunLog, plot_curve
@@ -40,21 +40,14 @@ def export(
     folder = recipe.folder
     destination = folder / EXPORT_FOLDER
     destination.mkdir(parents=True, exist_ok=True)
-    (destination / "README.md").write_text(card(recipe, config, results), encoding="utf-8")
     write_native(destination, Checkpoint(config, dict(tensors)), [torch.float32])
+    write_text(destination / "README.md", card(recipe, config, results))
     try:
         plot_curve(RunLog.read(folder), folder / CURVE_FILE, config.name)
     except ConfigError:  # the run was shorter than the interval of its log
         (folder / CURVE_FILE).unlink(missing_ok=True)
-    write_json(results, folder / RESULTS_FILE)
+    write_json(folder / RESULTS_FILE, results)
     return destination
-
-
-def write_json(content: Mapping[str, Any], file: Path) -> None:
-    """Write plain values as JSON; the file appears whole or not at all."""
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(file)
 
 
 def card(recipe: FinetuneRecipe, config: ModelConfig, results: Mapping[str, Any]) -> str:

@@ -28,10 +28,11 @@ from m2d_embed import __version__
 from m2d_embed.config import HeadConfig, ModelConfig, ScenePooling
 from m2d_embed.errors import CheckpointError, ConfigError, TrainingError
 from m2d_embed.evaluate.labelled import named
+from m2d_embed.files import atomic_write, write_json, write_text
 from m2d_embed.finetune import evaluate, network
 from m2d_embed.finetune.augment import KeptPatches, frequency_warp, kept_patches, mixup, random_gain, spec_augment
 from m2d_embed.finetune.crops import Batch, EvaluationClips, TrainingClips, longest_frames
-from m2d_embed.finetune.export import ADAPTER_FOLDER, EXPORT_FOLDER, RESULTS_FILE, export, write_json
+from m2d_embed.finetune.export import ADAPTER_FOLDER, EXPORT_FOLDER, RESULTS_FILE, export
 from m2d_embed.finetune.head_statistics import take_statistics
 from m2d_embed.finetune.network import Classifier, build_classifier, merged_tensors
 from m2d_embed.finetune.optim import Average, layer_groups, loss_per_row, scaled_decay
@@ -109,7 +110,7 @@ def _train_folds(recipe: FinetuneRecipe, stop: Stop) -> dict[str, dict[str, Any]
         return {}
     by_fold = {fold: outcome.scores for fold, outcome in outcomes.items()}
     together = evaluate.scores_of_folds(task, {f: o.predicted for f, o in outcomes.items()}, by_fold)
-    write_json({"scores": together, "folds": by_fold}, recipe.folder / RESULTS_FILE)
+    write_json(recipe.folder / RESULTS_FILE, {"scores": together, "folds": by_fold})
     return together
 
 
@@ -162,7 +163,7 @@ class _Run:
             self._restore(previous)
         if self.accelerator.is_main_process:
             recipe.folder.mkdir(parents=True, exist_ok=True)
-            (recipe.folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+            write_text(recipe.folder / RECIPE_FILE, recipe.to_yaml())
 
     # --- training -------------------------------------------------------------------------------------------------
 
@@ -452,7 +453,7 @@ class _Run:
         if previous is not None:
             classifier = Classifier(self.config, self.task.per_column)
         else:
-            base = M2D.from_pretrained(recipe.model, dtype="fp32")
+            base = M2D.from_pretrained(recipe.model, device="cpu")
             self.config = self._model_config(base.config)
             self.base = base.config.name or base.origin
             if self.accelerator.is_main_process:
@@ -610,6 +611,5 @@ def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-    partial.replace(file)
+    with atomic_write(file) as partial:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)

@@ -6,11 +6,10 @@ The labels (``audioset_labels.csv``) are from the AudioSet ontology, Google, CC 
 from __future__ import annotations
 
 import csv
-from copy import deepcopy
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 
-import torch
 from torch import Tensor, nn
 
 from m2d_embed.config import HeadConfig
@@ -24,22 +23,35 @@ class Tag:
     score: float
 
 
+class _Float32Statistics(nn.BatchNorm1d):
+    """Batch norm whose running statistics stay in float32, where those of a model cast to half precision would stall.
+
+    Each batch moves them by a tenth of their distance to it at most, which half precision rounds to nothing.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Float32Statistics:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in self._buffers.items():
+            old = before[name]
+            if buffer is not None and old is not None and buffer.dtype != old.dtype:
+                self._buffers[name] = old.to(buffer.device)
+        return self
+
+
 class TaggingHead(nn.Module):
     """BatchNorm without affine, then Linear: features of width ``dim`` -> one logit a label."""
 
     def __init__(self, dim: int, config: HeadConfig):
         super().__init__()
         self.config = config
-        self.norm = nn.BatchNorm1d(dim, affine=False)
+        self.norm = _Float32Statistics(dim, affine=False)
         self.linear = nn.Linear(dim, len(config.labels))
 
     def forward(self, features: Tensor) -> Tensor:
         """(..., dim) -> (..., labels) logits, float32."""
-        dtype = self.linear.weight.dtype
-        # Batch norm takes no statistics of lower precision than float32, which they are when the model is cast.
-        norm = self.norm if dtype == torch.float32 else deepcopy(self.norm).float()
-        normalised: Tensor = norm(features.float().reshape(-1, features.shape[-1])).view_as(features)
-        logits: Tensor = self.linear(normalised.to(dtype))
+        normalised: Tensor = self.norm(features.float().reshape(-1, features.shape[-1])).view_as(features)
+        logits: Tensor = self.linear(normalised.to(self.linear.weight.dtype))
         return logits.float()
 
     def probabilities(self, logits: Tensor) -> Tensor:

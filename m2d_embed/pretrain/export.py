@@ -8,6 +8,7 @@ import torch
 
 from m2d_embed.checkpoints import Checkpoint, model_card, write_native
 from m2d_embed.config import ModelConfig
+from m2d_embed.files import write_text
 from m2d_embed.pretrain.recipe import Recipe
 from m2d_embed.training.monitor import RunLog, plot_curve
 from m2d_embed.training.run_state import RunState
@@ -33,9 +34,9 @@ def export(folder: Path, state: RunState, recipe: Recipe) -> Path:
     rows = [row for row in RunLog.read(folder) if row["step"] <= state.step]
     if rows:
         plot_curve(rows, destination / CURVE_FILE, f"{recipe.name}: {recipe.objective}")
-    (destination / "README.md").write_text(card(state, recipe, rows), encoding="utf-8")
     tensors = {name: t for name, t in state.model.items() if name.startswith(_INFERENCE_PARTS)}
     write_native(destination, Checkpoint(state.config, tensors), [torch.float32, torch.bfloat16])
+    write_text(destination / "README.md", card(state, recipe, rows))
     return destination
 
 

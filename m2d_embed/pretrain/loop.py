@@ -29,6 +29,7 @@ from m2d_embed.config import ModelConfig
 from m2d_embed.errors import AudioError, ConfigError, M2DEmbedError, TrainingError
 from m2d_embed.evaluate.labelled import LabelledClips, read_labelled
 from m2d_embed.evaluate.probes import embed_clips, knn_accuracy, linear_probe_accuracy
+from m2d_embed.files import write_text
 from m2d_embed.pretrain.build import build_optimizers, build_task, peak_rate
 from m2d_embed.pretrain.data import TrainingData, label_names, open_data
 from m2d_embed.pretrain.datasets import BadFiles, Batch, measure_stats
@@ -97,7 +98,7 @@ class _Run:
         self.data = self._open_data(shape)
         if self.accelerator.is_main_process:
             recipe.folder.mkdir(parents=True, exist_ok=True)
-            (recipe.folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+            write_text(recipe.folder / RECIPE_FILE, recipe.to_yaml())
         self.config = previous.config if previous else self._with_stats(start_config)
         visible = num_visible(self.config.grid_size[0] * self.config.grid_size[1], recipe.masking.mask_ratio)
         names, dim = self.data.label_names, self.data.feature_dim()

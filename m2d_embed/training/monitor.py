@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from m2d_embed.errors import ConfigError, UnsupportedError
+from m2d_embed.files import atomic_write
 
 LOG_FILE = "log.jsonl"
 _EVENTS_FOLDER = "tensorboard"
@@ -86,9 +87,8 @@ class RunLog:
         file = folder / LOG_FILE
         if file.exists():
             kept = [line for line, row in _lines(file) if row["step"] < first_step]
-            partial = file.with_name(f".{LOG_FILE}.partial")
-            partial.write_bytes(b"".join(line + b"\n" for line in kept))
-            partial.replace(file)
+            with atomic_write(file) as partial:
+                partial.write_bytes(b"".join(line + b"\n" for line in kept))
         self._stream = file.open("a", encoding="utf-8")
         self._events = SummaryWriter(str(folder / _EVENTS_FOLDER), purge_step=first_step)
 

@@ -6,7 +6,6 @@ state.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from m2d_embed.config import ModelConfig
 from m2d_embed.errors import CheckpointError, ConfigError
+from m2d_embed.files import atomic_write
 
 FORMAT_VERSION = 1
 _FOLDER = "checkpoints"
@@ -64,17 +64,12 @@ class RunState:
             **{name: getattr(self, name) for name in self.__dataclass_fields__ if name != "config"},
             "config": self.config.to_json(),
         }
-        for stale in file.parent.glob("*.partial"):  # of a run that was killed
+        for stale in file.parent.glob(".*.partial"):  # of a run that was killed
             stale.unlink()
-        partial = file.with_suffix(".partial")
         try:
-            with partial.open("wb") as stream:
-                torch.save(content, stream)
-                stream.flush()
-                os.fsync(stream.fileno())
-            partial.replace(file)
+            with atomic_write(file) as partial:
+                torch.save(content, partial)
         except (OSError, RuntimeError) as error:  # torch.save has errors of its own for a full disk
-            partial.unlink(missing_ok=True)
             raise CheckpointError(
                 f"{file}: cannot be written ({error}). Earlier checkpoints are kept: make room, and give the same "
                 "command again to go on from the last."

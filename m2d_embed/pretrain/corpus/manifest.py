@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from m2d_embed.files import atomic_write, write_text
 from m2d_embed.pretrain.corpus.errors import CorpusError
 from m2d_embed.pretrain.corpus.kinds import KINDS, Kind, kind_of
 from m2d_embed.pretrain.corpus.licences import SEE_COPYRIGHT, Licences
@@ -142,12 +143,11 @@ def write_manifest(out: Path) -> CorpusSummary:
     records = sorted((r for r in found if r is not None), key=lambda r: "/" in r.package)
     kept, duplicates, lost = _without_duplicates(out, records)
     rows = [row for record in records if record.package not in lost for row in _rows(out, record, kept)]
-    temporary = out / "manifest.csv.part"
-    with temporary.open("w", newline="", encoding="utf-8") as stream:
+    manifest = out / "manifest.csv"
+    with atomic_write(manifest) as partial, partial.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(COLUMNS)
         writer.writerows(rows)
-    temporary.replace(out / "manifest.csv")
     for package in lost:
         forget(out, package)
     seconds: defaultdict[Kind, float] = defaultdict(float)
@@ -165,11 +165,9 @@ def write_manifest(out: Path) -> CorpusSummary:
 
 
 def write_whole(file: Path, content: str) -> None:
-    """Write a text file such that it is there as a whole or not at all."""
+    """Write a text file into a folder that need not be there yet, wholly or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(file.name + ".part")
-    temporary.write_text(content, encoding="utf-8")
-    temporary.replace(file)
+    write_text(file, content)
 
 
 class _Seen:
