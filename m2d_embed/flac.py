@@ -20,7 +20,7 @@ _WINDOW = 1 << 20  # bytes looked at together
 _FRAMES = 1 << 16  # bytes in which a frame begins, at least; more if the stream's frames are longer
 _FRAME_HEADER = 16  # bytes of a frame before its content
 _TAGS = 128  # bytes of an ID3v1 tag
-_PROBES = 4  # places at which a file is looked at for frames of another stream
+_PROBES = (0.23, 0.5, 0.81)  # places at which a file is looked at; copies of one stream do not grow at all of these
 
 
 class Frame(NamedTuple):
@@ -86,12 +86,12 @@ def _is_single(content: Content, stream: _Stream) -> bool:
     if not any(f.end == stream.total for f in _frames(content, stream, content.size - window, content.size)):
         return False
     before = 0
-    for probe in range(1, _PROBES):
-        at = stream.audio + (content.size - stream.audio) * probe // _PROBES
-        numbers = [f.first for f in _frames(content, stream, at, at + window)]
-        if numbers and (numbers[0] < before or numbers != sorted(numbers)):
+    for probe in _PROBES:
+        at = stream.audio + round((content.size - stream.audio) * probe)
+        frame = next(_frames(content, stream, at, at + window), None)
+        if frame is not None and frame.first < before:
             return False
-        before = numbers[-1] if numbers else before
+        before = frame.first if frame is not None else before
     return True
 
 

@@ -7,17 +7,19 @@ from functools import cache
 
 #: File name endings of what libsndfile reads; a folder is searched for these.
 AUDIO_SUFFIXES = frozenset(
-    (
-        ".wav .wave .bwf .rf64 .w64 .flac .ogg .oga .opus .mp1 .mp2 .mp3 .mpga .aif .aiff .aifc .au .snd .caf .sph .voc"
-    ).split()
+    [
+        *(".wav", ".wave", ".bwf", ".rf64", ".w64", ".flac", ".ogg", ".oga", ".opus", ".mp1", ".mp2", ".mp3"),
+        *(".mpga", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".sph", ".voc"),
+    ]
 )
 
 #: Endings of what FFmpeg's libraries read through PyAV, the extra ``av``; of videos their sound.
 AV_SUFFIXES = frozenset(
-    (
-        ".m4a .m4b .m4r .mp4 .m4v .mov .3gp .aac .webm .weba .mka .mkv .wma .asf .avi .flv "
-        ".ac3 .eac3 .dts .amr .ape .tta .tak .wv .mpc .spx .dsf"
-    ).split()
+    [
+        *(".m4a", ".m4b", ".m4r", ".mp4", ".m4v", ".mov", ".3gp", ".aac", ".webm", ".weba", ".mka", ".mkv"),
+        *(".wma", ".asf", ".avi", ".flv", ".ac3", ".eac3", ".dts", ".amr", ".ape", ".tta", ".tak", ".wv"),
+        *(".mpc", ".spx", ".dsf"),
+    ]
 )
 
 AV_HINT = "pip install 'm2d-embed[av]' reads it"

@@ -35,6 +35,9 @@ _NO_LENGTH = 1 << 62  # libsndfile states more samples for streams that do not k
 
 log = logging.getLogger("m2d_embed")
 
+_REMEMBERED = 8_192  # layouts
+_layouts: dict[tuple[str, int, int, int], Layout] = {}
+
 
 class _Decoder(Protocol):
     rate: int
@@ -110,27 +113,26 @@ def open_sound(source: Encoded, name: str = "") -> Sound:
 
     Args:
         source: its path, or its bytes.
-        name: what to call it in messages; a path names itself.
+        name: what to call it in messages about its content; by default its path.
 
     Raises:
         AudioError: if it is missing, not a regular file, forbidden, empty, truncated, or not audio that can be read.
     """
-    if isinstance(source, Path):
-        name = str(source)
-        if source.exists() and not (source.is_file() or source.is_dir()):
-            raise AudioError(f"{name}: not a regular file; a pipe or a device would be waited for without end.")
+    path = str(source) if isinstance(source, Path) else name
+    if isinstance(source, Path) and source.exists() and not (source.is_file() or source.is_dir()):
+        raise AudioError(f"{path}: not a regular file; a pipe or a device would be waited for without end.")
     try:
         with Content(source) as content:
             if content.size == 0:
-                raise AudioError(f"{name}: the file is empty.")
-            found = layout(content, name)
+                raise AudioError(f"{path}: the file is empty.")
+            found = _layout(content, name or path)
     except FileNotFoundError as error:
-        raise AudioError(f"{name}: no such file.{hint_at_backslashes(name)}") from error
+        raise AudioError(f"{path}: no such file.{hint_at_backslashes(path)}") from error
     except IsADirectoryError as error:
-        raise AudioError(f"{name}: this is a folder, not an audio file.") from error
+        raise AudioError(f"{path}: this is a folder, not an audio file.") from error
     except OSError as error:
-        raise AudioError(f"{name}: cannot be opened ({error.strerror}).") from error
-    return Sound(source, name, found)
+        raise AudioError(f"{path}: cannot be opened ({error.strerror}).") from error
+    return Sound(source, name or path, found)
 
 
 def downmix(block: Samples) -> Samples:
@@ -231,12 +233,12 @@ def _open_part(source: Encoded, part: Part, found: Layout, name: str) -> _Decode
             reason = error.error_string
         if stream is not None:
             stream.close()
-    decoder = part.decoder or found.fallback
+    decoder, where = part.decoder or found.fallback, str(source) if isinstance(source, Path) else name
     if not decoder:
-        raise AudioError(f"{name}: not audio that can be read ({reason}).")
+        raise AudioError(f"{where}: not audio that can be read ({reason}).")
     if not has_av():
         why = f" ({reason})" if reason else ""
-        raise AudioError(f"{name}: libsndfile does not read this {found.title}{why}; {AV_HINT}.")
+        raise AudioError(f"{where}: libsndfile does not read this {found.title}{why}; {AV_HINT}.")
     return FFmpegSound(_stream(source, part), decoder, name)
 
 
@@ -245,6 +247,20 @@ def _stream(source: Encoded, part: Part) -> BinaryIO:
     if part.pieces is not None:
         return cast(BinaryIO, Stitched(Content(source), part.pieces))
     return source.open("rb") if isinstance(source, Path) else io.BytesIO(source)
+
+
+def _layout(content: Content, name: str) -> Layout:
+    """The layout of a file; remembered, as files are first looked at and then read."""
+    if content.stamp is None:
+        return layout(content, name)
+    key = (name, *content.stamp)
+    found = _layouts.get(key)
+    if found is None:
+        found = layout(content, name)
+        if len(_layouts) >= _REMEMBERED:
+            _layouts.clear()
+        _layouts[key] = found
+    return found
 
 
 @cache

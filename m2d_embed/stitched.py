@@ -7,6 +7,7 @@ and the old content.
 from __future__ import annotations
 
 import io
+import os
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
@@ -23,6 +24,14 @@ class Content:
     def __init__(self, source: Path | bytes):
         self._stream: BinaryIO = source.open("rb") if isinstance(source, Path) else io.BytesIO(source)
         self.size = self._stream.seek(0, io.SEEK_END)
+
+    @property
+    def stamp(self) -> tuple[int, int, int] | None:
+        """Inode, size and time of change of a file, None of what is in memory: another stamp means other bytes."""
+        if isinstance(self._stream, io.BytesIO):
+            return None
+        status = os.fstat(self._stream.fileno())
+        return status.st_ino, status.st_size, status.st_mtime_ns
 
     def at(self, offset: int, count: int) -> bytes:
         """``count`` bytes from ``offset`` on; fewer at the end."""

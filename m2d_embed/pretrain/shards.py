@@ -179,7 +179,7 @@ class ShardDataset(IterableDataset[Batch]):
 
 
 def _sounds_among(members: Members) -> list[str]:
-    """The endings of the audio files of a sample; of those that FFmpeg alone reads, videos too, if there is no other."""
+    """The endings of the audio files of a sample; of what FFmpeg alone reads, videos too, if there is no other."""
     suffixes = {ending: PurePosixPath(f"a.{ending}").suffix for ending in members}
     return [e for e in members if suffixes[e] in AUDIO_SUFFIXES] or [e for e in members if suffixes[e] in AV_SUFFIXES]
 
