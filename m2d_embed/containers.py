@@ -28,6 +28,7 @@ _PLACEHOLDERS = (0x7FFF_F000, 0x7FFF_FFFF, 0x8000_0000, 0x7FFF_0000, 0x7F00_0000
 _HEADER_LENGTH = 256  # bytes, at most
 _LARGEST = 0xFFFF_FF00  # from here on a 32-bit size is a placeholder, too
 _SURELY_LARGER = 0.9  # a placeholder is believed to be one if the file is no longer than so much of it
+_MOST_CHUNKS = 1_000  # looked at before the samples; more are no chunks
 _CHUNK_NAME = re.compile(rb"[A-Za-z0-9][A-Za-z0-9 _.\-\xa9]{3}")
 _WAVES = (b"RIFF", b"RIFX", b"RF64", b"BW64")
 _LIBSNDFILE_TOO = ("wav", "nistsphere")
@@ -122,11 +123,10 @@ def _mpeg(content: Content, start: int, stop: int) -> Layout:
 
 @dataclass(frozen=True)
 class _Data:
-    """The chunk of samples: where they begin, the stated size in bytes, and where the header of the chunk begins."""
+    """The chunk of samples: where they begin, and their stated size in bytes."""
 
     start: int
     size: int
-    header: int = 0
 
 
 def _wav(content: Content, name: str) -> Layout:
@@ -140,7 +140,7 @@ def _wav(content: Content, name: str) -> Layout:
             codec, _, _, per_second = struct.unpack(order + "HHII", fmt)
         elif chunk == b"data":
             is_long = kind in (b"RF64", b"BW64") and size == 0xFFFF_FFFF
-            data = _Data(start, long_size if is_long else size, start - 8)
+            data = _Data(start, long_size if is_long else size)
             break
     if data is None:
         return Layout((Part(),), "WAV", "wav")
@@ -189,17 +189,21 @@ def _with_size(content: Content, data: _Data, size: int) -> Pieces:
     """The file with another size of its samples, as RF64, in which any size can be stated."""
     sizes = struct.pack("<4sIQQQI", b"ds64", 28, size + data.start, size, 0, 0)
     head = b"RF64" + b"\xff" * 4 + b"WAVE" + sizes
-    before = [
-        content.at(start - 8, 8 + length + length % 2)
-        for chunk, start, length in _chunks(content, 12, "<")
-        if chunk != b"ds64" and start < data.header
-    ]
+    before = []
+    for chunk, start, length in _chunks(content, 12, "<"):
+        if chunk == b"data":
+            break
+        if chunk != b"ds64":
+            before.append(content.at(start - 8, 8 + length + length % 2))
     return (head + b"".join(before) + b"data" + b"\xff" * 4, (data.start, data.start + size))
 
 
 def _chunks(content: Content, start: int, order: str) -> Iterator[tuple[bytes, int, int]]:
     """Name, start of the content and size of the chunks of a RIFF file or its like."""
-    while len(head := content.at(start, 8)) == 8:
+    for _ in range(_MOST_CHUNKS):
+        head = content.at(start, 8)
+        if len(head) < 8:
+            break
         size = struct.unpack(order + "I", head[4:])[0]
         yield head[:4], start + 8, size
         start += 8 + size + size % 2
@@ -229,7 +233,10 @@ def _au_data(head: bytes) -> _Data | None:
 
 def _w64_data(content: Content) -> _Data | None:
     at = 40
-    while len(head := content.at(at, 24)) == 24:
+    for _ in range(_MOST_CHUNKS):
+        head = content.at(at, 24)
+        if len(head) < 24:
+            break
         size = struct.unpack("<Q", head[16:])[0]
         if head[:16] == _W64_DATA:
             return _Data(at + 24, size - 24)
@@ -239,7 +246,10 @@ def _w64_data(content: Content) -> _Data | None:
 
 def _caf(content: Content, name: str) -> Layout:
     at = 8
-    while len(head := content.at(at, 12)) == 12:
+    for _ in range(_MOST_CHUNKS):
+        head = content.at(at, 12)
+        if len(head) < 12:
+            break
         chunk, size = struct.unpack(">4sq", head)
         if chunk == b"data":
             available = content.size - at - 12

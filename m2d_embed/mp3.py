@@ -221,7 +221,9 @@ def _next_frame(content: Content, start: int, stop: int, found: list[Run]) -> in
             continue
         for match in _SYNC.finditer(data):
             wanted = _CHAIN if start + len(data) < stop else 2
-            if _in_a_row(data, match.start(), wanted):
+            header = parse_header(data[match.start() : match.start() + 4])
+            is_whole = header is not None and start + match.start() + header.size <= stop
+            if is_whole and _in_a_row(data, match.start(), wanted):
                 return start + match.start()
         if start + len(data) >= stop:
             return stop

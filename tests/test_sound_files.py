@@ -179,7 +179,7 @@ def test_a_recording_of_a_stream_begins_within_a_frame():
 
 def test_a_cut_mp3_is_an_error_only_if_it_states_its_length():
     content = encoded(sparse(44_100), 44_100, bitrate_mode="VARIABLE", compression_level=0.5)
-    with pytest.raises(AudioError, match="clip: truncated, .* samples fewer than its header promises"):
+    with pytest.raises(AudioError, match=r"clip: truncated, .* samples fewer than its header promises"):
         own_rate(content[: len(content) // 2])
     frames = b"".join(frames_of(content)[1:])
     assert len(own_rate(frames[: len(frames) // 2])) > 44_100
@@ -363,7 +363,7 @@ def test_a_cut_flac_that_does_not_know_its_length_says_so(caplog):
     assert "clip: it ends in the middle of a FLAC frame" in caplog.text
 
 
-# --- through FFmpeg ----------------------------------------------------------------------------------------------------
+# --- through FFmpeg -------------------------------------------------------------------------------------------------
 
 FFMPEGS = [
     ("mp4", "aac", 44_100, "MPEG-4"),
