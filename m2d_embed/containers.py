@@ -85,15 +85,14 @@ def layout(content: Content, name: str) -> Layout:
     if fallback == "wav" and head[:4] in _WAVES:
         return _wav(content, name)
     if head[:4] == b"riff" and fallback == "":
-        return _stated(_w64_data(content), content, name, "W64")
+        return _w64(content, name)
     if fallback == "caf":
         return _caf(content, name)
     if fallback in ("aiff", "au"):
         data = _aiff_data(content) if fallback == "aiff" else _au_data(head)
         return _stated(data, content, name, title, fallback)
     if fallback == "flac":
-        parts, warning = flac_parts(content, start)
-        return Layout(tuple(map(Part, parts)), title, fallback, warning=warning and f"{name}: {warning}")
+        return Layout(tuple(map(Part, flac_parts(content, start, name))), title, fallback)
     if fallback == "ogg":
         return _ogg(content)
     if not fallback and (first := mp3.find_start(content, start)) is not None:
@@ -231,17 +230,22 @@ def _au_data(head: bytes) -> _Data | None:
     return _Data(start, size)
 
 
-def _w64_data(content: Content) -> _Data | None:
+def _w64(content: Content, name: str) -> Layout:
     at = 40
     for _ in range(_MOST_CHUNKS):
         head = content.at(at, 24)
         if len(head) < 24:
             break
-        size = struct.unpack("<Q", head[16:])[0]
+        size, available = struct.unpack("<Q", head[16:])[0], content.size - at - 24
         if head[:16] == _W64_DATA:
-            return _Data(at + 24, size - 24)
+            _refuse_if_truncated(size - 24, available, name)
+            if size - 24 > available:  # a placeholder
+                known = content.at(0, 16) + struct.pack("<Q", content.size) + content.at(24, at - 24)
+                header = known + head[:16] + struct.pack("<Q", available + 24)
+                return Layout((Part((header, (at + 24, content.size))),), "W64")
+            break
         at += max(24, size + 7 & ~7)
-    return None
+    return Layout((Part(),), "W64")
 
 
 def _caf(content: Content, name: str) -> Layout:

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from m2d_embed.errors import AudioError
 from m2d_embed.stitched import Content, Piece
 
 _STREAM = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22")
@@ -20,6 +21,7 @@ _WINDOW = 1 << 20  # bytes looked at together
 _FRAMES = 1 << 16  # bytes in which a frame begins, at least; more if the stream's frames are longer
 _FRAME_HEADER = 16  # bytes of a frame before its content
 _TAGS = 128  # bytes of an ID3v1 tag
+_TRIED = 3  # what looks like a frame, from the end
 _PROBES = (0.23, 0.5, 0.81)  # places at which a file is looked at; copies of one stream do not grow at all of these
 
 
@@ -44,25 +46,26 @@ class _Stream(NamedTuple):
     total: int
 
 
-def flac_parts(content: Content, start: int) -> tuple[list[tuple[Piece, ...] | None], str]:
-    """What to read of a file, part after part, None for the file as it is; and a warning, "" if there is none."""
+def flac_parts(content: Content, start: int, name: str) -> list[tuple[Piece, ...] | None]:
+    """What to read of a file, part after part; None is the file as it is.
+
+    Raises:
+        AudioError: if a stream that does not state its length is cut off.
+    """
     stream = _header(content, start)
     if stream is None or (stream.total and _is_single(content, stream)):
-        return [None], ""
+        return [None]
     starts = _streams(content, start)
-    ends = [*starts[1:], content.size]
     if len(starts) < 2 and stream.total:
-        return [None], ""  # shorter than promised, or with something behind it: found out when it is read
+        return [None]  # shorter than promised, or with something behind it: found out when it is read
     parts: list[tuple[Piece, ...] | None] = []
-    warning = ""
-    for begin, end in zip(starts, ends, strict=True):
+    for begin, end in zip(starts, [*starts[1:], content.size], strict=True):
         part = _header(content, begin)
-        assert part is not None
-        total = part.total or _last_sample(content, part, end)
+        total = part and (part.total or _last_sample(content, part, end))
         if not total:
-            warning = "it ends in the middle of a FLAC frame, and does not state its length; what is there is read."
+            raise AudioError(f"{name}: truncated, it ends in the middle of a FLAC frame.")
         parts.append(_with_total(content, begin, end, total))
-    return parts, warning
+    return parts
 
 
 def _header(content: Content, start: int) -> _Stream | None:
@@ -106,8 +109,8 @@ def _streams(content: Content, start: int) -> list[int]:
 
 def _last_sample(content: Content, stream: _Stream, end: int) -> int:
     """Samples of a stream up to the end of its last frame; 0 if it is cut off, or there is none."""
-    window = max(2 * stream.longest, _FRAMES)
-    for frame in reversed(list(_frames(content, stream, end - window, end))):
+    window = 2 * stream.longest or _WINDOW
+    for frame in list(_frames(content, stream, end - window, end))[: -_TRIED - 1 : -1]:
         data = content.at(frame.at, end - frame.at)
         if any(_crc16(data[: len(data) - tag]) == 0 for tag in (0, _TAGS)):
             return frame.end

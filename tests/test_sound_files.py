@@ -5,11 +5,14 @@ import logging
 import os
 import struct
 from contextlib import closing
+from fractions import Fraction
+from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 from m2d_embed import sounds
 from m2d_embed.audio import load_audio, open_clip
@@ -48,7 +51,7 @@ def by_ffmpeg(samples: np.ndarray, rate: int, container: str, codec: str, **opti
         track = output.add_stream(codec, rate=rate, options=options)
         track.layout = "mono"
         frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples, np.float32)[None], "fltp", "mono")
-        frame.sample_rate = rate
+        frame.sample_rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)
         resampler = av.AudioResampler(track.format, "mono", rate, frame_size=track.codec_context.frame_size or 1024)
         for part in [*resampler.resample(frame), *resampler.resample(None), None]:
             output.mux(track.encode(part))
@@ -252,7 +255,7 @@ def test_a_wav_whose_recorder_died(tmp_path, caplog):
     (tmp_path / "died.wav").write_bytes(wav_with_size(0, sparse(16_000)))
     expected = own_rate(wav_with_size(None, sparse(16_000)))
     np.testing.assert_array_equal(load_audio(tmp_path / "died.wav", 16_000), expected)
-    crop = read_crop(tmp_path / "died.wav", 16_000, 1_000, Draw(0.5), "died.wav")
+    crop = read_crop(tmp_path / "died.wav", 16_000, 1_000, Draw(0.5), str(tmp_path / "died.wav"))
     assert crop.clip_seconds == len(expected) / 16_000
     load_audio(tmp_path / "died.wav", 16_000)
     assert [r.message for r in caplog.records if "died.wav" in r.message and "never closed" in r.message] == [
@@ -269,9 +272,9 @@ def test_a_wav_without_samples_stays_one():
 
 def test_samples_that_the_header_does_not_count_are_spoken_of(caplog):
     samples = sparse(16_000)
-    found = own_rate(wav_with_size(20_000, samples))
-    assert len(found) == 10_000
-    assert f"{2 * len(samples) - 20_000} bytes after the samples that its header states are left out" in caplog.text
+    found = own_rate(wav_with_size(4_000, samples))
+    assert len(found) == 2_000
+    assert f"{2 * len(samples) - 4_000} bytes after the samples that its header states are left out" in caplog.text
 
 
 def test_chunks_behind_the_samples_are_no_samples(caplog):
@@ -357,10 +360,10 @@ def test_a_flac_that_does_not_know_its_length(tmp_path, rate, channels, subtype)
     assert open_clip(tmp_path / "a.flac", None, rate, "").seconds == len(samples) / rate
 
 
-def test_a_cut_flac_that_does_not_know_its_length_says_so(caplog):
+def test_a_cut_flac_that_does_not_know_its_length_is_refused():
     content = without_total(encoded(sparse(16_000), 16_000, "FLAC"))
-    assert len(own_rate(content[: len(content) // 2])) > 16_000
-    assert "clip: it ends in the middle of a FLAC frame" in caplog.text
+    with pytest.raises(AudioError, match="clip: truncated, it ends in the middle of a FLAC frame"):
+        own_rate(content[: len(content) // 2])
 
 
 # --- through FFmpeg -------------------------------------------------------------------------------------------------
@@ -379,6 +382,8 @@ FFMPEGS = [
 @pytest.mark.parametrize(("container", "codec", "rate", "title"), FFMPEGS)
 def test_what_ffmpeg_reads(tmp_path, monkeypatch, container, codec, rate, title):
     samples = sparse(rate, seconds=7.3)[:, 0]
+    if container == "caf":  # of a last packet that is not full, FFmpeg drops what lacks a second time
+        samples = samples[: 78 * 4_096]
     file = tmp_path / "clip.m4a"
     file.write_bytes(by_ffmpeg(samples, rate, container, codec))
     found = own_rate(file)
@@ -387,7 +392,7 @@ def test_what_ffmpeg_reads(tmp_path, monkeypatch, container, codec, rate, title)
     crop = read_crop(file, rate, 5_000, Draw(0.7), "clip")
     start = round(crop.start_seconds * rate)
     np.testing.assert_array_equal(crop.samples, found[start : start + 5_000])
-    assert abs(open_clip(file, None, rate, "").seconds - 7.3) < 0.05
+    assert abs(open_clip(file, None, rate, "").seconds - len(samples) / rate) < 0.05
     monkeypatch.setattr(sounds, "has_av", lambda: False)
     with pytest.raises(AudioError, match=rf"clip\.m4a: libsndfile does not read this {title}.*m2d-embed\[av\]"):
         load_audio(file, 16_000)
@@ -430,3 +435,78 @@ def test_ffmpeg_does_not_guess(tmp_path):
     with pytest.raises(AudioError, match="not audio that can be read"):
         load_audio(tmp_path / "list.m4a", 16_000)
     assert len(load_audio(tmp_path / "secret.aac", 16_000)) > 11 * 16_000
+
+
+# --- sounds in memory ------------------------------------------------------------------------------------------------
+
+
+class Decoder:
+    """What torchcodec's AudioDecoder looks like."""
+
+    def __init__(self, samples: np.ndarray, rate: int):
+        self.samples, self.rate = samples, rate
+
+    def get_all_samples(self):
+        return SimpleNamespace(data=torch.from_numpy(self.samples.T.copy()), sample_rate=self.rate)
+
+
+def test_sounds_in_memory(tmp_path):
+    samples = sparse(44_100, 2, 3)
+    content = encoded(samples, 44_100, "WAV", subtype="FLOAT")
+    (tmp_path / "a.wav").write_bytes(content)
+    expected = load_audio(tmp_path / "a.wav", 16_000)
+    with (tmp_path / "a.wav").open("rb") as file:
+        given = [
+            content,
+            bytearray(content),
+            memoryview(content),
+            io.BytesIO(content),
+            file,
+            {"bytes": content, "path": "elsewhere.wav"},
+            {"bytes": None, "path": str(tmp_path / "a.wav")},
+            {"array": samples.T, "sampling_rate": 44_100, "path": None},
+            {"array": samples.mean(axis=1).tolist(), "sampling_rate": 44_100.0},
+            Decoder(samples, 44_100),
+        ]
+        for clip in given:
+            for _ in range(2):
+                opened = open_clip(clip, None, 16_000, "clips[3]")
+                assert (opened.source_rate, opened.seconds) == (44_100, 3)
+                np.testing.assert_allclose(np.concatenate(list(opened.blocks(16_000))), expected, atol=1e-6)
+        assert file.tell() == 0
+    stream = io.BytesIO(b"something before" + content)
+    stream.seek(16)
+    assert open_clip(stream, None, 16_000, "").seconds == 3 and stream.tell() == 16
+
+
+@pytest.mark.parametrize(
+    ("clip", "message"),
+    [
+        (b"", r"clips\[3\]: the file is empty"),
+        (b"no sound", r"clips\[3\]: not audio that can be read"),
+        (io.StringIO("text"), r'clips\[3\]: open the file as binary, "rb"'),
+        ({}, r"clips\[3\]: a dict has an 'array' .* this one has nothing"),
+        ({"audio": 1}, r"clips\[3\]: a dict .* this one has 'audio'"),
+        ({"array": np.zeros(9)}, r"clips\[3\]: a dict with an 'array' needs its 'sampling_rate'"),
+        ({"array": np.zeros(9), "sampling_rate": 0}, r"clips\[3\]: sampling_rate=0 is not a rate"),
+        ({"bytes": b"no sound", "path": "x.wav"}, r"clips\[3\] \(x\.wav\): not audio"),
+        ({"bytes": None, "path": "nowhere.wav"}, r"nowhere\.wav: no such file"),
+        ([0.0], r"clips\[3\]: a clip is a path, an array or a tensor, not list"),
+    ],
+)
+def test_things_in_memory_that_are_no_sounds(clip, message):
+    with pytest.raises(AudioError, match=message):
+        open_clip(clip, None, 16_000, "clips[3]")
+
+
+def test_a_stated_rate_must_agree_with_what_came_with_samples():
+    with pytest.raises(AudioError, match="sampled at 44100 Hz, but sample_rate=16000"):
+        open_clip({"array": np.zeros(9), "sampling_rate": 44_100}, 16_000, 16_000, "clips[3]")
+
+
+def test_a_file_that_becomes_another_one(tmp_path):
+    (tmp_path / "a.wav").write_bytes(encoded(sparse(16_000), 16_000, "WAV"))
+    clip = open_clip(tmp_path / "a.wav", None, 16_000, "")
+    (tmp_path / "a.wav").write_bytes(encoded(sparse(44_100), 44_100, "WAV"))
+    with pytest.raises(AudioError, match="has become another file"):
+        list(clip.blocks(16_000))
