@@ -133,7 +133,7 @@ def test_a_hint_at_backslashes(tmp_path):
     (tmp_path / "t.csv").write_text("file,label\naudio\\x.wav,a\naudio\\y.wav,b\n")
     with pytest.raises(AudioError, match=r"2 of 2 files are missing: .*x\.wav.* has backslashes; here .* by /"):
         read_labelled(tmp_path / "t.csv")
-    with pytest.raises(AudioError, match="no such file.* has backslashes"):
+    with pytest.raises(AudioError, match=r"no such file.* has backslashes"):
         read_crop(tmp_path / "audio\\x.wav", 16_000, 10, None, "x")
-    with pytest.raises(AudioError, match="no such file or folder.* has backslashes"):
+    with pytest.raises(AudioError, match=r"no such file or folder.* has backslashes"):
         find_audio([tmp_path / "audio\\x.wav"])
