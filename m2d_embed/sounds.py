@@ -239,7 +239,12 @@ def _open_part(source: Encoded, part: Part, found: Layout, name: str) -> _Decode
     if not has_av():
         why = f" ({reason})" if reason else ""
         raise AudioError(f"{where}: libsndfile does not read this {found.title}{why}; {AV_HINT}.")
-    return FFmpegSound(_stream(source, part), decoder, name)
+    try:
+        return FFmpegSound(_stream(source, part), decoder, name)
+    except AudioError as error:
+        if not reason:
+            raise
+        raise AudioError(f"{where}: not audio that can be read ({reason}). {error}") from error
 
 
 def _stream(source: Encoded, part: Part) -> BinaryIO:

@@ -34,7 +34,9 @@ class Content:
         return status.st_ino, status.st_size, status.st_mtime_ns
 
     def at(self, offset: int, count: int) -> bytes:
-        """``count`` bytes from ``offset`` on; fewer at the end."""
+        """``count`` bytes from ``offset`` on; fewer at the end, none where there is no such place."""
+        if not 0 <= offset < self.size:
+            return b""
         self._stream.seek(offset)
         return self._stream.read(count)
 
