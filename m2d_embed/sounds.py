@@ -186,7 +186,7 @@ class _Sndfile:
         missing = self.frames if self.frames is not None else _NO_LENGTH
         while missing > 0 and len(block := self._next(min(missing, _BLOCK_SAMPLES))):
             missing -= len(block)
-            yield block
+            yield downmix(block)  # and keep the block: memory given back between reads would be mapped anew each time
         self._refuse_if_missing(missing)
 
     def read(self, start: int, stop: int) -> Samples:
@@ -194,7 +194,7 @@ class _Sndfile:
         self._seek(begin)
         block = self._next(stop - begin)
         self._refuse_if_missing(stop - begin - len(block))
-        return block[start - begin :]
+        return downmix(block[start - begin :])
 
     def close(self) -> None:
         self._file.close()
@@ -209,7 +209,8 @@ class _Sndfile:
 
     def _next(self, count: int) -> Samples:
         try:
-            return downmix(self._file.read(count, dtype="float32", always_2d=True))
+            block: Samples = self._file.read(count, dtype="float32", always_2d=True)
+            return block
         except soundfile.LibsndfileError as error:
             raise AudioError(f"{self._name}: damaged or truncated ({error.error_string}).") from error
 
