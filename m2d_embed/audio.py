@@ -1,41 +1,60 @@
 """Files and arrays -> mono float32 at the model's rate, checked; whole or streamed in blocks.
 
-Everything that soundfile reads is read (WAV, FLAC, Ogg Vorbis and Opus, MP3, AIFF, ...). Channels are averaged, then
-the result is resampled by soxr at high quality, as ``librosa.load`` does, with which the published models' training
-data was prepared. A streamed clip gives the same samples as one read in one piece.
+Everything that soundfile reads is read (WAV, FLAC, Ogg Vorbis and Opus, MP3, AIFF, ...), and with the extra ``av`` what
+FFmpeg does (``sounds``). Channels are averaged, then the result is resampled by soxr at high quality, as
+``librosa.load`` does, with which the published models' training data was prepared. A streamed clip gives the same
+samples as one read in one piece.
 """
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-import soundfile
-import soxr
 import torch
 from torch import Tensor
 
 from m2d_embed.errors import AudioError
+from m2d_embed.find import find_audio
+from m2d_embed.formats import AUDIO_SUFFIXES
+from m2d_embed.sounds import Encoded, Samples, open_sound, resampled
 
-#: A clip: the path of a file, or samples, (n,) or (channels, n), as an array or tensor.
-ClipLike = str | os.PathLike[str] | npt.NDArray[np.generic] | Tensor
-Samples = npt.NDArray[np.float32]
+__all__ = [
+    "AUDIO_SUFFIXES",
+    "Clip",
+    "ClipLike",
+    "Samples",
+    "check_batch",
+    "checked_blocks",
+    "find_audio",
+    "load_audio",
+    "open_clip",
+    "open_sound",
+]
 
-#: File name endings taken for audio when a folder is searched.
-AUDIO_SUFFIXES = frozenset(
-    [".wav", ".wave", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf"]
+#: A clip: the path of a file; the content of one, as bytes or as a binary file to read; samples, (n,) or (channels, n),
+#: as an array or tensor; or what ``datasets`` gives: a dict of ``array`` and ``sampling_rate``, or of ``bytes`` and
+#: ``path``, or a torchcodec ``AudioDecoder``.
+ClipLike = (
+    str
+    | os.PathLike[str]
+    | bytes
+    | bytearray
+    | memoryview
+    | BinaryIO
+    | npt.NDArray[np.generic]
+    | Tensor
+    | Mapping[str, Any]
 )
 
 _POSSIBLE_RATES = range(1_000, 1_000_001)  # Hz
 _LOUDEST = 1e10  # far above any unscaled integer; the square of 1e19 overflows float32
-_BLOCK_SAMPLES = 1 << 18  # samples a channel read at a time: 16 s at 16 kHz
-_WAV_DATA_SIZE = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)
-_WAV_SIZE_UNKNOWN = 0xFFFF_FF00  # written from here on by programs that stream to a pipe
+_BLOCK_SAMPLES = 1 << 18  # samples handed on at a time
 
 
 @dataclass(frozen=True)
@@ -43,7 +62,7 @@ class Clip:
     """One clip, not read yet: a name for messages, its length as far as it is known, and where its samples are."""
 
     name: str
-    source: Path | Samples
+    source: Encoded | Samples
     source_rate: int
     seconds: float
 
@@ -53,17 +72,25 @@ class Clip:
         Raises:
             AudioError: if it is unreadable, truncated, empty, or has a sample that is NaN or infinite.
         """
-        raw = _file_blocks(self.source) if isinstance(self.source, Path) else _array_blocks(self.source)
+        raw = _array_blocks(self.source) if isinstance(self.source, np.ndarray) else self._decoded(self.source)
         checked = checked_blocks(raw, self.name)
-        return checked if self.source_rate == sample_rate else _resampled(checked, self.source_rate, sample_rate)
+        return checked if self.source_rate == sample_rate else resampled(checked, self.source_rate, sample_rate)
+
+    def _decoded(self, source: Encoded) -> Iterator[Samples]:
+        with open_sound(source, self.name) as sound:
+            if sound.rate != self.source_rate:
+                raise AudioError(f"{self.name}: has become another file since it was looked at; begin again.")
+            yield from sound.blocks()
 
 
 def open_clip(clip: ClipLike, sample_rate: int | None, model_rate: int, name: str) -> Clip:
     """Look at a clip without reading its samples.
 
     Args:
-        clip: a path, or samples; integer samples are scaled to [-1, 1] by their dtype.
-        sample_rate: the rate of arrays and tensors, in Hz; None means the model's. For a file it must be None or agree.
+        clip: a path, samples, or what else ``ClipLike`` names; integer samples are scaled to [-1, 1] by their dtype. A
+            file that is open is read into memory from where it is to its end, and left where it was.
+        sample_rate: the rate of arrays and tensors, in Hz; None means the model's. For what states its own rate it must
+            be None or agree.
         model_rate: the model's rate in Hz.
         name: what to call an array in messages.
 
@@ -74,24 +101,95 @@ def open_clip(clip: ClipLike, sample_rate: int | None, model_rate: int, name: st
     is_whole = isinstance(sample_rate, int | np.integer) and not isinstance(sample_rate, bool)
     if sample_rate is not None and not (is_whole and sample_rate in _POSSIBLE_RATES):
         raise AudioError(f"{name}: sample_rate={sample_rate!r} is not a rate in Hz.")
-    if isinstance(clip, str | os.PathLike):
-        path = Path(clip)
-        if not _is_unicode(path):
-            raise AudioError(f"{str(path)!a}: this name is not valid UTF-8 and could not be written down; rename it.")
-        with open_sound(path) as file:
-            rate, seconds = file.samplerate, file.frames / file.samplerate
-        if sample_rate is not None and rate != sample_rate:
-            raise AudioError(
-                f"{path}: sampled at {rate} Hz, but sample_rate={sample_rate} was given; "
-                "leave sample_rate out, files state their own."
-            )
-        return Clip(str(path), path, rate, seconds)
+    given = _unpacked(clip, name)
+    if given.rate is not None and sample_rate not in (None, given.rate):
+        raise AudioError(
+            f"{given.name}: sampled at {given.rate} Hz, but sample_rate={sample_rate} was given; "
+            "leave sample_rate out, it is known."
+        )
+    if not isinstance(given.content, np.ndarray):
+        return _open_encoded(given.content, sample_rate, given.name)
+    samples, rate = _check_array(given.content, given.name), given.rate or sample_rate or model_rate
+    return Clip(given.name, samples, rate, samples.shape[-1] / rate)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What a clip comes down to; ``rate`` in Hz, if it came with samples."""
+
+    name: str
+    content: Encoded | npt.NDArray[np.generic]
+    rate: int | None = None
+
+
+def _unpacked(clip: Any, name: str) -> _Given:
     if isinstance(clip, Tensor):
         clip = (clip.detach().float() if clip.is_floating_point() else clip.detach()).cpu().numpy()
-    if not isinstance(clip, np.ndarray):
-        raise AudioError(f"{name}: a clip is a path, an array or a tensor, not {type(clip).__name__}.")
-    samples, rate = _check_array(clip, name), sample_rate or model_rate
-    return Clip(name, samples, rate, samples.shape[-1] / rate)
+    if isinstance(clip, np.ndarray):
+        return _Given(name, clip)
+    if isinstance(clip, str | os.PathLike):
+        return _Given(str(clip), Path(clip))
+    if isinstance(clip, bytes | bytearray | memoryview):
+        return _Given(name, bytes(clip))
+    if isinstance(clip, Mapping):
+        return _from_mapping(clip, name)
+    if hasattr(clip, "get_all_samples"):  # torchcodec's AudioDecoder
+        samples = clip.get_all_samples()
+        return _Given(name, _unpacked(samples.data, name).content, _rate(samples.sample_rate, name))
+    if hasattr(clip, "read") and hasattr(clip, "seek"):
+        return _Given(name, _rest_of(clip, name))
+    raise AudioError(
+        f"{name}: a clip is a path, an array or a tensor, not {type(clip).__name__}; or the bytes of a file, a file "
+        "opened to read them, or a dict of 'array' and 'sampling_rate'."
+    )
+
+
+def _from_mapping(clip: Mapping[str, Any], name: str) -> _Given:
+    """A row of the column ``audio`` of a data set."""
+    path = clip.get("path")
+    if clip.get("array") is not None:
+        if clip.get("sampling_rate") is None:
+            raise AudioError(f"{name}: a dict with an 'array' needs its 'sampling_rate'.")
+        array = clip["array"]
+        samples = array if isinstance(array, np.ndarray | Tensor) else np.asarray(array, dtype=np.float32)
+        return _Given(name, _unpacked(samples, name).content, _rate(clip["sampling_rate"], name))
+    if clip.get("bytes") is not None:
+        return _Given(f"{name} ({path})" if path else name, bytes(clip["bytes"]))
+    if path:
+        return _Given(str(path), Path(path))
+    raise AudioError(
+        f"{name}: a dict has an 'array' and its 'sampling_rate', or 'bytes', or a 'path'; "
+        f"this one has {', '.join(map(repr, clip)) or 'nothing'}."
+    )
+
+
+def _rate(rate: Any, name: str) -> int:
+    if int(rate) != rate or int(rate) not in _POSSIBLE_RATES:
+        raise AudioError(f"{name}: sampling_rate={rate!r} is not a rate in Hz.")
+    return int(rate)
+
+
+def _rest_of(file: BinaryIO, name: str) -> bytes:
+    """What an open file holds from where it is; it is left there."""
+    position = file.tell()
+    content = file.read()
+    file.seek(position)
+    if not isinstance(content, bytes):
+        raise AudioError(f'{name}: open the file as binary, "rb".')
+    return content
+
+
+def _open_encoded(source: Encoded, sample_rate: int | None, name: str) -> Clip:
+    if isinstance(source, Path) and not _is_unicode(source):
+        raise AudioError(f"{name!a}: this name is not valid UTF-8 and could not be written down; rename it.")
+    with open_sound(source, name) as sound:
+        rate, seconds = sound.rate, sound.seconds
+    if sample_rate is not None and rate != sample_rate:
+        raise AudioError(
+            f"{name}: sampled at {rate} Hz, but sample_rate={sample_rate} was given; "
+            "leave sample_rate out, files state their own."
+        )
+    return Clip(name, source, rate, seconds)
 
 
 def load_audio(path: str | os.PathLike[str], sample_rate: int) -> Samples:
@@ -133,104 +231,12 @@ def check_batch(audio: Tensor) -> Tensor:
     return audio
 
 
-def find_audio(paths: list[Path]) -> list[Path]:
-    """Expand folders (recursively, by ending) and glob patterns into a sorted list of files; no file twice.
-
-    Raises:
-        AudioError: if a path does not exist, a folder cannot be read, or nothing is found in one.
-    """
-    found: dict[str, Path] = {}
-    for path in paths:
-        if path.is_dir():
-            files = sorted(_audio_below(path))
-            if not files:
-                raise AudioError(f"{path}: no audio files in this folder ({', '.join(sorted(AUDIO_SUFFIXES))}).")
-        elif path.exists():
-            files = [path]
-        else:
-            # An absolute pattern is split at its root, as Path.glob only takes relative ones.
-            root = Path(path.anchor)
-            try:
-                files = sorted(f for f in root.glob(str(path.relative_to(root))) if f.is_file())
-            except ValueError as error:
-                raise AudioError(f"{path}: no such file, and not a glob pattern ({error}).") from error
-            if not files:
-                raise AudioError(f"{path}: no such file or folder.")
-        for file in files:
-            found.setdefault(os.path.abspath(file), file)  # noqa: PTH100  (Path.absolute keeps "..")
-    return list(found.values())
-
-
-def _audio_below(folder: Path) -> Iterator[Path]:
-    def refuse(error: OSError) -> None:
-        raise AudioError(f"{error.filename}: cannot read this folder ({error.strerror}).") from error
-
-    seen = set()
-    for directory, subfolders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        seen.add(os.path.realpath(directory))
-        # A link may lead to a folder above it.
-        subfolders[:] = [s for s in subfolders if os.path.realpath(Path(directory, s)) not in seen]
-        yield from (Path(directory) / n for n in names if Path(n).suffix.lower() in AUDIO_SUFFIXES)
-
-
 def _is_unicode(path: Path) -> bool:
     try:
         str(path).encode()
     except UnicodeEncodeError:
         return False
     return True
-
-
-def open_sound(path: Path) -> soundfile.SoundFile:
-    """Open a sound file, or say what is wrong with it.
-
-    Raises:
-        AudioError: if it is missing, not a regular file, forbidden, empty or not audio.
-    """
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise AudioError(f"{path}: not a regular file; a pipe or a device would be waited for without end.")
-    try:
-        with path.open("rb"):  # libsndfile says only "System error" to a missing or forbidden file
-            pass
-        return soundfile.SoundFile(path)
-    except FileNotFoundError as error:
-        raise AudioError(f"{path}: no such file.") from error
-    except IsADirectoryError as error:
-        raise AudioError(f"{path}: this is a folder, not an audio file.") from error
-    except OSError as error:
-        raise AudioError(f"{path}: cannot be opened ({error.strerror}).") from error
-    except soundfile.LibsndfileError as error:
-        what = "the file is empty" if path.stat().st_size == 0 else f"not audio that can be read ({error.error_string})"
-        raise AudioError(f"{path}: {what}.") from error
-
-
-def check_size(file: soundfile.SoundFile, name: str) -> None:
-    """Raise AudioError if an open WAV file is shorter than its header says; libsndfile itself takes it as it is."""
-    size = _WAV_DATA_SIZE.search(file.extra_info)
-    if size and int(size[2]) < int(size[1]) < _WAV_SIZE_UNKNOWN:
-        raise AudioError(f"{name}: truncated, it holds {size[2]} of the {size[1]} bytes its header promises.")
-
-
-def _file_blocks(path: Path) -> Iterator[Samples]:
-    with open_sound(path) as file:
-        check_size(file, str(path))
-        remaining = file.frames
-        try:
-            while len(block := file.read(_BLOCK_SAMPLES, dtype="float32", always_2d=True)):
-                remaining -= len(block)
-                yield downmix(block)
-        except soundfile.LibsndfileError as error:
-            raise AudioError(f"{path}: damaged or truncated ({error.error_string}).") from error
-    if remaining > 0:
-        raise AudioError(f"{path}: truncated, {remaining} samples fewer than its header promises.")
-
-
-def downmix(block: Samples) -> Samples:
-    """(n, channels) -> (n,), the mean; in a sixth of the time that numpy takes for the mean of so short an axis."""
-    mono = block[:, 0]
-    for channel in range(1, block.shape[1]):
-        mono = mono + block[:, channel]
-    return mono if block.shape[1] == 1 else mono / np.float32(block.shape[1])
 
 
 def _array_blocks(samples: Samples) -> Iterator[Samples]:
@@ -252,20 +258,6 @@ def checked_blocks(blocks: Iterator[Samples], name: str) -> Iterator[Samples]:
         yield block
     if seen == 0:
         raise AudioError(f"{name}: the clip is empty, it has no samples.")
-
-
-def _resampled(blocks: Iterator[Samples], source_rate: int, sample_rate: int) -> Iterator[Samples]:
-    resampler = soxr.ResampleStream(source_rate, sample_rate, 1, dtype="float32", quality="HQ")
-    first, total = None, 0
-    for block in blocks:
-        first = block[:1] if first is None else first
-        resampled = resampler.resample_chunk(np.ascontiguousarray(block))
-        total += len(resampled)
-        yield resampled
-    rest = resampler.resample_chunk(np.empty(0, np.float32), last=True)
-    if total + len(rest) == 0 and first is not None:
-        rest = first  # the clip is shorter than one sample of the new rate
-    yield rest
 
 
 def _check_array(array: npt.NDArray[np.generic], name: str) -> Samples:

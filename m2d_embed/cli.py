@@ -23,9 +23,10 @@ import typer
 from tqdm.auto import tqdm
 
 from m2d_embed import __version__, registry
-from m2d_embed.audio import find_audio, load_audio
+from m2d_embed.audio import load_audio
 from m2d_embed.config import FeatureConfig, resolve_layers
 from m2d_embed.errors import AudioError, ConfigError, M2DEmbedError, ModelNotFoundError, UnsupportedError
+from m2d_embed.find import find_inputs
 
 if TYPE_CHECKING:
     from m2d_embed.heads.tagging import Tag
@@ -99,7 +100,16 @@ class HalfPrecision(StrEnum):
     fp16 = "fp16"
 
 
-Inputs = Annotated[list[Path], typer.Argument(help="Sound files, folders (searched recursively) or glob patterns.")]
+Inputs = Annotated[
+    list[Path] | None,
+    typer.Argument(
+        help="Sound files, folders (searched recursively), glob patterns, or CSV files with a column 'file'."
+    ),
+]
+Listing = Annotated[
+    Path | None,
+    typer.Option("--list", help="A file with one path a line, or a CSV with a column 'file'; - is standard input."),
+]
 Model = Annotated[str, typer.Option("--model", "-m", help="Which model; the bundled one by default.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps ... By default a GPU if there is one.")]
 Dtype = Annotated[Precision | None, typer.Option(help="Precision of the matrices.", show_default="fp32 on the CPU")]
@@ -119,10 +129,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON lines instead of 
 
 @app.command()
 def embed(
-    inputs: Inputs,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="*.parquet, *.npz, or a folder that gets one .npy a clip.")
     ],
+    inputs: Inputs = None,
+    listing: Listing = None,
     kind: Annotated[Kind, typer.Option(help="One embedding a clip, or one every hop with its time.")] = Kind.scene,
     model: Model = "",
     hop_ms: Annotated[float | None, typer.Option(help="Step of timestamps; the model's own by default.")] = None,
@@ -161,7 +172,7 @@ def embed(
     from m2d_embed.jobs.shards import Shard, embed_shard, local_device
     from m2d_embed.profiling import Profile, Stopwatch
 
-    files = find_audio(inputs)
+    files = find_inputs(inputs or [], listing)
     part = Shard.parse(shard) if shard else Shard.from_environment()
     if part is not None and overwrite:
         raise ConfigError(f"--overwrite does not go with shards, others may be at work; remove {output} first.")
@@ -221,8 +232,9 @@ def _report_shard(done: ShardSummary, part: Shard, output: Path, exits: bool) ->
 
 @app.command()
 def tag(
-    inputs: Inputs,
     model: Annotated[str, typer.Option("--model", "-m", help=f"A fine-tuned checkpoint, e.g. {_A_TAGGER}.")],
+    inputs: Inputs = None,
+    listing: Listing = None,
     top_k: TopK = 5,
     frames: Annotated[bool, typer.Option("--frames", help="Tags of every time column, with its time.")] = False,
     device: Device = None,
@@ -232,7 +244,7 @@ def tag(
     """Print the most probable labels of each clip, best first. Needs a fine-tuned checkpoint."""
     import torch
 
-    files = find_audio(inputs)
+    files = find_inputs(inputs or [], listing)
     loaded = _load(model, device, dtype, FeatureConfig())
     head = loaded.column_head() if frames else loaded.tagging_head()
     loaded.features = loaded.head_features()
@@ -252,9 +264,10 @@ def tag(
 
 @app.command()
 def zero_shot(
-    inputs: Inputs,
     labels: Annotated[str, typer.Option("--labels", "-l", help="Labels, separated by commas.")],
     model: Annotated[str, typer.Option("--model", "-m", help=f"A CLAP checkpoint, e.g. {_A_CLAP}.")],
+    inputs: Inputs = None,
+    listing: Listing = None,
     template: Annotated[
         str, typer.Option(help="Sentence put around each label; {} stands for it.")
     ] = "{} can be heard",
@@ -271,7 +284,7 @@ def zero_shot(
     names = [label.strip() for label in labels.split(",") if label.strip()]
     if not names or "{}" not in template:
         raise ConfigError("--labels needs at least one label, and --template the place {} for it.")
-    files = find_audio(inputs)
+    files = find_inputs(inputs or [], listing)
     loaded = _load(model, device, dtype, FeatureConfig())
     clap = loaded.clap_head()
 
@@ -315,7 +328,7 @@ def similar(
     if outputs:
         names, embeddings = _read_index(outputs, loaded)
     else:
-        names, embeddings, failed = _encode_readable(loaded, find_audio(among))
+        names, embeddings, failed = _encode_readable(loaded, find_inputs(among))
     lengths = np.linalg.norm(embeddings, axis=1) * np.linalg.norm(target)
     scores = embeddings @ target / np.maximum(lengths, np.finfo(np.float32).tiny)
     others = [i for i in np.argsort(-scores, kind="stable") if not _same_file(names[i], query)]

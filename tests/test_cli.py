@@ -87,6 +87,17 @@ def test_embed_a_folder_with_a_bad_file(tmp_path):
     assert np.abs(means - embeddings[:, :960]).max() <= 1e-5
 
 
+def test_embed_the_files_of_a_list(tmp_path):
+    (tmp_path / "list.txt").write_text(f"{ALARM}\n{tmp_path / 'gone.wav'}\n")
+    (tmp_path / "table.csv").write_text(f"file,label\n{ALARM},x\n")
+    for arguments, status in ((["--list", tmp_path / "list.txt"], 1), ([tmp_path / "table.csv"], 0)):
+        result = run("embed", *arguments, "-o", tmp_path / f"{status}.npz")
+        assert result.returncode == status
+        assert ("gone.wav: no such file" in result.stderr) == bool(status)
+        assert read_scenes(tmp_path / f"{status}.npz")[0] == [str(ALARM)]
+    assert "give --list FILE" in run("embed", "-o", tmp_path / "none.npz").stderr
+
+
 def test_embed_errors_have_no_traceback(tmp_path):
     for arguments, message in [
         ((tmp_path, "-o", tmp_path / "o.npz"), "no audio files in this folder"),

@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from m2d_embed.audio import AUDIO_SUFFIXES, find_audio
 from m2d_embed.errors import AudioError, ConfigError
+from m2d_embed.find import find_audio, hint_at_backslashes, is_hidden
+from m2d_embed.formats import audio_suffixes
 
 Integers = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -303,14 +304,15 @@ def parse_parts(parts: Sequence[str], path: Path) -> Integers:
 
 def _folder_rows(folder: Path) -> list[Row]:
     """One sub-folder a label; hidden ones are not labels."""
-    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    loose = [entry.name for entry in entries if entry.suffix.lower() in AUDIO_SUFFIXES and entry.is_file()]
+    entries = sorted(entry for entry in folder.iterdir() if not is_hidden(entry.name))
+    endings = audio_suffixes()
+    loose = [entry.name for entry in entries if entry.suffix.lower() in endings and entry.is_file()]
     if loose:
         raise ConfigError(f"{folder}: {named(loose)} lie outside the sub-folders, so their label is unknown.")
     labels = [entry for entry in entries if entry.is_dir()]
     if not labels:
         raise ConfigError(f"{folder}: no sub-folders; one for each label is needed, or give a CSV file.")
-    return [Row(file, label.name) for label in labels for file in find_audio([label])]
+    return [Row(file, file.relative_to(folder).parts[0]) for file in find_audio(labels)]
 
 
 def _csv_rows(path: Path, label_column: str) -> tuple[list[Row], bool]:
@@ -392,7 +394,8 @@ def require_files(files: Sequence[Path], path: Path) -> None:
     """Raise AudioError if files that a table names are missing."""
     missing = [str(file) for file in files if not file.is_file()]
     if missing:
-        raise AudioError(f"{path}: {len(missing)} of {len(files)} files are missing: {named(missing)}.")
+        hint = hint_at_backslashes(missing[0])
+        raise AudioError(f"{path}: {len(missing)} of {len(files)} files are missing: {named(missing)}.{hint}")
 
 
 def locate(folder: Path, name: str) -> Path:

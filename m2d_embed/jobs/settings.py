@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any, Literal
 
 import torch
 
-from m2d_embed.config import ModelConfig
+from m2d_embed.config import FeatureConfig, ModelConfig, resolve_layers
 from m2d_embed.model import M2D
 
 Kind = Literal["scene", "timestamps"]
@@ -17,7 +17,7 @@ Kind = Literal["scene", "timestamps"]
 #: Raised whenever the same model and sound give other numbers than before, beyond the rounding of sums.
 NUMERICS = 2
 
-_NOT_COMPUTED = ("name", "source", "license", "head", "clap", "layers", "scene_pooling")
+_NOT_COMPUTED = ("name", "source", "license", "head", "clap", *(field.name for field in fields(FeatureConfig)))
 
 
 def fingerprint(model: M2D, kind: Kind) -> str:
@@ -57,9 +57,9 @@ def _computation(config: ModelConfig) -> dict[str, Any]:
 
 
 def _features(model: M2D, kind: Kind) -> dict[str, Any]:
-    features = model.features
+    features = model.features.resolved(model.config)
     shared = {
-        "layers": list(features.blocks(model.config)),
+        "layers": resolve_layers(features.blocks(model.config), model.config.depth),
         "layer_pooling": features.layer_pooling,
         "flat": features.flat,
     }

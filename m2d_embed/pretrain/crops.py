@@ -6,18 +6,16 @@ sides for the resampler, and from a place where samples of both rates coincide.
 
 from __future__ import annotations
 
-import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
 
 import numpy as np
-import soundfile
 import soxr
 
-from m2d_embed.audio import Samples, check_size, checked_blocks, downmix, open_sound
-from m2d_embed.errors import AudioError
+from m2d_embed.audio import Samples, checked_blocks
+from m2d_embed.sounds import Sound, open_sound
 
 #: Samples at the lower of the two rates that the resampler is given on both sides: twice what its filter reaches.
 _MARGIN = 256
@@ -36,7 +34,7 @@ def read_crop(file: Path | BinaryIO, sample_rate: int, num_samples: int, rng: np
     """Read a stretch of a file from a random place, each equally likely; of a shorter file, the whole.
 
     Args:
-        file: its path, or its bytes as a stream that can be seeked.
+        file: its path, or its bytes as a stream. One that only FFmpeg reads, or of several streams, is decoded whole.
         sample_rate: what to resample to, in Hz.
         num_samples: length of the crop at that rate.
         rng: draws the place.
@@ -49,15 +47,16 @@ def read_crop(file: Path | BinaryIO, sample_rate: int, num_samples: int, rng: np
         AudioError: if the file is missing, unreadable, truncated or empty, or the stretch has a sample that is not
             finite.
     """
-    with _open(file, name) as sound:
-        check_size(sound, name)
-        clip_seconds = sound.frames / sound.samplerate
-        spare = sound.frames * sample_rate // sound.samplerate - num_samples
+    with open_sound(file if isinstance(file, Path) else file.read(), name) as sound:
+        whole = None if sound.frames is not None else np.concatenate([np.empty(0, np.float32), *sound.blocks()])
+        opened = _Opened(sound, whole, name)
+        clip_seconds = opened.frames / sound.rate
+        spare = opened.frames * sample_rate // sound.rate - num_samples
         if spare <= 0:
-            whole = _resample(_read(sound, 0, sound.frames, name), sound.samplerate, sample_rate)
-            return Crop(whole[:num_samples], 0.0, clip_seconds)
+            samples = _resample(opened.read(0, opened.frames), sound.rate, sample_rate)
+            return Crop(samples[:num_samples], 0.0, clip_seconds)
         start = int(rng.integers(spare + 1))
-        samples = _read_resampled(sound, start, num_samples, sample_rate, name)
+        samples = _read_resampled(opened, start, num_samples, sample_rate)
     return Crop(samples, start / sample_rate, clip_seconds)
 
 
@@ -79,22 +78,30 @@ def fit(samples: Samples, num_samples: int, how: Literal["repeat", "pad"]) -> tu
     return fitted, len(samples)
 
 
-def _open(file: Path | BinaryIO, name: str) -> soundfile.SoundFile:
-    if isinstance(file, Path):
-        return open_sound(file)
-    try:
-        return soundfile.SoundFile(file)
-    except soundfile.LibsndfileError as error:
-        empty = file.seek(0, io.SEEK_END) == 0
-        what = "the file is empty" if empty else f"not audio that can be read ({error.error_string})"
-        raise AudioError(f"{name}: {what}.") from error
+@dataclass(frozen=True)
+class _Opened:
+    """A sound of which stretches are read: from the file, or from ``whole`` where that cannot be sought in."""
+
+    sound: Sound
+    whole: Samples | None
+    name: str
+
+    @property
+    def frames(self) -> int:
+        return len(self.whole) if self.whole is not None else self.sound.frames or 0
+
+    def read(self, start: int, stop: int) -> Samples:
+        """Samples of the file itself, averaged over its channels and checked."""
+        block = self.whole[start:stop] if self.whole is not None else self.sound.read(start, stop)
+        where = f"{self.name}, from sample {start} on" if start else self.name
+        return np.concatenate(list(checked_blocks(iter([block] if len(block) else []), where)))
 
 
-def _read_resampled(sound: soundfile.SoundFile, start: int, count: int, sample_rate: int, name: str) -> Samples:
+def _read_resampled(opened: _Opened, start: int, count: int, sample_rate: int) -> Samples:
     """Samples ``start`` to ``start + count`` of the file as it is at ``sample_rate``."""
-    rate = sound.samplerate
+    rate = opened.sound.rate
     if rate == sample_rate:
-        return _read(sound, start, start + count, name)
+        return opened.read(start, start + count)
     # Every `step` samples of the file, and every `new_step` of the result, the two coincide in time. The resampler
     # begins at such a place, or the result would be shifted by a part of a sample.
     common = math.gcd(rate, sample_rate)
@@ -102,23 +109,9 @@ def _read_resampled(sound: soundfile.SoundFile, start: int, count: int, sample_r
     margin = math.ceil(_MARGIN * max(1.0, rate / sample_rate))
     blocks = max(0, start * rate // sample_rate - margin) // step
     last = math.ceil((start + count) * rate / sample_rate) + margin
-    resampled = _resample(_read(sound, blocks * step, min(last, sound.frames), name), rate, sample_rate)
+    resampled = _resample(opened.read(blocks * step, min(last, opened.frames)), rate, sample_rate)
     offset = start - blocks * new_step
     return resampled[offset : offset + count]
-
-
-def _read(sound: soundfile.SoundFile, start: int, stop: int, name: str) -> Samples:
-    """Samples of the file itself, averaged over its channels and checked."""
-    try:
-        sound.seek(start)
-        block = sound.read(stop - start, dtype="float32", always_2d=True)
-    except soundfile.LibsndfileError as error:
-        raise AudioError(f"{name}: damaged or truncated ({error.error_string}).") from error
-    if len(block) < stop - start:
-        missing = stop - start - len(block)
-        raise AudioError(f"{name}: truncated, {missing} samples fewer than its header promises.")
-    (checked,) = checked_blocks(iter([downmix(block)]), f"{name}, from sample {start} on" if start else name)
-    return checked
 
 
 def _resample(samples: Samples, rate: int, sample_rate: int) -> Samples:

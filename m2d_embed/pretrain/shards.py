@@ -30,8 +30,8 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset import tariterators
 
-from m2d_embed.audio import AUDIO_SUFFIXES
 from m2d_embed.errors import AudioError, ConfigError, M2DEmbedError
+from m2d_embed.formats import AUDIO_SUFFIXES, AV_SUFFIXES
 from m2d_embed.pretrain.batches import Batch, BatchBuilder, BatchSpec, Sample, read_features
 from m2d_embed.pretrain.crops import read_crop
 from m2d_embed.pretrain.datasets import ClipSource
@@ -161,7 +161,7 @@ class ShardDataset(IterableDataset[Batch]):
 
     def _read(self, members: Members, name: str, rng: np.random.Generator) -> Sample:
         spec = self.spec
-        endings = [ending for ending in members if PurePosixPath(f"a.{ending}").suffix in AUDIO_SUFFIXES]
+        endings = _sounds_among(members)
         if len(endings) != 1:
             found = f"{len(endings)} ({', '.join(endings)})" if endings else "none"
             raise AudioError(f"{name}: one audio file expected in a sample, not {found}; names are alike up to a dot.")
@@ -176,6 +176,12 @@ class ShardDataset(IterableDataset[Batch]):
         if spec.features:
             features = read_features(io.BytesIO(members["npy"]), f"{name}.npy", crop, spec)
         return Sample(name, crop, labels, caption, features)
+
+
+def _sounds_among(members: Members) -> list[str]:
+    """The endings of the audio files of a sample; of what FFmpeg alone reads, videos too, if there is no other."""
+    suffixes = {ending: PurePosixPath(f"a.{ending}").suffix for ending in members}
+    return [e for e in members if suffixes[e] in AUDIO_SUFFIXES] or [e for e in members if suffixes[e] in AV_SUFFIXES]
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import hashlib
 import io
 import math
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import soundfile
 
-from m2d_embed.audio import Samples, open_clip
+from m2d_embed.audio import Samples, checked_blocks, open_clip
 from m2d_embed.errors import AudioError
+from m2d_embed.ffmpeg import FFmpegSound
+from m2d_embed.sounds import resampled
 
 SAMPLE_RATE = 16_000  # Hz
 LONGEST = 30 * SAMPLE_RATE
@@ -101,27 +104,9 @@ def _decode_with_libsndfile(file: Path) -> Samples:
 
 
 def _decode_with_ffmpeg(file: Path, audio_format: str) -> Samples:
-    """Decode by PyAV. The format is stated, not guessed: FFmpeg knows formats that make it open other files."""
-    import av
-
-    blocks: list[Samples] = []
-    rate = None
-    try:
-        with file.open("rb") as stream, av.open(stream, "r", format=audio_format) as container:
-            if not container.streams.audio:
-                raise AudioError(f"FFmpeg finds no audio in it ({audio_format}).")
-            to_float = av.AudioResampler(format="fltp")
-            for frame in container.decode(audio=0):
-                for part in to_float.resample(frame):
-                    rate = part.sample_rate
-                    blocks.append(part.to_ndarray().mean(axis=0, dtype=np.float32))
-    except (av.FFmpegError, ValueError) as error:
-        reason = error.strerror if isinstance(error, av.FFmpegError) else error
-        raise AudioError(f"FFmpeg cannot decode it ({reason}).") from error
-    if not blocks:
-        raise AudioError("FFmpeg finds no samples in it.")
-    clip = open_clip(np.concatenate(blocks), rate, SAMPLE_RATE, "FFmpeg's samples")
-    return np.concatenate(list(clip.blocks(SAMPLE_RATE)))
+    with closing(FFmpegSound(file.open("rb"), audio_format, file.name)) as sound:
+        blocks = checked_blocks(sound.blocks(), file.name)
+        return np.concatenate(list(resampled(blocks, sound.rate, SAMPLE_RATE)))
 
 
 def _to_pcm(samples: Samples) -> Pcm:
