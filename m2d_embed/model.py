@@ -20,7 +20,7 @@ from huggingface_hub import ModelCard, ModelHubMixin
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from m2d_embed import batching, hub
+from m2d_embed import backends, batching, hub
 from m2d_embed.audio import Clip, ClipLike, open_clip
 from m2d_embed.batching import Timestamps
 from m2d_embed.checkpoints import (
@@ -39,7 +39,6 @@ from m2d_embed.errors import AudioError, ConfigError, UnsupportedError
 from m2d_embed.frontend import LogMel
 from m2d_embed.heads.clap import TEXT_ENCODER_FILE, ClapHead, TextEncoder
 from m2d_embed.heads.tagging import TaggingHead
-from m2d_embed.packed import supports_int8
 from m2d_embed.windows import column_times, cut, interleave, pad_to_patch
 
 log = logging.getLogger("m2d_embed")
@@ -455,6 +454,16 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
                     module.to(stored)
         return self
 
+    def repack(self) -> M2D:
+        """Forget every copy of the weights that inference on a CPU made; the next call makes them anew.
+
+        Only for weights that were changed in a way that leaves no trace, through ``.data``, NumPy or other processes
+        that share their memory: all other changes are seen. ``eval()`` and ``train()`` do it, too.
+        """
+        self.encoder.repack()
+        self.frontend.repack()
+        return self
+
     def compile_encoder(self) -> M2D:
         """Run the encoder through ``torch.compile`` in inference without gradients (``compiled.py``).
 
@@ -546,8 +555,10 @@ def _check_int8(device: torch.device) -> None:
     """ConfigError or UnsupportedError if int8 is impossible; "meta" is where weights are about to be loaded."""
     if device.type not in ("cpu", "meta"):
         raise ConfigError(f"int8 is for CPUs; on {device} take bf16 or fp16.")
-    if not supports_int8():
-        raise UnsupportedError("int8 needs an x86 CPU with AVX-512 VNNI or AMX; take bf16 or fp32.")
+    if not backends.supports_int8():
+        raise UnsupportedError(
+            f"int8 needs an x86 CPU with AVX-512 VNNI or AMX; on this one take {backends.fastest_float()}."
+        )
 
 
 def _parse_device(device: str | torch.device) -> torch.device:

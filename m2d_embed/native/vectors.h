@@ -3,7 +3,11 @@
 #ifndef M2D_VECTORS_H
 #define M2D_VECTORS_H
 
+#ifdef __AVX512F__
 #include <immintrin.h>
+#else
+#include "generic.h"
+#endif
 
 #define INLINE static inline __attribute__((always_inline))
 
