@@ -37,8 +37,9 @@ Engine = Literal["native", "onednn", "widened", "modules"]
 STORED: Mapping[torch.dtype, Stored] = MappingProxyType(
     {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 )
-#: oneDNN's instruction sets for x86, as ONEDNN_MAX_CPU_ISA names them, up to the first that has products of bf16.
-_ONEDNN_ISAS = tuple("SSE41 AVX AVX2 AVX2_VNNI AVX2_VNNI_2 AVX512_CORE AVX512_CORE_VNNI AVX512_CORE_BF16".split())
+#: Instruction sets that ONEDNN_MAX_CPU_ISA names, without products of int8 on AVX-512, and without those of bf16.
+_WITHOUT_VNNI = frozenset({"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE"})
+_WITHOUT_BF16 = _WITHOUT_VNNI | {"AVX512_CORE_VNNI"}
 
 
 # --- what a machine can do --------------------------------------------------------------------------------------------
@@ -98,19 +99,13 @@ def capabilities_of(kernels: Mapping[Kind, Unit], facts: TorchFacts) -> Capabili
     onednn: set[Kind] = set()
     if facts.packs:
         onednn.add("fp32")
-        if facts.avx512_bf16 and _reaches(facts, "AVX512_CORE_BF16"):
+        is_held = facts.vectors in ("DEFAULT", "NO AVX", "AVX2")  # torch's own loops, for what is between products
+        if facts.avx512_bf16 and not is_held and facts.onednn_limit.upper() not in _WITHOUT_BF16:
             onednn.add("bf16")
-        if facts.vnni and _reaches(facts, "AVX512_CORE_VNNI"):
+        if facts.vnni and not is_held and facts.onednn_limit.upper() not in _WITHOUT_VNNI:
             onednn.add("int8")
     modules: set[Kind] = {"fp32", "bf16"} if facts.other_bf16 else {"fp32"}
     return Capabilities(kernels, frozenset(onednn), frozenset(modules))
-
-
-def _reaches(facts: TorchFacts, isa: str) -> bool:
-    """Whether nobody holds oneDNN, or torch's own loops, below an instruction set of AVX-512."""
-    limit = facts.onednn_limit.upper()
-    is_lower = limit in _ONEDNN_ISAS and _ONEDNN_ISAS.index(limit) < _ONEDNN_ISAS.index(isa)
-    return not is_lower and facts.vectors not in ("DEFAULT", "NO AVX", "AVX2")
 
 
 def torch_facts() -> TorchFacts:

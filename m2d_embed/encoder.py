@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m2d_embed import backends, native
+from m2d_embed import backends, native, threads
 from m2d_embed.config import ModelConfig, resolve_layers
 from m2d_embed.native import BlockLike, Shape
 from m2d_embed.packed import PackedBlocks, RunBlocks, is_unhooked, run_each
@@ -264,6 +264,7 @@ class Encoder(nn.Module):
         """What stands for the blocks, or None if these are called themselves."""
         if torch.compiler.is_compiling():
             return None
+        threads.survive_forks()
         if self.training or x.device.type != "cpu":
             self._packed = None  # gives the memory back
             return None

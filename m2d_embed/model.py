@@ -20,7 +20,7 @@ from huggingface_hub import ModelCard, ModelHubMixin
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from m2d_embed import backends, batching, hub
+from m2d_embed import backends, batching, hub, native, threads
 from m2d_embed.audio import Clip, ClipLike, open_clip
 from m2d_embed.batching import Timestamps
 from m2d_embed.checkpoints import (
@@ -398,6 +398,8 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
             ConfigError: on an impossible option.
             UnsupportedError: if this machine cannot multiply in the dtype.
         """
+        native.isa_limit()  # an impossible value ends here, and not in the middle of a run
+        threads.fit_threads_to_quota()
         compute_dtype = None if dtype is None else parse_dtype(dtype)
         target = _parse_device(device)
         on_gpu = target.type != "cpu"
