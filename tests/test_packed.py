@@ -394,7 +394,8 @@ def test_hooks_of_all_modules_are_called(model):
         handle = register(lambda module, *_: called.append(type(module)))
         found = fast(model, audio)
         handle.remove()
-        assert called.count(torch.nn.Linear) == linears and torch.nn.Conv2d in called
+        count = called.count(torch.nn.Linear)  # of windows of two widths
+        assert count == 2 * linears and torch.nn.Conv2d in called
         torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
     called.clear()
     torch.testing.assert_close(fast(model, audio), expected, atol=0, rtol=0)
@@ -457,7 +458,7 @@ def test_several_layers(model):
     expected = [x.detach() for x in model.intermediates(audio, (0, -1))]
     with torch.no_grad():
         for found, wanted in zip(model.intermediates(audio, (0, -1)), expected, strict=True):
-            torch.testing.assert_close(found, wanted, atol=2e-6, rtol=0)
+            torch.testing.assert_close(found, wanted, atol=4e-6, rtol=0)
 
 
 def test_copies_and_pickles_do_not_carry_packed_weights(model):
