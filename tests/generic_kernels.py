@@ -24,7 +24,7 @@ from m2d_embed.native.library import Kernels
 COMPILER = next(filter(shutil.which, ("gcc", "cc", "clang")), None)
 SOURCES = Path(native.__file__).parent
 EMULATED_AMX = Path(__file__).with_name("amx_emulation.h")
-SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1")
+SANITIZE = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1")
 _FILES = ("abi.c", "avx512.c", "amx.c", "fp32.c", "log_mel.c")
 
 
