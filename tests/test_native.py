@@ -50,6 +50,11 @@ def kind(request, monkeypatch):
     return kind
 
 
+def is_slow() -> bool:
+    """Whether kernels run in generic vectors."""
+    return native.blocks.kernels() is not native.kernels()
+
+
 @pytest.fixture
 def fp32(request, monkeypatch):
     """The kernels for float32, in generic vectors if need be."""
@@ -110,7 +115,7 @@ def test_the_kernels_were_built():
 @pytest.mark.parametrize("count", [1, 6, 16, 20, 31, 33, 96, 191])
 def test_a_block_has_the_numbers_of_its_module(kind, shape, count, threads):
     block = random_block(*shape)
-    for windows in (1, 3, 8):
+    for windows in (1, 3) if is_slow() else (1, 3, 8):
         assert error(block, kernel(kind, block), tokens(windows, count, shape[0])) < CLOSE[kind]
 
 
@@ -125,7 +130,8 @@ def test_a_block_of_odd_widths(kind, count, threads):
 
 def test_a_block_of_the_size_of_a_base_model(kind):
     block = random_block(*SHAPES[3])
-    assert error(block, kernel(kind, block), tokens(3, 191, 768)) < CLOSE[kind]
+    windows, count = (1, 50) if is_slow() else (3, 191)
+    assert error(block, kernel(kind, block), tokens(windows, count, 768)) < CLOSE[kind]
 
 
 @pytest.mark.parametrize("name", ["attn.qkv.bias", "attn.proj.bias", "mlp.fc1.bias", "mlp.fc2.bias", "norm1.bias"])
@@ -209,7 +215,7 @@ def test_two_threads_of_python_at_once(kind):
 
     def run(index: int) -> None:
         with torch.no_grad():
-            results = (as_kernel(inputs[index].clone(), ONE) for _ in range(50))
+            results = (as_kernel(inputs[index].clone(), ONE) for _ in range(5 if is_slow() else 50))
             wrong.extend(index for result in results if not torch.equal(result, expected[index]))
 
     workers = [threading.Thread(target=run, args=(index,)) for index in range(4)]
@@ -431,9 +437,9 @@ def test_what_is_no_library_is_said_once(monkeypatch, tmp_path, caplog):
 @pytest.mark.parametrize(
     ("header", "was", "becomes"),
     [
-        ("blocks.h", "int32_t bias_is_bf16;", "int64_t bias_is_bf16;"),  # other offsets
+        ("blocks.h", "int32_t bias_is_bf16;", "int64_t bias_is_bf16;"),  # where there was a gap
         ("blocks.h", "int64_t windows, tokens;", "int64_t tokens, windows;"),  # exchanged: the same size
-        ("log_mel.h", "float eps, mean, std;", "float eps, mean, std, gain;"),
+        ("log_mel.h", "float eps, mean, std;", "float eps, mean, std, gain, floor;"),
         ("parallel.h", "int (*num_threads)(void);\n", "int (*num_threads)(void);\n  void* more;\n"),
         ("abi.c", "enum { MEANING = 1 };", "enum { MEANING = 2 };"),
     ],

@@ -7,8 +7,9 @@
 
 enum { MEANING = 1 };  // raise it when a field changes its meaning and not its place
 
-// Sizes of all structures, each followed by the offsets of its fields, in their order; native/library.py has the same.
-#define AT(field) offsetof(STRUCTURE, field)
+// Sizes of all structures, each followed by offset and size of its fields, in their order; native/structures.py has the
+// same.
+#define AT(field) offsetof(STRUCTURE, field), sizeof(((STRUCTURE*)0)->field)
 static const uint32_t layout[] = {
     MEANING,
 #define STRUCTURE Runtime

@@ -1,6 +1,6 @@
 """The structures that Python and the kernels agree on, as ``parallel.h``, ``blocks.h`` and ``log_mel.h`` declare them.
 
-``abi_number`` is what ``abi.c`` computes of the compiler's sizes and offsets: equal numbers, equal structures.
+``abi_number`` is what ``abi.c`` computes of the compiler's offsets and sizes: equal numbers, equal structures.
 """
 
 from __future__ import annotations
@@ -108,9 +108,10 @@ def abi_number() -> int:
 
 
 def _layout() -> Iterator[int]:
-    """The size of each structure, and after it the offsets of its fields in their order."""
+    """The size of each structure, and after it offset and size of its fields, in their order."""
     yield _MEANING
     for structure in _ALL:
         yield sizeof(structure)
         for name, *_ in structure._fields_:
-            yield getattr(structure, name).offset
+            field = getattr(structure, name)
+            yield from (field.offset, field.size)
