@@ -76,8 +76,13 @@ class PackedBlocks:
         # Dictionaries, as looking up modules by name takes longer than a small matrix product.
         self._children = [(m._modules, name, child) for m in blocks.modules() for name, child in m._modules.items()]
         self._layers = list(_layers(blocks))
-        self._identities = [_identity(layer) for layer in self._layers]
-        self._views = [_spread(layer.weight) for layer in self._layers]
+        dtype = torch.bfloat16 if backend.kind == "bf16" else torch.float32
+        biases = [layer.bias for layer in self._layers if layer.bias is not None]
+        are_converted = any(bias.dtype != dtype for bias in biases)  # once, as in every call it would take time
+        self._copied = ("weight", "bias") if are_converted else ("weight",)
+        self._identities = self._current_identities()
+        parameters = [layer._parameters.get(name) for layer in self._layers for name in self._copied]
+        self._views = [_spread(parameter) for parameter in parameters if parameter is not None]
         self._samples = torch.cat(self._views)
         layers, kind = list(_as_blocks(blocks)), cast(Kind, backend.kind)
         is_usual = type(norm) is nn.LayerNorm and norm.normalized_shape == (layers[0].attn.qkv.in_features,)
@@ -104,6 +109,9 @@ class PackedBlocks:
         assert self.kernel is not None
         return self.kernel.features(x, layers, rows)
 
+    def _current_identities(self) -> list[tuple[type, int, int]]:
+        return [_identity(layer, name) for layer in self._layers for name in self._copied]
+
     def is_current(self, blocks: nn.ModuleList, norm: nn.Module, quantize: bool) -> bool:
         """Whether the blocks are still those that were packed, with the same weights, and nothing hooks into them.
 
@@ -117,7 +125,7 @@ class PackedBlocks:
             and len(blocks) == self._num_blocks
             and all(siblings.get(name) is module for siblings, name, module in self._children)
             and all(is_unhooked(module) for _, _, module in self._children)
-            and [_identity(layer) for layer in self._layers] == self._identities
+            and self._current_identities() == self._identities
             and torch.equal(torch.cat(self._views), self._samples)
         )
 
@@ -180,21 +188,27 @@ class _QuantizedBlock:
 def packed_layer(linear: nn.Linear, dtype: torch.dtype, followed_by: Literal["none", "gelu"]) -> Product:
     """The layer with its matrix in ``dtype`` and laid out for oneDNN, and perhaps an exact GELU after it."""
     packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to(dtype), None)
+    bias = _converted_bias(linear, dtype)
 
     def product(x: Tensor) -> Tensor:
-        bias = None if linear.bias is None else linear.bias.to(dtype)
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, followed_by, [], "none")
+        b = linear.bias if bias is None else bias
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, b, followed_by, [], "none")
         return y
 
     return product
 
 
+def _converted_bias(linear: nn.Linear, dtype: torch.dtype) -> Tensor | None:
+    """A copy of the bias in ``dtype``, or None if it can be used as it is."""
+    return None if linear.bias is None or linear.bias.dtype == dtype else linear.bias.detach().to(dtype)
+
+
 def _widened_layer(linear: nn.Linear, dtype: torch.dtype, followed_by: Literal["none", "gelu"]) -> Product:
     """The layer with a copy of its matrix in ``dtype``, and perhaps an exact GELU after it."""
-    weight = linear.weight.detach().to(dtype)
+    weight, bias = linear.weight.detach().to(dtype), _converted_bias(linear, dtype)
 
     def product(x: Tensor) -> Tensor:
-        y = F.linear(x, weight, None if linear.bias is None else linear.bias.to(dtype))
+        y = F.linear(x, weight, linear.bias if bias is None else bias)
         return F.gelu(y) if followed_by == "gelu" else y
 
     return product
@@ -267,15 +281,15 @@ def _layers(blocks: nn.ModuleList) -> Iterator[nn.Linear]:
         yield block.mlp.fc2
 
 
-def _identity(layer: nn.Linear) -> tuple[type, int, int]:
-    """What a layer is, where the memory of its matrix is, and how often that has been written to."""
-    weight = layer._parameters.get("weight")  # faster than layer.weight
+def _identity(layer: nn.Linear, name: str) -> tuple[type, int, int]:
+    """What a layer is, where the memory of a parameter of it is, and how often that has been written to."""
+    weight = layer._parameters.get(name)  # faster than layer.weight
     if weight is None:  # it is computed from something else, as with a parametrization
         return type(layer), 0, 0
     return type(layer), weight.data_ptr(), -1 if weight.is_inference() else weight._version
 
 
-def _spread(weight: Tensor) -> Tensor:
-    """A view of some elements, from all over a matrix."""
-    flat = weight.detach().view(-1)
-    return flat[:: max(1, len(flat) // _SAMPLES)]
+def _spread(parameter: Tensor) -> Tensor:
+    """A view of some elements, from all over a matrix; or of a whole bias."""
+    flat = parameter.detach().view(-1)
+    return flat if parameter.ndim == 1 else flat[:: max(1, len(flat) // _SAMPLES)]
