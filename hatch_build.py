@@ -23,6 +23,7 @@ _COMMON = (
     "-std=gnu11 -O3 -fPIC -fno-math-errno -mprefer-vector-width=512 -mfma -mavx512f -mavx512bw -mavx512vl -mavx512dq"
 )
 _FLAGS = {
+    "abi.c": "-std=gnu11 -O3 -fPIC",
     "fp32.c": _COMMON,
     "log_mel.c": _COMMON,
     "avx512.c": f"{_COMMON} -mavx512bf16 -mavx512vnni",

@@ -22,14 +22,14 @@ from torch import Tensor
 
 import m2d_embed
 from benchmarks.reference_style import ReferenceStyle
+from m2d_embed.backends import supports_int8
 from m2d_embed.config import ModelConfig
 from m2d_embed.export import export_onnx
 from m2d_embed.model import DTYPES, M2D
-from m2d_embed.packed import supports_int8
 
 Run = Callable[[Tensor], Any]
 #: Which rate of matrix products limits a runtime.
-PRODUCTS = {"fp32": "float32, packed", "bf16": "bfloat16", "int8": "int8"}
+PRODUCTS = {"fp32": "float32, packed", "bf16": "bfloat16", "fp16": "float32, packed", "int8": "int8"}
 REFERENCE = "reference style, fp32"
 _AST_SECONDS = 10.24
 _SEED = 0
@@ -49,6 +49,7 @@ def runtimes(name: str, device: str) -> list[str]:
     ast = ["transformers AST, fp32"] if name == "base" and importlib.util.find_spec("transformers") else []
     if device != "cpu":
         return [REFERENCE, *ours, "m2d-embed, bf16, compiled", *ast]
+    ours.append("m2d-embed, fp16")
     if supports_int8():
         ours.append("m2d-embed, int8")
     others = []

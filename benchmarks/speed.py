@@ -38,9 +38,9 @@ import typer
 from benchmarks.runtimes import PRODUCTS, REFERENCE, build, exported, load, runtimes
 from benchmarks.timing import machine, measure, product_rates, unit_rates
 from m2d_embed.audio import find_audio, open_clip
+from m2d_embed.backends import supports_int8
 from m2d_embed.config import ModelConfig
 from m2d_embed.model import DTYPES
-from m2d_embed.packed import supports_int8
 from m2d_embed.profiling import peak_memory
 from m2d_embed.windows import cut
 

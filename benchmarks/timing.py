@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 import m2d_embed
 from m2d_embed import native
+from m2d_embed.backends import capabilities
 from m2d_embed.config import ModelConfig
-from m2d_embed.packed import packed_layer, supports_int8
+from m2d_embed.packed import packed_layer
 
 _BATCH = 8  # windows whose tokens make the rows of a product
 _SECONDS = 10.0  # of rounds of products, at least
@@ -116,18 +117,16 @@ def _products(device: str) -> dict[str, Callable[[int, int, int], Callable[[], T
     def packed(dtype: torch.dtype) -> Callable[[int, int, int], Callable[[], Tensor]]:
         def make(inputs: int, outputs: int, rows: int) -> Callable[[], Tensor]:
             layer = nn.Linear(inputs, outputs).to(dtype).requires_grad_(False)
-            return partial(packed_layer(layer), torch.randn(rows, inputs, dtype=dtype))
+            return partial(packed_layer(layer, dtype, "none"), torch.randn(rows, inputs, dtype=dtype))
 
         return make
 
     if device != "cpu":
         return {"float32": plain(torch.float32), "bfloat16": plain(torch.bfloat16)}
-    made = {
-        "float32": plain(torch.float32),
-        "float32, packed": packed(torch.float32),
-        "bfloat16": packed(torch.bfloat16),
-    }
-    return made | ({"int8": _int8_product} if supports_int8() else {})
+    made = {"float32": plain(torch.float32)}
+    made |= {"float32, packed": packed(torch.float32)} if "fp32" in capabilities().onednn else {}
+    made |= {"bfloat16": packed(torch.bfloat16)} if "bf16" in capabilities().onednn else {}
+    return made | ({"int8": _int8_product} if "int8" in capabilities().onednn else {})
 
 
 def _int8_product(inputs: int, outputs: int, rows: int) -> Callable[[], Tensor]:

@@ -23,8 +23,9 @@ from m2d_embed.collectors import Collector, Kind, Place, Timestamps, scenes_kind
 from m2d_embed.config import FeatureConfig, ModelConfig, is_whole
 from m2d_embed.errors import AudioError, ConfigError
 from m2d_embed.frontend import LogMel
-from m2d_embed.prefetch import read_ahead, usable_cores
+from m2d_embed.prefetch import read_ahead
 from m2d_embed.profiling import DEVICE, ENCODER, LOG_MEL, Stopwatch
+from m2d_embed.threads import usable_cores
 from m2d_embed.transfer import Link, link_to
 from m2d_embed.windows import WindowCutter, pad_to_patch
 

@@ -701,7 +701,7 @@ def _load(model: str, device: str | None, dtype: Precision | None, features: Fea
 
 
 def _facts(model: M2D) -> dict[str, Any]:
-    from m2d_embed import native
+    from m2d_embed import backends
 
     config = model.config
     (mels, frames), (patch_mels, patch_frames) = config.input_size, config.patch_size
@@ -719,9 +719,7 @@ def _facts(model: M2D) -> dict[str, Any]:
         "layers read": ", ".join(map(str, resolve_layers(model.features.blocks(config), config.depth))),
         "scene embedding": model.scene_embedding_size,
         "timestamp embedding": f"{model.timestamp_embedding_size}, every {hop_ms:g} ms",
-        "CPU kernels": ", ".join(f"{kind} ({unit})" for kind, unit in native.available().items())
-        or "none here, PyTorch computes everything",
-    }
+    } | backends.describe(model.encoder)
     if config.head is not None:
         facts["labels"] = f"{len(config.head.labels)} ({', '.join(config.head.labels[:3])} ...)"
     if config.clap is not None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -20,17 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m2d_embed import native
+from m2d_embed import backends, native, threads
 from m2d_embed.config import ModelConfig, resolve_layers
-from m2d_embed.packed import (
-    PackedBlocks,
-    RunBlocks,
-    can_multiply,
-    can_pack,
-    have_packable_dtypes,
-    is_unhooked,
-    run_each,
-)
+from m2d_embed.native import BlockLike, Shape
+from m2d_embed.packed import PackedBlocks, RunBlocks, is_unhooked, run_each
 
 
 class Attention(nn.Module):
@@ -110,7 +103,7 @@ _BLOCK_PARTS = (nn.ModuleList, Block, Attention, Mlp, nn.Linear, nn.LayerNorm)
 class PatchEmbed(nn.Module):
     """Cut a log-mel into patches and embed each linearly; a convolution whose stride is its kernel.
 
-    In inference on an x86 CPU it is a matrix product, which is what it comes to, and faster.
+    In inference on a CPU it is a matrix product, which is what it comes to, and faster.
     """
 
     def __init__(self, dim: int, patch_size: tuple[int, int]):
@@ -120,7 +113,7 @@ class PatchEmbed(nn.Module):
     def forward(self, log_mel: Tensor) -> Tensor:
         """(B, 1, mels, frames) -> (B, dim, F, T)."""
         log_mel = log_mel.to(self.proj.weight.dtype)
-        if can_multiply(log_mel) and self.is_plain():
+        if backends.obstacle(log_mel) is None and self.is_plain():
             return self._multiply(log_mel)
         patches: Tensor = self.proj(log_mel)
         return patches
@@ -140,11 +133,11 @@ class PatchEmbed(nn.Module):
 class Encoder(nn.Module):
     """Vision transformer over one window of log-mel.
 
-    State dict names are those of the published checkpoints. Inference on an x86 CPU goes through packed copies of the
-    blocks (``packed.py``).
+    State dict names are those of the published checkpoints. Inference on a CPU goes through kernels or copies of the
+    weights (``packed.py``); who computes it is up to ``backends.choose_backend``.
 
     Attributes:
-        quantize: multiply in int8 where packed copies are used.
+        quantize: multiply in int8 where kernels or copies are used.
     """
 
     pos_embed: Tensor
@@ -164,6 +157,32 @@ class Encoder(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_packed": None}  # neither copied nor pickled, but made anew
+
+    def train(self, mode: bool = True) -> Encoder:
+        """As of any module; and ``repack``."""
+        self.repack()
+        return super().train(mode)
+
+    def repack(self) -> None:
+        """Forget copies of the weights; the next inference makes them anew."""
+        self._packed = None
+
+    def traits(self) -> backends.Traits:
+        """What of the blocks decides who computes them."""
+        modules = list(self.blocks.modules())
+        if not all(type(module) in _BLOCK_PARTS for module in modules):
+            return backends.Traits(None, changed="a layer of the blocks was replaced")
+        if not all(map(is_unhooked, modules)):
+            return backends.Traits(None, changed="something hooks into the blocks")
+        matrices = {module.weight.dtype for module in modules if isinstance(module, nn.Linear)}
+        norms = {p.dtype for module in modules if isinstance(module, nn.LayerNorm) for p in module.parameters()}
+        usual = len(matrices) == 1 and norms <= {torch.float32}
+        shapes = {Shape.of(cast(BlockLike, block)) for block in self.blocks}
+        return backends.Traits(
+            stored=backends.STORED.get(matrices.pop()) if usual else None,
+            quantize=self.quantize,
+            shape=shapes.pop() if len(shapes) == 1 else None,
+        )
 
     def init_weights(self) -> None:
         """Draw fresh weights as in arXiv 2111.06377: Xavier-uniform matrices, N(0, 0.02) tokens, zero biases."""
@@ -228,12 +247,12 @@ class Encoder(nn.Module):
 
     def _has_kernel(self, log_mel: Tensor) -> bool:
         """Whether tokens are made by a kernel: not of a log-mel that PyTorch would refuse."""
-        if type(self.patch_embed) is not PatchEmbed or not self.patch_embed.is_plain() or not can_pack(log_mel):
+        if type(self.patch_embed) is not PatchEmbed or not self.patch_embed.is_plain():
             return False
         projection = self.patch_embed.proj
         (height, width), (rows, columns) = projection.kernel_size, self.grid_size
         return (
-            native.fits_tokens(projection)
+            backends.chooses_native_tokens(log_mel, projection)
             and self.cls_token.dtype == self.pos_embed.dtype == torch.float32
             and log_mel.ndim == 4
             and log_mel.shape[1:3] == (1, rows * height)
@@ -242,18 +261,19 @@ class Encoder(nn.Module):
         )
 
     def _packed_blocks(self, x: Tensor) -> PackedBlocks | None:
-        """Packed copies of the blocks, where these do the same faster."""
+        """What stands for the blocks, or None if these are called themselves."""
         if torch.compiler.is_compiling():
             return None
+        threads.survive_forks()
         if self.training or x.device.type != "cpu":
             self._packed = None  # gives the memory back
             return None
-        if not can_pack(x):
+        if backends.obstacle(x) is not None or x.dtype != torch.float32:
             return None
         if self._packed is None or not self._packed.is_current(self.blocks, self.norm, self.quantize):
-            plain = all(type(module) in _BLOCK_PARTS and is_unhooked(module) for module in self.blocks.modules())
-            packable = plain and have_packable_dtypes(self.blocks)
-            self._packed = PackedBlocks(self.blocks, self.norm, self.quantize) if packable else None
+            backend = backends.choose_backend(self, x)
+            others = backend.engine != "modules"
+            self._packed = PackedBlocks(self.blocks, self.norm, self.quantize, backend) if others else None
         return self._packed
 
     def forward(self, log_mel: Tensor, layers: Sequence[int] = (-1,)) -> list[Tensor]:

@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from nnAudio.librosa_functions import get_mel
 from torch import Tensor, nn
 
+from m2d_embed import backends
 from m2d_embed.audio import Samples
 from m2d_embed.config import ModelConfig
-from m2d_embed.native import NativeLogMel, is_eager_on_cpu
+from m2d_embed.native import NativeLogMel
 
 #: Frames of a clip transformed at a time, at most: keeps the spectrogram of a long clip out of memory.
 _BLOCK_FRAMES = 4096
@@ -55,6 +56,15 @@ class LogMel(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_kernel": None}  # it holds addresses, and is made anew
+
+    def train(self, mode: bool = True) -> LogMel:
+        """As of any module; and ``repack``."""
+        self.repack()
+        return super().train(mode)
+
+    def repack(self) -> None:
+        """Forget tables made of the buffers; the next clip makes them anew."""
+        self._kernel = None
 
     @classmethod
     def unnormalized(cls, config: ModelConfig) -> LogMel:
@@ -158,23 +168,15 @@ class LogMel(nn.Module):
 
     def _log_mel(self, frames: Tensor) -> Tensor:
         """(B, n, n_fft) samples -> (B, mels, n) normalised log-mel."""
-        if self._has_kernel(frames):
-            if self._kernel is None:
-                settings = (self.hop_length, self.eps, (self.mean, self.std))
-                self._kernel = NativeLogMel(self.window, self.filterbank, *settings)
+        strides = (self.hop_length, 1)
+        if frames.stride()[1:] == strides and backends.chooses_native_log_mel(frames, self.n_fft):
+            made_of = (self.window, self.filterbank, self.hop_length, self.eps, (self.mean, self.std))
+            if self._kernel is None or not self._kernel.is_of(*made_of):
+                self._kernel = NativeLogMel(*made_of)
             return self._kernel(frames)
         size = max(1, _CACHED_FRAMES // max(1, len(frames))) if frames.device.type == "cpu" else _BLOCK_FRAMES
         blocks = [self._log_mel_of(block) for block in torch.split(frames, size, dim=1)]
         return self.normalize(blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-1))
-
-    def _has_kernel(self, frames: Tensor) -> bool:
-        return (
-            is_eager_on_cpu(frames)
-            and frames.numel() > 0
-            and frames.stride()[1:] == (self.hop_length, 1)
-            and not (frames.requires_grad and torch.is_grad_enabled())
-            and NativeLogMel.fits(self.n_fft)
-        )
 
     def _log_mel_of(self, frames: Tensor) -> Tensor:
         with torch.autocast(frames.device.type, enabled=False):

@@ -21,7 +21,7 @@ from huggingface_hub import ModelCard, ModelHubMixin
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from m2d_embed import batching, hub
+from m2d_embed import backends, batching, hub, native, threads
 from m2d_embed.audio import Clip, ClipLike, open_clip
 from m2d_embed.batching import Timestamps
 from m2d_embed.checkpoints import (
@@ -41,7 +41,6 @@ from m2d_embed.errors import AudioError, ConfigError, UnsupportedError
 from m2d_embed.frontend import LogMel
 from m2d_embed.heads.clap import TEXT_ENCODER_FILE, ClapHead, TextEncoder
 from m2d_embed.heads.tagging import TaggingHead
-from m2d_embed.packed import supports_int8
 from m2d_embed.resample import resample
 from m2d_embed.windows import column_times, cut, interleave, pad_to_patch
 
@@ -466,6 +465,8 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
             ConfigError: on an impossible option.
             UnsupportedError: if this machine cannot multiply in the dtype.
         """
+        native.isa_limit()  # an impossible value ends here, and not in the middle of a run
+        threads.fit_threads_to_quota()
         compute_dtype = torch.float32 if dtype is None else parse_dtype(dtype)
         target = _parse_device(best_device() if device is None else device)
         if compute_dtype == torch.int8:
@@ -525,6 +526,16 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
             for module in block.modules():
                 if isinstance(module, nn.Linear):
                     module.to(stored)
+        return self
+
+    def repack(self) -> M2D:
+        """Forget every copy of the weights that inference on a CPU made; the next call makes them anew.
+
+        Only for weights that were changed in a way that leaves no trace, through ``.data``, NumPy or other processes
+        that share their memory: all other changes are seen. ``eval()`` and ``train()`` do it, too.
+        """
+        self.encoder.repack()
+        self.frontend.repack()
         return self
 
     def compile_encoder(self) -> M2D:
@@ -674,8 +685,10 @@ def _check_int8(device: torch.device) -> None:
     """ConfigError or UnsupportedError if int8 is impossible; "meta" is where weights are about to be loaded."""
     if device.type not in ("cpu", "meta"):
         raise ConfigError(f"int8 is for CPUs; on {device} take bf16 or fp16.")
-    if not supports_int8():
-        raise UnsupportedError("int8 needs an x86 CPU with AVX-512 VNNI or AMX; take bf16 or fp32.")
+    if not backends.supports_int8():
+        raise UnsupportedError(
+            f"int8 needs an x86 CPU with AVX-512 VNNI or AMX; on this one take {backends.fastest_float()}."
+        )
 
 
 def _parse_device(device: str | torch.device) -> torch.device:

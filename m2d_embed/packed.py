@@ -1,12 +1,13 @@
-"""Transformer blocks as a CPU runs them fastest: kernels of our own, or weights laid out once for oneDNN; int8.
+"""Transformer blocks as a CPU runs them fastest: kernels of our own, or copies of the weights for oneDNN; int8.
 
-Blocks go through the kernels of ``native`` where these were compiled, suit the processor and fit the shape. What
-follows is about the others, which oneDNN runs.
+``backends.py`` chooses. Blocks go through the kernels of ``native`` where these were compiled, suit the processor and
+fit the shape. What follows is about the others.
 
-A matrix product spends a good part of its time on rearranging the weights, in every call anew (``benchmarks/speed.py``
-measures products with weights as they are and rearranged before, and whole models). The rearranged copies belong to
-inference without gradients, and are made anew when weights have changed in any way, so the blocks they were made from
-stay the only truth.
+A matrix product of oneDNN spends a good part of its time on rearranging the weights, in every call anew
+(``benchmarks/speed.py`` measures products with weights as they are and rearranged before, and whole models). The
+rearranged copies belong to inference without gradients, and are made anew when weights have changed, so the blocks they
+were made from stay the only truth. Half-precision weights that the processor does not multiply any faster have copies
+in float32.
 
 int8: weights are rounded with a scale for each output, inputs with a scale for each token; products are summed in
 int32, and all between them stays in float32 or bfloat16. A token's scale depends on that token alone, so that a clip's
@@ -16,7 +17,6 @@ result does not depend on the others.
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, cast
 
@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2d_embed import native
-from m2d_embed.native import BlockLike, NativeBlocks
+from m2d_embed.backends import Backend
+from m2d_embed.native import BlockLike, Kind, NativeBlocks
 
 _MOST_PACKED = 280_000_000  # bytes of copies; beyond it the second layers of MLPs, the last first, stay as they are
 _SAMPLES = 16  # elements of a matrix that are compared to find out whether it has changed
@@ -41,27 +42,8 @@ Product = Callable[[Tensor], Tensor]
 PackedBlock = Callable[[Tensor, Tensor | None], Tensor]
 #: The same of a run of blocks, whose indices come second.
 RunBlocks = Callable[[Tensor, range, Tensor | None], Tensor]
-
-
-def can_multiply(x: Tensor) -> bool:
-    """Whether ``x`` is on an x86 CPU, where oneDNN multiplies matrices, and without gradients, autocast or tracing."""
-    return (
-        _HAS_KERNELS
-        and native.is_eager_on_cpu(x)
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-        and bool(torch.backends.mkldnn.enabled)
-    )
-
-
-def can_pack(x: Tensor) -> bool:
-    """Whether ``x`` may go through packed blocks, whose residual stream is float32."""
-    return x.dtype == torch.float32 and can_multiply(x)
-
-
-def supports_int8() -> bool:
-    """Whether this machine multiplies int8 matrices fast and without overflow (AVX-512 VNNI or AMX)."""
-    return "int8" in native.available() or (_HAS_KERNELS and bool(torch.cpu._is_vnni_supported()))
+#: A layer and its float32 or bfloat16 dtype -> the layer with a copy of its weights; perhaps with a GELU after it.
+MakeProduct = Callable[[nn.Linear, torch.dtype, Literal["none", "gelu"]], Product]
 
 
 def run_each(blocks: nn.ModuleList | list[PackedBlock], x: Tensor, which: range, attended: Tensor | None) -> Tensor:
@@ -77,34 +59,36 @@ class PackedBlocks:
     Args:
         blocks: the encoder's, of the types that it was built of.
         norm: what the encoder's features are read through.
-        quantize: multiply in int8; otherwise in the dtype of the matrices.
+        quantize: int8 was asked for.
+        backend: who computes them; not "modules".
 
     Attributes:
         kernel: of our own, or None.
-        copies: for oneDNN, if there is no kernel.
+        copies: for oneDNN or PyTorch, if there is no kernel.
     """
 
-    def __init__(self, blocks: nn.ModuleList, norm: nn.Module, quantize: bool):
-        self.quantize = quantize
+    def __init__(self, blocks: nn.ModuleList, norm: nn.Module, quantize: bool, backend: Backend):
+        self.backend = backend
+        self._quantize = quantize
         self._norm = norm
         self._blocks = blocks
         self._num_blocks = len(blocks)
         # Dictionaries, as looking up modules by name takes longer than a small matrix product.
         self._children = [(m._modules, name, child) for m in blocks.modules() for name, child in m._modules.items()]
         self._layers = list(_layers(blocks))
-        self._identities = [_identity(layer) for layer in self._layers]
-        self._views = [_spread(layer.weight) for layer in self._layers]
+        dtype = torch.bfloat16 if backend.kind == "bf16" else torch.float32
+        biases = [layer.bias for layer in self._layers if layer.bias is not None]
+        are_converted = any(bias.dtype != dtype for bias in biases)  # once, as in every call it would take time
+        self._copied = ("weight", "bias") if are_converted else ("weight",)
+        self._identities = self._current_identities()
+        parameters = [layer._parameters.get(name) for layer in self._layers for name in self._copied]
+        self._views = [_spread(parameter) for parameter in parameters if parameter is not None]
         self._samples = torch.cat(self._views)
-        layers, kind = list(_as_blocks(blocks)), _kind(blocks, quantize)
+        layers, kind = list(_as_blocks(blocks)), cast(Kind, backend.kind)
         is_usual = type(norm) is nn.LayerNorm and norm.normalized_shape == (layers[0].attn.qkv.in_features,)
         self._readable = cast(nn.LayerNorm, norm) if is_usual else None
-        self.kernel = NativeBlocks(layers, self._readable, kind) if native.fits(layers, kind) else None
-        self.copies: list[PackedBlock] = []
-        if self.kernel is None and quantize:
-            self.copies = [_QuantizedBlock(block) for block in layers]
-        elif self.kernel is None:
-            whole = len(blocks) - _num_too_large(blocks)
-            self.copies = [_PackedBlock(block, index < whole) for index, block in enumerate(layers)]
+        self.kernel = NativeBlocks(layers, self._readable, kind) if backend.engine == "native" else None
+        self.copies = [] if self.kernel else _copies(blocks, backend)
 
     def __call__(self, x: Tensor, blocks: range, attended: Tensor | None) -> Tensor:
         """(B, tokens, dim) float32 through a run of blocks, perhaps in place; ``attended`` as in ``encoder.attend``."""
@@ -125,34 +109,35 @@ class PackedBlocks:
         assert self.kernel is not None
         return self.kernel.features(x, layers, rows)
 
+    def _current_identities(self) -> list[tuple[type, int, int]]:
+        return [_identity(layer, name) for layer in self._layers for name in self._copied]
+
     def is_current(self, blocks: nn.ModuleList, norm: nn.Module, quantize: bool) -> bool:
         """Whether the blocks are still those that were packed, with the same weights, and nothing hooks into them.
 
-        A change through ``.data`` leaves no trace in the tensor, so some elements of each matrix are compared as well.
+        A change through ``.data`` leaves no trace in the tensor, so some elements of each matrix are compared as well;
+        one that misses them all is not seen (``M2D.repack``).
         """
         return (
             blocks is self._blocks
             and norm is self._norm
+            and quantize == self._quantize
             and len(blocks) == self._num_blocks
-            and quantize == self.quantize
             and all(siblings.get(name) is module for siblings, name, module in self._children)
             and all(is_unhooked(module) for _, _, module in self._children)
-            and [_identity(layer) for layer in self._layers] == self._identities
+            and self._current_identities() == self._identities
             and torch.equal(torch.cat(self._views), self._samples)
         )
 
 
-def have_packable_dtypes(blocks: nn.ModuleList) -> bool:
-    """Whether all matrices are float32, or all bfloat16, and everything else is float32."""
-    matrices = {layer.weight.dtype for layer in _layers(blocks)}
-    norms = {p.dtype for module in blocks.modules() if isinstance(module, nn.LayerNorm) for p in module.parameters()}
-    return matrices in ({torch.float32}, {torch.bfloat16}) and norms <= {torch.float32}
-
-
-def _kind(blocks: nn.ModuleList, quantize: bool) -> native.Kind:
-    if quantize:
-        return "int8"
-    return "bf16" if next(_layers(blocks)).weight.dtype == torch.bfloat16 else "fp32"
+def _copies(blocks: nn.ModuleList, backend: Backend) -> list[PackedBlock]:
+    if backend.kind == "int8":
+        return [_QuantizedBlock(block) for block in _as_blocks(blocks)]
+    dtype = torch.bfloat16 if backend.kind == "bf16" else torch.float32
+    make: MakeProduct = packed_layer if backend.engine == "onednn" else _widened_layer
+    is_wider = dtype != next(_layers(blocks)).weight.dtype  # then there is no using the second layers as they are
+    whole = len(blocks) - (0 if is_wider else _num_too_large(blocks))
+    return [_PackedBlock(block, dtype, make, index < whole) for index, block in enumerate(_as_blocks(blocks))]
 
 
 def is_unhooked(module: nn.Module | None) -> bool:
@@ -161,18 +146,18 @@ def is_unhooked(module: nn.Module | None) -> bool:
 
 
 class _PackedBlock:
-    """A block in the dtype of its matrices, float32 or bfloat16; the residual stream is float32.
+    """A block whose products are float32 or bfloat16; the residual stream is float32.
 
-    ``wholly`` says whether the second layer of the MLP, which gains least from it, is packed like all others.
+    ``wholly`` says whether the second layer of the MLP, which gains least from it, is copied like all others.
     """
 
-    def __init__(self, block: BlockLike, wholly: bool):
+    def __init__(self, block: BlockLike, dtype: torch.dtype, make: MakeProduct, wholly: bool):
         self.block = block
-        self.dtype = block.attn.qkv.weight.dtype
+        self.dtype = dtype
         attention, mlp = block.attn, block.mlp
-        self.qkv, self.proj = packed_layer(attention.qkv), packed_layer(attention.proj)
-        self.fc1 = packed_layer(mlp.fc1, followed_by="gelu")
-        self.fc2: Product = packed_layer(mlp.fc2) if wholly else mlp.fc2
+        self.qkv, self.proj = make(attention.qkv, dtype, "none"), make(attention.proj, dtype, "none")
+        self.fc1 = make(mlp.fc1, dtype, "gelu")
+        self.fc2: Product = make(mlp.fc2, dtype, "none") if wholly else mlp.fc2
 
     def __call__(self, x: Tensor, attended: Tensor | None) -> Tensor:
         qkv = self.qkv(_normalize(x, self.block.norm1).to(self.dtype))
@@ -200,13 +185,31 @@ class _QuantizedBlock:
 # --- parts ------------------------------------------------------------------------------------------------------------
 
 
-def packed_layer(linear: nn.Linear, followed_by: Literal["none", "gelu"] = "none") -> Product:
-    """The layer, with its matrix laid out for oneDNN, and perhaps an exact GELU after it."""
-    packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
+def packed_layer(linear: nn.Linear, dtype: torch.dtype, followed_by: Literal["none", "gelu"]) -> Product:
+    """The layer with its matrix in ``dtype`` and laid out for oneDNN, and perhaps an exact GELU after it."""
+    packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to(dtype), None)
+    bias = _converted_bias(linear, dtype)
 
     def product(x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, linear.bias, followed_by, [], "none")
+        b = linear.bias if bias is None else bias
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, b, followed_by, [], "none")
         return y
+
+    return product
+
+
+def _converted_bias(linear: nn.Linear, dtype: torch.dtype) -> Tensor | None:
+    """A copy of the bias in ``dtype``, or None if it can be used as it is."""
+    return None if linear.bias is None or linear.bias.dtype == dtype else linear.bias.detach().to(dtype)
+
+
+def _widened_layer(linear: nn.Linear, dtype: torch.dtype, followed_by: Literal["none", "gelu"]) -> Product:
+    """The layer with a copy of its matrix in ``dtype``, and perhaps an exact GELU after it."""
+    weight, bias = linear.weight.detach().to(dtype), _converted_bias(linear, dtype)
+
+    def product(x: Tensor) -> Tensor:
+        y = F.linear(x, weight, linear.bias if bias is None else bias)
+        return F.gelu(y) if followed_by == "gelu" else y
 
     return product
 
@@ -278,25 +281,15 @@ def _layers(blocks: nn.ModuleList) -> Iterator[nn.Linear]:
         yield block.mlp.fc2
 
 
-def _identity(layer: nn.Linear) -> tuple[type, int, int]:
-    """What a layer is, where the memory of its matrix is, and how often that has been written to."""
-    weight = layer._parameters.get("weight")  # faster than layer.weight
+def _identity(layer: nn.Linear, name: str) -> tuple[type, int, int]:
+    """What a layer is, where the memory of a parameter of it is, and how often that has been written to."""
+    weight = layer._parameters.get(name)  # faster than layer.weight
     if weight is None:  # it is computed from something else, as with a parametrization
         return type(layer), 0, 0
     return type(layer), weight.data_ptr(), -1 if weight.is_inference() else weight._version
 
 
-def _spread(weight: Tensor) -> Tensor:
-    """A view of some elements, from all over a matrix."""
-    flat = weight.detach().view(-1)
-    return flat[:: max(1, len(flat) // _SAMPLES)]
-
-
-def _has_kernels() -> bool:
-    names = ("_reorder_linear_weight", "_linear_pointwise")
-    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    available = torch.backends.mkldnn.is_available()
-    return is_x86 and available and all(hasattr(torch.ops.mkldnn, name) for name in names)
-
-
-_HAS_KERNELS = _has_kernels()
+def _spread(parameter: Tensor) -> Tensor:
+    """A view of some elements, from all over a matrix; or of a whole bias."""
+    flat = parameter.detach().view(-1)
+    return flat if parameter.ndim == 1 else flat[:: max(1, len(flat) // _SAMPLES)]

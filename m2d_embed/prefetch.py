@@ -5,7 +5,6 @@ soundfile and soxr let other Python threads run while they work, so threads are 
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterator
@@ -24,13 +23,6 @@ Reader = Callable[[int], Iterator[Samples]]
 #: Clips that are handed over side by side, so that several threads can work on long ones.
 _MOST_LANES = 4
 _SECONDS_TO_END = 5.0
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def read_ahead(

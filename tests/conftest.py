@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from generic_kernels import COMPILER, compile_generic
 
 from m2d_embed.config import ModelConfig
 from m2d_embed.model import M2D
+from m2d_embed.native import library
 
 # Threads of small operations wait for one another: on a machine that does something else besides, for very long.
 torch.set_num_threads(1)
@@ -53,6 +55,17 @@ def assert_same_npz(first: Path, second: Path) -> None:
     for key in set(other) - {"embeddings"}:
         assert np.array_equal(one[key], other[key])
     assert np.abs(one["embeddings"] - other["embeddings"]).max() <= 1e-5
+
+
+@pytest.fixture(scope="session")
+def generic_kernels(pytestconfig) -> library.Kernels:
+    """The kernels in generic vectors, the matrix unit emulated: they run, slowly, on any processor."""
+    if COMPILER is None:
+        pytest.skip("no C compiler")
+    try:
+        return library.load(compile_generic(pytestconfig.cache.mkdir("kernels")))
+    except library.LoadError as error:
+        pytest.skip(str(error))  # no OpenMP
 
 
 @pytest.fixture

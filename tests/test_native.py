@@ -1,7 +1,11 @@
-"""Compiled kernels: the numbers of the blocks they stand for, for all shapes, batches and numbers of threads."""
+"""Compiled kernels: the numbers of the blocks they stand for, for all shapes, batches and numbers of threads.
+
+Each runs as compiled for this processor or, if that lacks the instructions, in generic vectors.
+"""
 
 import copy
 import ctypes
+import functools
 import pickle
 import platform
 import shutil
@@ -15,18 +19,20 @@ import numpy as np
 import pytest
 import torch
 from conftest import DATA, random_model
+from generic_kernels import COMPILER, run_sanitized, use
 from torch import Tensor
 
 import m2d_embed
-from m2d_embed import native, packed
+from m2d_embed import backends, native
+from m2d_embed.backends import Backend
 from m2d_embed.config import ModelConfig
 from m2d_embed.encoder import Block
+from m2d_embed.errors import ConfigError
 from m2d_embed.frontend import LogMel
 from m2d_embed.model import DTYPES
-from m2d_embed.native import NativeBlocks, NativeLogMel, blocks, library
+from m2d_embed.native import NativeBlocks, NativeLogMel, Shape, library
 from m2d_embed.packed import PackedBlocks
 
-COMPILER = next(filter(shutil.which, ("cc", "gcc", "clang")), None)
 KINDS = ("fp32", "bf16", "int8")
 UNITS = {"fp32": ("avx512",), "bf16": ("amx", "avx512"), "int8": ("amx", "avx512")}
 #: How far a block may be from float32, as a share of what it adds.
@@ -35,36 +41,25 @@ ONE = range(1)
 SHAPES = [(64, 2, 256), (192, 3, 768), (128, 1, 192), (768, 12, 3072)]  # width, heads, MLP
 
 
-def needs(kind: str):
-    return pytest.mark.skipif(kind not in native.available(), reason=f"no {kind} kernel was built, or suits this CPU")
-
-
-@pytest.fixture(scope="session")
-def emulated_amx(tmp_path_factory):
-    """The kernels for the matrix unit, its instructions emulated."""
-    if COMPILER is None:
-        pytest.skip("no C compiler")
-    file = tmp_path_factory.mktemp("emulated") / "kernels.so"
-    emulation, source = Path(__file__).with_name("amx_emulation.h"), Path(native.__file__).with_name("amx.c")
-    flags = "-std=gnu11 -O2 -fPIC -shared -fno-math-errno -mfma -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16"
-    subprocess.run([COMPILER, *flags.split(), "-include", emulation, source, "-o", file], check=True)
-    return ctypes.CDLL(str(file))
-
-
 @pytest.fixture(params=[f"{kind} {unit}" for kind in KINDS for unit in UNITS[kind]])
 def kind(request, monkeypatch):
-    """Each kind of products in each unit, that of the processor or, if it is the matrix unit, an emulated one."""
+    """Each kind of products in each unit, that of the processor or, if it is not there, in generic vectors."""
     kind, unit = request.param.split()
-    flags, compiled = library._processor_flags(), native.kernels()
-    emulates = unit == "amx" and "amx" not in native.available().values()
-    needed = library._AVX512_BF16 if emulates else library._FEATURES[kind][unit]
-    if compiled is None or not needed <= flags:
-        pytest.skip(f"no {kind} kernel was built, or suits this CPU")
-    if emulates:
-        functions = request.getfixturevalue("emulated_amx")
-        monkeypatch.setattr(blocks, "kernels", lambda: library.Kernels(functions, compiled.runtime))
-    monkeypatch.setattr(blocks, "available", lambda: {kind: unit})
+    is_here = native.available().get(kind) == unit
+    use(monkeypatch, {kind: unit}, native.kernels() if is_here else request.getfixturevalue("generic_kernels"))
     return kind
+
+
+def is_slow() -> bool:
+    """Whether kernels run in generic vectors."""
+    return native.blocks.kernels() is not native.kernels()
+
+
+@pytest.fixture
+def fp32(request, monkeypatch):
+    """The kernels for float32, in generic vectors if need be."""
+    is_here = "fp32" in native.available()
+    use(monkeypatch, {"fp32": "avx512"}, native.kernels() if is_here else request.getfixturevalue("generic_kernels"))
 
 
 def random_block(dim: int, heads: int, hidden: int, seed: int = 0) -> Block:
@@ -120,7 +115,7 @@ def test_the_kernels_were_built():
 @pytest.mark.parametrize("count", [1, 6, 16, 20, 31, 33, 96, 191])
 def test_a_block_has_the_numbers_of_its_module(kind, shape, count, threads):
     block = random_block(*shape)
-    for windows in (1, 3, 8):
+    for windows in (1, 3) if is_slow() else (1, 3, 8):
         assert error(block, kernel(kind, block), tokens(windows, count, shape[0])) < CLOSE[kind]
 
 
@@ -135,7 +130,8 @@ def test_a_block_of_odd_widths(kind, count, threads):
 
 def test_a_block_of_the_size_of_a_base_model(kind):
     block = random_block(*SHAPES[3])
-    assert error(block, kernel(kind, block), tokens(3, 191, 768)) < CLOSE[kind]
+    windows, count = (1, 50) if is_slow() else (3, 191)
+    assert error(block, kernel(kind, block), tokens(windows, count, 768)) < CLOSE[kind]
 
 
 @pytest.mark.parametrize("name", ["attn.qkv.bias", "attn.proj.bias", "mlp.fc1.bias", "mlp.fc2.bias", "norm1.bias"])
@@ -219,7 +215,7 @@ def test_two_threads_of_python_at_once(kind):
 
     def run(index: int) -> None:
         with torch.no_grad():
-            results = (as_kernel(inputs[index].clone(), ONE) for _ in range(50))
+            results = (as_kernel(inputs[index].clone(), ONE) for _ in range(5 if is_slow() else 50))
             wrong.extend(index for result in results if not torch.equal(result, expected[index]))
 
     workers = [threading.Thread(target=run, args=(index,)) for index in range(4)]
@@ -234,7 +230,8 @@ def test_a_mask_goes_to_the_blocks_themselves(kind):
     modules = torch.nn.ModuleList([random_block(64, 2, 256), random_block(64, 2, 256, seed=1)])
     attended = (torch.arange(20) < torch.tensor([[12], [20]]))[:, None, None]
     x = tokens(2, 20, 64)
-    found = PackedBlocks(modules, torch.nn.LayerNorm(64), kind == "int8")(x.clone(), range(2), attended)
+    backend = Backend("native", kind, "")
+    found = PackedBlocks(modules, torch.nn.LayerNorm(64), kind == "int8", backend)(x.clone(), range(2), attended)
     torch.testing.assert_close(found, modules[1](modules[0](x, attended), attended))
 
 
@@ -265,10 +262,8 @@ def test_features_are_what_the_norm_makes_of_the_tokens(kind, threads, windows, 
         torch.testing.assert_close(features, expected, atol=2e-6, rtol=2e-6)
 
 
-def test_features_through_a_norm_without_parameters():
+def test_features_through_a_norm_without_parameters(fp32):
     block = random_block(64, 2, 256)
-    if not native.fits([block], "fp32"):
-        pytest.skip("no kernel was built, or suits this CPU")
     norm, x = torch.nn.LayerNorm(64, elementwise_affine=False), tokens(2, 13, 64)
     found = NativeBlocks([block], norm, "fp32").features(x.clone(), [0], 3)[0]
     expected = norm(block(x)[:, 1:]).view(2, 3, 4, 64).transpose(1, 2)
@@ -282,26 +277,27 @@ def test_tokens_that_are_not_contiguous(kind):
     torch.testing.assert_close(kernel(kind, block)(wide[..., ::2], ONE), expected, atol=0, rtol=0)
 
 
-def test_shapes_that_do_not_fit_are_left_to_onednn(kind):
-    assert not native.fits([random_block(32, 2, 128)], kind)
-    assert not native.fits([random_block(192, 12, 768)], kind)  # 16 values a head
-    assert native.fits([random_block(96, 3, 160)], kind) == (kind != "int8")
-    assert native.fits([random_block(192, 3, 768)] * 2, kind)
-    assert not native.fits([random_block(192, 3, 768), random_block(192, 3, 384)], kind)
+@pytest.mark.parametrize("kind", KINDS)
+def test_shapes_that_fit(kind):
+    assert not native.fits(Shape(32, 128, 2), kind)
+    assert not native.fits(Shape(192, 768, 12), kind)  # 16 values a head
+    assert native.fits(Shape(96, 160, 3), kind) == (kind != "int8")
+    assert native.fits(Shape(192, 768, 3), kind)
 
 
 def test_a_model_uses_them(kind):
     config = ModelConfig(embed_dim=64, depth=2, num_heads=2, input_size=(80, 64), patch_size=(16, 16))
     model = random_model(config).set_dtype(DTYPES[kind])
+    assert backends.choose_backend(model.encoder, torch.zeros(1)).engine == "modules"  # gradients are on
     with torch.no_grad():
+        assert backends.choose_backend(model.encoder, torch.zeros(1)).engine == "native"
         model.scene(tokens(1, 8000, 1)[..., 0])
     assert model.encoder._packed is not None
     assert model.encoder._packed.kernel is not None and not model.encoder._packed.copies
     assert model.encoder._packed.kernel.kind == kind
 
 
-@needs("fp32")
-def test_float32_keeps_no_copies_of_weights():
+def test_float32_keeps_no_copies_of_weights(fp32):
     block = random_block(192, 3, 768)
     as_kernel = kernel("fp32", block)
     as_kernel(tokens(1, 8, 192), ONE)
@@ -310,11 +306,10 @@ def test_float32_keeps_no_copies_of_weights():
     assert {t.data_ptr() for t in as_kernel._pointed.kept} == {p.data_ptr() for p in parameters}
 
 
-@needs("fp32")
 @pytest.mark.parametrize("patch", [(16, 16), (16, 8), (80, 2), (8, 4)])
 @pytest.mark.parametrize("windows", [1, 3, 20])
 @pytest.mark.parametrize("columns", [1, 7, 12])
-def test_tokens_have_the_numbers_of_the_modules(patch, windows, columns, threads):
+def test_tokens_have_the_numbers_of_the_modules(fp32, patch, windows, columns, threads):
     """Of whole windows and shorter ones, cut out of a longer log-mel."""
     encoder = random_model(
         ModelConfig(embed_dim=96, depth=1, num_heads=3, input_size=(80, 12 * patch[1]), patch_size=patch)
@@ -333,8 +328,7 @@ def test_tokens_have_the_numbers_of_the_modules(patch, windows, columns, threads
         torch.testing.assert_close(encoder._tokens(log_mel), expected, atol=2e-5, rtol=1e-5)
 
 
-@needs("fp32")
-def test_tokens_that_no_kernel_makes():
+def test_tokens_that_no_kernel_makes(fp32):
     """Hooks are called, other dtypes and gradients go through PyTorch, and what does not fit is refused."""
     encoder = random_model(
         ModelConfig(embed_dim=64, depth=1, num_heads=2, input_size=(80, 64), patch_size=(16, 16))
@@ -359,21 +353,23 @@ def test_tokens_that_no_kernel_makes():
         assert not small._has_kernel(log_mel)
 
 
-@needs("fp32")
-@pytest.mark.parametrize("dtype", [kind for kind in KINDS if kind in native.available()])
-def test_embeddings_do_not_depend_on_the_batch(dtype):
+@pytest.mark.parametrize("dtype", KINDS)
+def test_embeddings_do_not_depend_on_the_batch(request, monkeypatch, dtype):
     """Not in the last bit, from files to embeddings, whatever the lengths of the clips beside one."""
-    model = m2d_embed.load_model(dtype=dtype)
     clips = [*sorted((DATA / "digits").glob("*.opus"))[:5], *sorted((DATA / "sounds").glob("*.oga"))]
+    if dtype not in native.available():  # generic vectors take their time
+        use(monkeypatch, dict.fromkeys({"fp32", dtype}, "avx512"), request.getfixturevalue("generic_kernels"))
+        clips = clips[:6]
+    model = m2d_embed.load_model(device="cpu", dtype=dtype)
     together = model.encode(clips, batch_size=32)
+    assert model.encoder._packed.kernel is not None and model.frontend._kernel is not None
     for clip, expected in zip(clips, together, strict=True):
         np.testing.assert_array_equal(model.encode(clip), expected)
 
 
-@needs("fp32")
 @pytest.mark.parametrize("n_fft", [16, 32, 80, 144, 400, 800, 960, 1024, 2048, 3072])
 @pytest.mark.parametrize("num_frames", [1, 15, 16, 33])
-def test_log_mel_of_all_lengths(n_fft, num_frames, threads):
+def test_log_mel_of_all_lengths(fp32, n_fft, num_frames, threads):
     """Against float64: every radix, and a last group of fewer than 16 frames."""
     assert NativeLogMel.fits(n_fft)
     generator = torch.Generator().manual_seed(0)
@@ -391,8 +387,7 @@ def test_log_mel_of_all_lengths(n_fft, num_frames, threads):
     torch.testing.assert_close(found, expected.transpose(1, 2).float(), atol=2e-5, rtol=2e-5)
 
 
-@needs("fp32")
-def test_log_mels_without_a_kernel():
+def test_log_mels_without_a_kernel(fp32):
     assert not NativeLogMel.fits(400 * 7)  # a prime factor that there is no radix for
     assert not NativeLogMel.fits(8192)
     assert not NativeLogMel.fits(40)
@@ -401,8 +396,7 @@ def test_log_mels_without_a_kernel():
     assert front_end._kernel is None
 
 
-@needs("fp32")
-def test_log_mel_gradients_copies_and_pickles():
+def test_log_mel_gradients_copies_and_pickles(fp32):
     front_end = LogMel(ModelConfig())
     audio = tokens(1, 3200, 1)[..., 0]
     expected = front_end(audio)
@@ -416,23 +410,101 @@ def test_log_mel_gradients_copies_and_pickles():
     assert audio.grad.abs().sum() > 0
 
 
+# --- which library, and what of it ------------------------------------------------------------------------------------
+
+
 def test_without_the_library_onednn_does_it(monkeypatch, tmp_path):
     monkeypatch.setattr(library, "_LIBRARY", tmp_path / "kernels.so")
-    assert library.kernels.__wrapped__() is None
-    (tmp_path / "kernels.so").write_text("no library")
-    assert library.kernels.__wrapped__() is None
+    assert "not compiled when" in str(library._attempt.__wrapped__())
     monkeypatch.setattr(library, "kernels", lambda: None)
+    monkeypatch.setattr(library, "_processor_flags", lambda: set(AMX.split()))
     assert library.available.__wrapped__() == {}
-    monkeypatch.setattr(blocks, "available", dict)
     modules = torch.nn.ModuleList([random_block(64, 2, 256)])
     x = tokens(2, 20, 64)
-    found = PackedBlocks(modules, torch.nn.LayerNorm(64), False)
+    found = PackedBlocks(modules, torch.nn.LayerNorm(64), False, Backend("widened", "fp32", ""))
     assert found.kernel is None and not found.can_read
     torch.testing.assert_close(found(x.clone(), ONE, None), modules[0](x), atol=1e-5, rtol=0)
 
 
+def test_what_is_no_library_is_said_once(monkeypatch, tmp_path, caplog):
+    (tmp_path / "kernels.so").write_text("no library")
+    monkeypatch.setattr(library, "_LIBRARY", tmp_path / "kernels.so")
+    assert "is no library for this system" in str(library._attempt.__wrapped__())
+    assert caplog.text.count("install m2d-embed again") == 1
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C compiler")
+@pytest.mark.parametrize(
+    ("header", "was", "becomes"),
+    [
+        ("blocks.h", "int32_t bias_is_bf16;", "int64_t bias_is_bf16;"),  # where there was a gap
+        ("blocks.h", "int64_t windows, tokens;", "int64_t tokens, windows;"),  # exchanged: the same size
+        ("log_mel.h", "float eps, mean, std;", "float eps, mean, std, gain, floor;"),
+        ("parallel.h", "int (*num_threads)(void);\n", "int (*num_threads)(void);\n  void* more;\n"),
+        ("abi.c", "enum { MEANING = 1 };", "enum { MEANING = 2 };"),
+    ],
+)
+def test_a_library_of_other_sources_is_never_called(monkeypatch, tmp_path, caplog, header, was, becomes):
+    folder = tmp_path / "native"
+    shutil.copytree(Path(native.__file__).parent, folder, ignore=shutil.ignore_patterns("__pycache__", "*.so", "*.py"))
+    text = (folder / header).read_text()
+    assert was in text
+    (folder / header).write_text(text.replace(was, becomes))
+    stale = tmp_path / "kernels.so"
+    subprocess.run([COMPILER, "-shared", "-fPIC", folder / "abi.c", "-o", stale], check=True)
+    with pytest.raises(library.LoadError, match=r"kernels.so is not of these sources, its ABI number is [0-9a-f]{8}"):
+        library.load(stale)
+    monkeypatch.setattr(library, "_LIBRARY", stale)
+    monkeypatch.setattr(library, "_attempt", functools.cache(library._attempt.__wrapped__))
+    monkeypatch.setattr(library, "_processor_flags", lambda: set(AMX.split()))
+    assert native.kernels() is None and library.available.__wrapped__() == {}
+    assert "install m2d-embed again" in native.why_no_kernels()
+    assert caplog.text.count("is not of these sources") == 1
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C compiler")
+def test_a_library_without_an_abi_number_is_never_called(tmp_path):
+    (tmp_path / "other.c").write_text("int m2d_fp32_run(void) { return 1; }")
+    subprocess.run([COMPILER, "-shared", "-fPIC", tmp_path / "other.c", "-o", tmp_path / "kernels.so"], check=True)
+    with pytest.raises(library.LoadError, match="states no ABI number"):
+        library.load(tmp_path / "kernels.so")
+
+
+def test_the_number_is_that_of_these_sources(generic_kernels):
+    assert generic_kernels.library.m2d_abi() == library.abi_number()
+
+
+def test_impossible_limits_are_refused(monkeypatch):
+    monkeypatch.setenv("M2D_EMBED_ISA", "sse9")
+    with pytest.raises(ConfigError, match="M2D_EMBED_ISA=sse9 is not possible; choose one of off, avx2, avx512,"):
+        m2d_embed.load_model(device="cpu")
+
+
 AVX512 = "fma avx512f avx512bw avx512vl avx512dq"
 AMX = f"{AVX512} avx512_bf16 amx_tile amx_bf16 amx_int8"
+
+
+EVERYTHING = f"{AMX} avx512_vnni avx2"
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        ("", {"fp32": "avx512", "bf16": "amx", "int8": "amx"}),
+        ("amx", {"fp32": "avx512", "bf16": "amx", "int8": "amx"}),
+        ("avx512_bf16", {"fp32": "avx512", "bf16": "avx512", "int8": "avx512"}),
+        ("AVX512", {"fp32": "avx512"}),
+        ("avx2", {}),
+        ("off", {}),
+    ],
+)
+def test_a_variable_limits_what_is_used_of_the_processor(monkeypatch, tmp_path, generic_kernels, limit, expected):
+    (tmp_path / "cpuinfo").write_text(f"flags\t\t: {EVERYTHING}\n")
+    monkeypatch.setattr(library, "_CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(library, "kernels", lambda: generic_kernels)
+    monkeypatch.setattr(generic_kernels, "request_amx", lambda: True)
+    monkeypatch.setenv("M2D_EMBED_ISA", limit)
+    assert library.available.__wrapped__() == expected
 
 
 @pytest.mark.parametrize(
@@ -449,18 +521,14 @@ AMX = f"{AVX512} avx512_bf16 amx_tile amx_bf16 amx_int8"
         (AMX, False, {"fp32": "avx512", "bf16": "avx512"}),
     ],
 )
-@pytest.mark.skipif(native.kernels() is None, reason="no kernels were built")
-def test_what_computes_on_which_processor(monkeypatch, tmp_path, flags, granted, expected):
+def test_what_computes_on_which_processor(monkeypatch, tmp_path, generic_kernels, flags, granted, expected):
     """The system may not grant the use of the matrix unit."""
+    monkeypatch.delenv("M2D_EMBED_ISA", raising=False)
+    monkeypatch.setattr(library, "kernels", lambda: generic_kernels)
     (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags\t\t: {flags}\n")
     monkeypatch.setattr(library, "_CPUINFO", tmp_path / "cpuinfo")
-    monkeypatch.setattr(native.kernels(), "request_amx", lambda: granted)
+    monkeypatch.setattr(generic_kernels, "request_amx", lambda: granted)
     assert library.available.__wrapped__() == expected
-
-
-def test_int8_is_there_with_either(monkeypatch):
-    monkeypatch.setattr(packed, "_HAS_KERNELS", False)
-    assert packed.supports_int8() == ("int8" in native.available())
 
 
 @pytest.fixture
@@ -478,6 +546,7 @@ def test_the_build_hook_compiles_what_the_package_loads(sources):
 
     assert hatch_build.compile_kernels(sources.parents[1])
     library = ctypes.CDLL(str(sources / "kernels.so"))
+    assert library.m2d_abi
     assert all(hasattr(library, f"m2d_{name}_run") for name in ("fp32", "amx", "avx512", "log_mel"))
 
 
@@ -506,3 +575,10 @@ def test_a_compiler_that_fails_leaves_no_library(sources, compiler, monkeypatch,
     assert not hatch_build.compile_kernels(sources.parents[1])
     assert "the kernels do not compile, oneDNN takes their place" in capfd.readouterr().err
     assert not (sources / "kernels.so").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux" or COMPILER is None, reason="needs a C compiler and its sanitizers")
+def test_nothing_is_read_or_written_beyond_its_end(pytestconfig):
+    """Every kernel under the address and undefined-behaviour sanitizers."""
+    ended = run_sanitized(pytestconfig.cache.mkdir("kernels"))
+    assert ended.returncode == 0, ended.stderr

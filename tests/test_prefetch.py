@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from m2d_embed.errors import AudioError
-from m2d_embed.prefetch import read_ahead, usable_cores
+from m2d_embed.prefetch import read_ahead
 from m2d_embed.profiling import DECODING, WAITING, Profile, Stopwatch
 
 SILENT = Stopwatch()
@@ -171,7 +171,3 @@ def test_time_is_told(threads):
     events(read_ahead(2, pieces_of([2, 2], [0.01, 0.01]), threads, 1000, profile))
     assert profile.seconds[DECODING] >= 0.04
     assert profile.seconds[WAITING] >= 0.02
-
-
-def test_usable_cores():
-    assert usable_cores() >= 1

@@ -133,7 +133,7 @@ def test_files(cluster, model, saved, tmp_path):
     written = {file.name: file.stat().st_mtime_ns for file in out.glob("*.parquet")}
     assert len(written) == 4  # for one actor to be done with one after the other
     schema = pq.read_schema(out / min(written))
-    assert json.loads(schema.metadata[b"m2d_embed"]) == job_settings(model, "scene")
+    assert json.loads(schema.metadata[b"m2d_embed"]) == job_settings(model, "scene") | {"root": str(Path.cwd())}
     assert schema.names == ["file", "embedding", "error"]
 
     found = embed_dataset([tmp_path / "in"], out, saved, actors=ONE)

@@ -35,7 +35,9 @@ INLINE void multiply_rows(const uint8_t* a, const Factors* f, int rows, int is_i
 #pragma GCC unroll 8
       for (int r = 0; r < rows; r++) {
         __m512i group = _mm512_set1_epi32(*(const Group*)(a + 64 * r + 4 * i));
+#ifdef __AVX512F__
         __asm__("" : "+v"(group));  // without it Clang 16 crashes
+#endif
         ADD_PRODUCT(s[r][0], group, b0);
         ADD_PRODUCT(s[r][1], group, b1);
       }

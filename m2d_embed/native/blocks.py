@@ -3,60 +3,21 @@
 from __future__ import annotations
 
 import ctypes
-import threading
 from collections.abc import Iterator, Sequence
-from ctypes import POINTER, Array, Structure, byref, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Array, Structure, byref, c_int64, c_void_p
 from functools import cache
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from m2d_embed.native.library import Kernels, Kind, Runtime, available, in_large_pages, kernels
+from m2d_embed.native.library import Kernels, Kind, Scratch, available, in_large_pages, kernels
+from m2d_embed.native.structures import Block, Call, Linear, Norm
 
 #: Widths must be multiples of these: of a block's vectors, of those of one head.
 _MULTIPLES: dict[Kind, tuple[int, int]] = {"fp32": (32, 32), "bf16": (32, 32), "int8": (64, 32)}
 _INT8_LARGEST = 127
 _SMALLEST_SCALE = 1e-12
-
-
-# --- what blocks.h declares -------------------------------------------------------------------------------------------
-
-
-class Linear(Structure):
-    """A layer, laid out as its kernel reads it."""
-
-    _fields_ = (("weight", c_void_p), ("scales", c_void_p), ("bias", c_void_p), ("bias_is_bf16", c_int32))
-
-
-class _Norm(Structure):
-    _fields_ = (("weight", c_void_p), ("bias", c_void_p), ("eps", c_float))
-
-
-class _Block(Structure):
-    _fields_ = (
-        *((name, c_int32) for name in ("dim", "hidden", "heads", "quantized")),
-        *((name, _Norm) for name in ("norm1", "norm2")),
-        *((name, Linear) for name in ("qkv", "proj", "fc1", "fc2")),
-    )
-
-
-class Call(Structure):
-    """The residual stream, and what works on it."""
-
-    _fields_ = (
-        ("blocks", POINTER(_Block)),
-        ("num_blocks", c_int64),
-        ("x", c_void_p),
-        ("windows", c_int64),
-        ("tokens", c_int64),
-        ("scratch", c_void_p),
-        ("runtime", POINTER(Runtime)),
-        ("threads", c_int32),
-        ("rows", c_int32),
-        ("features", POINTER(c_void_p)),
-        ("norm", POINTER(_Norm)),
-    )
 
 
 # --- what a block is made of ------------------------------------------------------------------------------------------
@@ -110,43 +71,35 @@ def _functions(library: ctypes.CDLL, name: str) -> Functions:
     return Functions.of(library, name, Call)
 
 
-def fits(blocks: Sequence[BlockLike], kind: Kind) -> bool:
-    """Whether there is a kernel for blocks of this shape, which they must share, on this machine."""
-    shapes = {_shape(block) for block in blocks}
-    if kind not in available() or len(shapes) != 1:
-        return False
-    (dim, hidden, heads), (multiple, head_multiple) = shapes.pop(), _MULTIPLES[kind]
-    return dim % multiple == 0 and hidden % multiple == 0 and dim % (heads * head_multiple) == 0
+class Shape(NamedTuple):
+    """Widths of a block: its residual stream, between the layers of its MLP; and its heads."""
+
+    dim: int
+    hidden: int
+    heads: int
+
+    @classmethod
+    def of(cls, block: BlockLike) -> Shape:
+        """That of a block."""
+        return cls(block.attn.qkv.in_features, block.mlp.fc1.out_features, block.attn.num_heads)
 
 
-def _shape(block: BlockLike) -> tuple[int, int, int]:
-    return block.attn.qkv.in_features, block.mlp.fc1.out_features, block.attn.num_heads
+def fits(shape: Shape, kind: Kind) -> bool:
+    """Whether the kernels compute blocks of this shape, where there are any."""
+    multiple, head_multiple = _MULTIPLES[kind]
+    whole_heads = shape.dim % (shape.heads * head_multiple) == 0
+    return shape.dim % multiple == 0 and shape.hidden % multiple == 0 and whole_heads
 
 
 # --- blocks -----------------------------------------------------------------------------------------------------------
 
 
-class Scratch(threading.local):
-    """Memory of a thread for what is between the layers of a block."""
-
-    def __init__(self) -> None:
-        self.memory = torch.empty(0, dtype=torch.uint8, device="cpu")
-
-    def address(self, size: int) -> int:
-        """Where ``size`` bytes are."""
-        if len(self.memory) < size:
-            self.memory = in_large_pages(size)
-        return self.memory.data_ptr()
-
-
 class _Pointed(NamedTuple):
     """Structures that point to parameters."""
 
-    addresses: list[
-        float | None
-    ]  # where the parameters were, and each norm's eps; empty if ``kept`` are copies of some
-    blocks: Array[_Block]
-    norm: _Norm
+    addresses: list[float | None]  # of parameters, then each norm's eps; empty if ``kept`` are copies of some
+    blocks: Array[Block]
+    norm: Norm
     kept: list[Tensor]  # what they point to
 
 
@@ -154,7 +107,7 @@ class NativeBlocks:
     """Blocks that run as a kernel, one after the other.
 
     In float32 it reads the blocks' own weights. Otherwise it holds a copy of the matrices, laid out for the kernel (and
-    rounded, in int8), while biases and norms are read anew in every call.
+    rounded, in int8; or in float32, if they are in half precision), while biases and norms are read anew in every call.
 
     Args:
         blocks: that ``fit``.
@@ -169,14 +122,14 @@ class NativeBlocks:
         self._functions = _functions(compiled.library, "fp32" if kind == "fp32" else available()[kind])
         self._runtime = ctypes.pointer(compiled.runtime)
         self._norm = norm
-        self._shape = _shape(blocks[0])
+        self._shape = Shape.of(blocks[0])
         self._parts = [
             ((block.norm1, block.norm2), (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2))
             for block in blocks
         ]
         self._norms = [*([] if norm is None else [norm]), *(norm for norms, _ in self._parts for norm in norms)]
         self._matrices = _lay_out([layer.weight for _, layers in self._parts for layer in layers], kind)
-        self._pointed = _Pointed([], (_Block * 0)(), _Norm(), [])  # replaced as a whole: threads may exchange it
+        self._pointed = _Pointed([], (Block * 0)(), Norm(), [])  # replaced as a whole: threads may exchange it
 
     def __call__(self, x: Tensor, blocks: range) -> Tensor:
         """(B, tokens, dim) float32 -> the same, changed in place if it is contiguous, by a run of blocks."""
@@ -234,7 +187,7 @@ class NativeBlocks:
         for _, layers in self._parts:
             for layer in layers:
                 yield layer._parameters["bias"]
-                if self.kind == "fp32":
+                if not self._matrices:
                     yield layer._parameters["weight"]
 
     def _point(self, addresses: list[float | None]) -> _Pointed:
@@ -248,34 +201,37 @@ class NativeBlocks:
             return kept[-1].data_ptr()
 
         def linear(layer: nn.Linear) -> Linear:
+            tiles, scales = next(matrices) if self._matrices else (None, None)
             if self.kind == "fp32":
-                return Linear(readable(layer.weight), None, readable(layer.bias), False)
-            tiles, scales = next(matrices)
+                weight = readable(layer.weight) if tiles is None else tiles.data_ptr()
+                return Linear(weight, None, readable(layer.bias), False)
+            assert tiles is not None
             is_bf16 = layer.bias is not None and layer.bias.dtype == torch.bfloat16
             bias = readable(layer.bias, torch.bfloat16 if is_bf16 else torch.float32)
             return Linear(tiles.data_ptr(), None if scales is None else scales.data_ptr(), bias, is_bf16)
 
-        def structure(norm: nn.LayerNorm) -> _Norm:
-            return _Norm(readable(norm.weight), readable(norm.bias), norm.eps)
+        def structure(norm: nn.LayerNorm) -> Norm:
+            return Norm(readable(norm.weight), readable(norm.bias), norm.eps)
 
         matrices = iter(self._matrices)
-        blocks = (_Block * len(self._parts))()
+        blocks = (Block * len(self._parts))()
         for index, (norms, layers) in enumerate(self._parts):
-            blocks[index] = _Block(*self._shape, self.kind == "int8", *map(structure, norms), *map(linear, layers))
-        norm = _Norm() if self._norm is None else structure(self._norm)
+            blocks[index] = Block(*self._shape, self.kind == "int8", *map(structure, norms), *map(linear, layers))
+        norm = Norm() if self._norm is None else structure(self._norm)
         in_place = {p.data_ptr() for p in self._parameters() if p is not None} == {p.data_ptr() for p in kept}
         return _Pointed(addresses if in_place else [], blocks, norm, kept)
 
 
 class _Matrix(NamedTuple):
-    tiles: Tensor  # as ``tiles.h`` describes them
+    tiles: Tensor  # as ``tiles.h`` describes them, or float32 (out, in)
     scales: Tensor | None  # int8: what a step of each row is worth
 
 
 def _lay_out(weights: list[Tensor], kind: Kind) -> list[_Matrix]:
-    """Matrices, (out, in), as a kernel reads them: in float32 as they are, and so there is nothing here."""
+    """Matrices, (out, in), as a kernel reads them: float32 ones as they are, and so there is nothing here."""
     if kind == "fp32":
-        return []
+        own = all(weight.dtype == torch.float32 for weight in weights)
+        return [] if own else [_Matrix(weight.detach().float(), None) for weight in weights]
     dtype = torch.bfloat16 if kind == "bf16" else torch.int8
     sizes = [weight.numel() * dtype.itemsize for weight in weights]
     outputs = [len(weight) for weight in weights]

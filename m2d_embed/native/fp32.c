@@ -3,10 +3,10 @@
 // Weights are used as they are, with no copy of them all: 64 rows of a matrix at a time are laid out for the product,
 // in a cache of the core, and used for some hundred tokens. All sums are of float32, exp and erf to 2e-7.
 
-#include <stddef.h>
 #include <string.h>
 
 #include "ahead.h"
+#include "memory.h"
 #include "outputs.h"
 #include "teams.h"
 #include "vectors.h"
@@ -58,13 +58,17 @@ static Shape shape_of(const Call* call) {
   return s;
 }
 
-static int64_t lay_out(const Shape* s, float* base, Scratch* scratch) {
+static float* take_floats(Memory* memory, int64_t count) { return take(memory, count * (int64_t)sizeof(float)); }
+
+// How many bytes it takes; without a base that is all.
+static int64_t lay_out(const Shape* s, uint8_t* base, Scratch* scratch) {
+  Memory memory = {base, 0};
   int64_t rows = s->windows * s->tokens;
-  scratch->normed = base;
-  scratch->qkv = scratch->normed + rows * s->dim;
-  scratch->hidden = scratch->qkv + rows * 3 * s->dim;
-  scratch->members = scratch->hidden + rows * s->part;
-  return (rows * (4 * s->dim + s->part) + s->members * s->member_floats) * (int64_t)sizeof(float);
+  scratch->normed = take_floats(&memory, rows * s->dim);
+  scratch->qkv = take_floats(&memory, rows * 3 * s->dim);
+  scratch->hidden = take_floats(&memory, rows * s->part);
+  scratch->members = take_floats(&memory, s->members * s->member_floats);
+  return memory.used;
 }
 
 // Bytes of scratch for a call.
@@ -376,7 +380,7 @@ static void run_chunk(const Chunk* chunk, const Block* block, const Block* then)
 static void run_windows(const Call* call, Team team, int64_t first, int64_t stop, uint8_t* base) {
   Shape shape = shape_of(call);
   Scratch scratch;
-  lay_out(&shape, (float*)base, &scratch);
+  lay_out(&shape, base, &scratch);
   for (const Block *block = call->blocks, *last = block + call->num_blocks - 1; block <= last; block++) {
     for (int64_t window = first, end; window < stop; window = end) {
       end = end_of_chunk(window, stop, shape.windows);
@@ -407,10 +411,11 @@ static Shape shape_of_tokens(const TokensCall* call) {
 }
 
 // The patches of a chunk's windows are in `hidden`.
-static int64_t lay_out_tokens(const Shape* s, float* base, Scratch* scratch) {
-  scratch->hidden = base;
-  scratch->members = base + s->windows * s->tokens * s->part;
-  return (s->windows * s->tokens * s->part + s->members * s->member_floats) * (int64_t)sizeof(float);
+static int64_t lay_out_tokens(const Shape* s, uint8_t* base, Scratch* scratch) {
+  Memory memory = {base, 0};
+  scratch->hidden = take_floats(&memory, s->windows * s->tokens * s->part);
+  scratch->members = take_floats(&memory, s->members * s->member_floats);
+  return memory.used;
 }
 
 int64_t m2d_tokens_scratch(const TokensCall* call) {
@@ -439,7 +444,7 @@ static void make_tokens(const Call* pointer, Team team, int64_t first, int64_t s
   const TokensCall* call = (const TokensCall*)pointer;
   Shape s = shape_of_tokens(call);
   Scratch scratch;
-  lay_out_tokens(&s, (float*)base, &scratch);
+  lay_out_tokens(&s, base, &scratch);
   for (int64_t window = first, end; window < stop; window = end) {
     end = end_of_chunk(window, stop, s.windows);
     Chunk chunk = {&s, &scratch, team, pointer->x + window * s.tokens * s.dim, end - window};

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import mmap
+import os
 import sys
+import threading
 from collections.abc import Mapping
-from ctypes import Structure, c_size_t, c_void_p
+from ctypes import c_size_t, c_uint32, c_void_p
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -15,11 +18,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from m2d_embed.errors import ConfigError
+from m2d_embed.native.structures import Runtime, abi_number
+
+log = logging.getLogger("m2d_embed")
+
 #: What a block's products are computed in.
 Kind = Literal["fp32", "bf16", "int8"]
 #: What of the processor computes them: the matrix unit, or vectors.
 Unit = Literal["amx", "avx512"]
 
+ISA_VARIABLE = "M2D_EMBED_ISA"
 _LARGE_PAGE = 2 << 20
 _LIBRARY = Path(__file__).with_name("kernels.so")
 _CPUINFO = Path("/proc/cpuinfo")
@@ -32,12 +41,14 @@ _FEATURES: dict[Kind, dict[Unit, set[str]]] = {
     "bf16": {"amx": _AMX, "avx512": _AVX512_BF16},
     "int8": {"amx": _AMX | {"amx_int8"}, "avx512": _AVX512_BF16 | {"avx512_vnni"}},
 }
-
-
-class Runtime(Structure):
-    """``parallel.h``: the entry points of OpenMP."""
-
-    _fields_ = (("parallel", c_void_p), ("thread_number", c_void_p), ("num_threads", c_void_p))
+#: What of the processor the kernels may use, by the value of ``M2D_EMBED_ISA``. There are none for AVX2 so far.
+_LIMITS: dict[str, set[str]] = {
+    "off": set(),
+    "avx2": {"avx2", "fma"},
+    "avx512": _AVX512,
+    "avx512_bf16": _AVX512_BF16 | {"avx512_vnni"},
+    "amx": _AMX | {"amx_int8", "avx512_vnni"},
+}
 
 
 class Kernels:
@@ -52,27 +63,94 @@ class Kernels:
         return bool(self.library.m2d_request_amx() == 0)
 
 
-@cache
+class LoadError(Exception):
+    """Why there is no library to call."""
+
+
 def kernels() -> Kernels | None:
-    """The library, or None where it was not built, or torch runs without an OpenMP runtime of a known interface."""
-    if not _LIBRARY.exists():
-        return None
+    """The library, or None where there is none to call."""
+    found = _attempt()
+    return found if isinstance(found, Kernels) else None
+
+
+def why_no_kernels() -> str:
+    """Why there is no library to call, in words; "" if there is one."""
+    found = _attempt()
+    return str(found) if isinstance(found, LoadError) else ""
+
+
+@cache
+def _attempt() -> Kernels | LoadError:
     try:
-        everything = ctypes.CDLL(None)
-        names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
-        addresses = [ctypes.cast(getattr(everything, name), c_void_p).value for name in names]
-        return Kernels(ctypes.CDLL(str(_LIBRARY)), Runtime(*addresses))
-    except (OSError, AttributeError):
-        return None
+        return load(_LIBRARY)
+    except LoadError as error:
+        if _LIBRARY.exists():
+            log.warning("%s PyTorch does what they would do.", error)
+        return error
+
+
+def load(file: Path) -> Kernels:
+    """The library of a file.
+
+    Raises:
+        LoadError: if it is not there, is no library, or was built of other sources than these; or torch has no OpenMP.
+    """
+    if not file.exists():
+        raise LoadError("The kernels were not compiled when this package was installed.")
+    again = "install m2d-embed again to compile its kernels."
+    try:
+        library = ctypes.CDLL(str(file))
+    except OSError as error:
+        raise LoadError(f"{file} is no library for this system ({error}); {again}") from error
+    if not hasattr(library, "m2d_abi"):
+        raise LoadError(f"{file} is not of these sources, it states no ABI number; {again}")
+    library.m2d_abi.argtypes, library.m2d_abi.restype = [], c_uint32
+    if library.m2d_abi() != abi_number():
+        numbers = f"its ABI number is {library.m2d_abi():08x}, not {abi_number():08x}"
+        raise LoadError(f"{file} is not of these sources, {numbers}; {again}")
+    return Kernels(library, openmp())
+
+
+def openmp() -> Runtime:
+    """The OpenMP runtime that torch has loaded.
+
+    Raises:
+        LoadError: if there is none that speaks GNU's interface.
+    """
+    everything = ctypes.CDLL(None)
+    names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+    if not all(hasattr(everything, name) for name in names):
+        raise LoadError("torch runs without an OpenMP runtime of an interface known to the kernels.")
+    return Runtime(*(ctypes.cast(getattr(everything, name), c_void_p).value for name in names))
+
+
+def isa_limit() -> str | None:
+    """The value of ``M2D_EMBED_ISA``: the most of the processor that kernels may use; None if it is not set.
+
+    Raises:
+        ConfigError: if it is none of those that there are.
+    """
+    value = os.environ.get(ISA_VARIABLE, "").strip().lower()
+    if value and value not in _LIMITS:
+        raise ConfigError(
+            f"{ISA_VARIABLE}={os.environ[ISA_VARIABLE]} is not possible; choose one of {', '.join(_LIMITS)}, "
+            "or unset it for all that the processor can do."
+        )
+    return value or None
 
 
 @cache
 def available() -> Mapping[Kind, Unit]:
-    """The kinds of products that there are kernels for on this machine, and what computes them."""
-    library = kernels()
+    """The kinds of products that there are kernels for on this machine, and what computes them.
+
+    Raises:
+        ConfigError: as ``isa_limit``.
+    """
+    limit = isa_limit()
+    flags = _processor_flags() if limit is None else _processor_flags() & _LIMITS[limit]
+    library = kernels() if flags >= _AVX512 else None
     if library is None:
         return MappingProxyType({})
-    flags = _processor_flags()
     missing = set() if flags >= _AMX and library.request_amx() else {"amx"}
     found: dict[Kind, Unit] = {}
     for kind, units in _FEATURES.items():
@@ -95,14 +173,17 @@ def in_large_pages(size: int) -> Tensor:
     return memory
 
 
-def is_eager_on_cpu(x: Tensor) -> bool:
-    """Whether ``x`` is a plain tensor in the CPU's memory, and nobody traces or compiles what is done with it."""
-    return (
-        type(x) is Tensor
-        and x.device.type == "cpu"
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]  # torch.jit does not list it
-        and not torch.compiler.is_compiling()
-    )
+class Scratch(threading.local):
+    """Memory of a thread for what a kernel has between its input and its output."""
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(0, dtype=torch.uint8, device="cpu")
+
+    def address(self, size: int) -> int:
+        """Where ``size`` bytes are."""
+        if len(self.memory) < size:
+            self.memory = in_large_pages(size)
+        return self.memory.data_ptr()
 
 
 def _processor_flags() -> set[str]:

@@ -5,34 +5,12 @@
 // again (Press et al., Numerical Recipes, section 12.3). That one is Stockham's, which needs no bit reversal, with
 // radices 2 to 5.
 
-#include <stddef.h>
-#include <stdint.h>
+#include "log_mel.h"
 
-#include "parallel.h"
+#include "memory.h"
 #include "vectors.h"
 
-enum { LANES = 16, MOST_SAMPLES = 4096 };
-
-typedef struct {
-  int32_t n_fft, hop, mels, stages;
-  const float* window;        // [n_fft]
-  const int32_t* radices;     // [stages], their product is n_fft / 2
-  const float* twiddles;      // for each stage and j: radix - 1 pairs of (cos, sin) of -2 pi j k / n, k from 1 on
-  const float* split;         // [n_fft / 2 + 1] pairs of (cos, sin) of -2 pi k / n_fft
-  const int32_t* first_bins;  // [mels]
-  const int32_t* num_bins;    // [mels], those from the first to the last that are not 0
-  const float* weights;       // of all these bins, one band after the other
-  float eps, mean, std;
-} LogMel;
-
-typedef struct {
-  const LogMel* settings;
-  const float* samples;  // clips of frames that overlap
-  int64_t clips, clip_stride, frames;
-  float* out;  // [clip][mel][frame]
-  const Runtime* runtime;
-  int32_t threads;
-} LogMelCall;
+enum { LANES = 16 };
 
 typedef struct {
   __m512 re, im;
@@ -126,9 +104,15 @@ INLINE __m512 log_of(__m512 x) {
   return _mm512_fmadd_ps(exponent, _mm512_set1_ps(0.693147181f), _mm512_mul_ps(p, z));
 }
 
+// What is between the stages of a transform, for one thread: its scratch is as large as two of these.
+static int64_t bytes_of_buffer(const LogMel* s) { return (s->n_fft / 2 + 1) * (int64_t)sizeof(Complex); }
+
+int64_t m2d_log_mel_scratch(const LogMelCall* call) { return 2 * call->threads * bytes_of_buffer(call->settings); }
+
 // Up to 16 frames; the missing ones are the last one again.
-static void log_mel_of(const LogMel* s, const float* samples, int64_t frames, float* out, int64_t out_stride) {
-  Complex buffers[2][MOST_SAMPLES / 2 + 1];
+static void log_mel_of(const LogMel* s, const float* samples, int64_t frames, float* out, int64_t out_stride,
+                       uint8_t* scratch) {
+  Complex *first = (Complex*)scratch, *second = (Complex*)(scratch + bytes_of_buffer(s));
   const float* from[LANES];
   for (int i = 0; i < LANES; i++) from[i] = samples + (i < frames ? i : frames - 1) * s->hop;
   for (int64_t n = 0; n < s->n_fft; n += LANES) {
@@ -136,13 +120,13 @@ static void log_mel_of(const LogMel* s, const float* samples, int64_t frames, fl
     for (int i = 0; i < LANES; i++) r[i] = _mm512_loadu_ps(from[i] + n);
     transpose(r);
     for (int i = 0; i < LANES; i += 2) {
-      Complex* x = &buffers[0][(n + i) / 2];
+      Complex* x = &first[(n + i) / 2];
       x->re = _mm512_mul_ps(r[i], _mm512_set1_ps(s->window[n + i]));
       x->im = _mm512_mul_ps(r[i + 1], _mm512_set1_ps(s->window[n + i + 1]));
     }
   }
-  Complex* z = transform(s, buffers[0], buffers[1]);
-  __m512* power = (__m512*)(z == buffers[0] ? buffers[1] : buffers[0]);
+  Complex* z = transform(s, first, second);
+  __m512* power = (__m512*)(z == first ? second : first);
   int64_t half = s->n_fft / 2;
   z[half] = z[0];
   for (int64_t k = 0; k <= half; k++) {
@@ -170,11 +154,12 @@ static void run_member(void* pointer) {
   Team team = {call->runtime->thread_number(), call->runtime->num_threads(), NULL};
   int64_t per_clip = (call->frames + LANES - 1) / LANES;
   Share share = share_of(team, call->clips * per_clip);
+  uint8_t* scratch = call->scratch + 2 * team.rank * bytes_of_buffer(s);
   for (int64_t i = share.first; i < share.stop; i++) {
     int64_t clip = i / per_clip, frame = i % per_clip * LANES, left = call->frames - frame;
     const float* samples = call->samples + clip * call->clip_stride + frame * s->hop;
     float* out = call->out + clip * s->mels * call->frames + frame;
-    log_mel_of(s, samples, left < LANES ? left : LANES, out, call->frames);
+    log_mel_of(s, samples, left < LANES ? left : LANES, out, call->frames, scratch);
   }
 }
 

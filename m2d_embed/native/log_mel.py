@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
+from ctypes import byref
 from typing import cast
 
 import numpy as np
@@ -12,34 +12,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from m2d_embed.native.library import Kernels, Runtime, available, kernels
+from m2d_embed.native.blocks import Functions
+from m2d_embed.native.library import Kernels, Scratch, kernels
+from m2d_embed.native.structures import LogMel, LogMelCall
 
 _RADICES = (5, 4, 3, 2)
 _MOST_SAMPLES = 4096
 _LANES = 16
 
+_SCRATCH = Scratch()
+
 Floats = npt.NDArray[np.float32]
-
-
-class _LogMel(Structure):
-    _fields_ = (
-        *((name, c_int32) for name in ("n_fft", "hop", "mels", "stages")),
-        *((name, c_void_p) for name in ("window", "radices", "twiddles", "split", "first_bins", "num_bins", "weights")),
-        *((name, c_float) for name in ("eps", "mean", "std")),
-    )
-
-
-class _LogMelCall(Structure):
-    _fields_ = (
-        ("settings", POINTER(_LogMel)),
-        ("samples", c_void_p),
-        ("clips", c_int64),
-        ("clip_stride", c_int64),
-        ("frames", c_int64),
-        ("out", c_void_p),
-        ("runtime", POINTER(Runtime)),
-        ("threads", c_int32),
-    )
 
 
 class NativeLogMel:
@@ -57,6 +40,7 @@ class NativeLogMel:
         n_fft, mels = len(window), filterbank.shape[1]
         radices = factors(n_fft // 2)
         assert radices is not None
+        self._made_of = _identity(window, filterbank), hop, eps, norm_stats
         twiddles = np.concatenate(list(_twiddles(radices)))
         first, count, weights = _bands(filterbank.numpy())
         split = _roots(n_fft, np.arange(n_fft // 2 + 1))
@@ -66,23 +50,25 @@ class NativeLogMel:
             for table in (window.numpy(), np.array(radices, np.int32), twiddles, split, first, count, weights)
         ]
         addresses = [table.ctypes.data for table in self._tables]
-        self._settings = _LogMel(n_fft, hop, mels, len(radices), *addresses, eps, *norm_stats)
+        self._settings = LogMel(n_fft, hop, mels, len(radices), *addresses, eps, *norm_stats)
         self._mels = mels
-        library = cast(Kernels, kernels())
-        self._runtime = ctypes.pointer(library.runtime)
-        self._run = library.library.m2d_log_mel_run
-        self._run.argtypes, self._run.restype = [POINTER(_LogMelCall)], None
+        compiled = cast(Kernels, kernels())
+        self._runtime = ctypes.pointer(compiled.runtime)
+        self._functions = Functions.of(compiled.library, "log_mel", LogMelCall)
+
+    def is_of(self, window: Tensor, filterbank: Tensor, hop: int, eps: float, norm_stats: tuple[float, float]) -> bool:
+        """Whether its tables were made of these, which nobody has written to."""
+        return self._made_of == (_identity(window, filterbank), hop, eps, norm_stats)
 
     @staticmethod
     def fits(n_fft: int) -> bool:
-        """Whether there is a kernel on this machine for frames of so many samples."""
-        possible = n_fft % _LANES == 0 and n_fft <= _MOST_SAMPLES and factors(n_fft // 2) is not None
-        return possible and "fp32" in available()
+        """Whether the kernel transforms frames of so many samples, where there is one."""
+        return n_fft % _LANES == 0 and n_fft <= _MOST_SAMPLES and factors(n_fft // 2) is not None
 
     def __call__(self, frames: Tensor) -> Tensor:
         """Frames (B, n, n_fft) float32, a view of clips, each ``hop`` samples after the last -> (B, mels, n)."""
         out = torch.empty(frames.shape[0], self._mels, frames.shape[1], dtype=torch.float32, device="cpu")
-        call = _LogMelCall(
+        call = LogMelCall(
             settings=ctypes.pointer(self._settings),
             samples=frames.data_ptr(),
             clips=frames.shape[0],
@@ -92,8 +78,14 @@ class NativeLogMel:
             runtime=self._runtime,
             threads=max(1, min(torch.get_num_threads(), frames.shape[0] * frames.shape[1] // _LANES)),
         )
-        self._run(byref(call))
+        call.scratch = _SCRATCH.address(self._functions.scratch(byref(call)))
+        self._functions.run(byref(call))
         return out
+
+
+def _identity(*tensors: Tensor) -> list[tuple[int, int]]:
+    """Where they are, and how often they were written to."""
+    return [(tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version) for tensor in tensors]
 
 
 def factors(n: int) -> list[int] | None:

@@ -3,8 +3,16 @@
 #ifndef M2D_PARALLEL_H
 #define M2D_PARALLEL_H
 
+#include <limits.h>
 #include <sched.h>
 #include <stdatomic.h>
+#include <stddef.h>
+
+#ifdef __linux__
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 // The entry points of the OpenMP runtime that torch has loaded; any that speaks GNU's interface will do.
 typedef struct {
@@ -16,7 +24,8 @@ typedef struct {
 typedef struct {
   atomic_int arrived;
   atomic_int round;
-  char padding[56];  // a cache line for each team
+  atomic_int asleep;
+  char padding[52];  // a cache line for each team
 } Barrier;
 
 typedef struct {
@@ -24,23 +33,53 @@ typedef struct {
   Barrier* barrier;
 } Team;
 
-enum { SPINS = 20000 };
+enum { SPINS = 2000 };  // some ten microseconds to a hundred, about what it takes to sleep and be woken
 
+static inline void pause_briefly(void) {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
+
+// Until `word` is no longer `value`, or without a reason.
+static inline void sleep_while(atomic_int* word, int value) {
+#ifdef __linux__
+  syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, NULL, NULL, 0);
+#else
+  (void)word, (void)value;
+  sched_yield();
+#endif
+}
+
+static inline void wake_all(atomic_int* word) {
+#ifdef __linux__
+  syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
+#else
+  (void)word;
+#endif
+}
+
+// A member that waits longer gives its core to whoever else needs it, which may be the member that it waits for: there
+// may be more threads than cores, of this process or of others.
 static inline void wait_for_all(Team team) {
   if (team.size == 1) return;
-  int round = atomic_load_explicit(&team.barrier->round, memory_order_acquire);
-  if (atomic_fetch_add_explicit(&team.barrier->arrived, 1, memory_order_acq_rel) == team.size - 1) {
-    atomic_store_explicit(&team.barrier->arrived, 0, memory_order_relaxed);
-    atomic_store_explicit(&team.barrier->round, round + 1, memory_order_release);
+  Barrier* barrier = team.barrier;
+  int round = atomic_load_explicit(&barrier->round, memory_order_acquire);
+  if (atomic_fetch_add_explicit(&barrier->arrived, 1, memory_order_acq_rel) == team.size - 1) {
+    atomic_store_explicit(&barrier->arrived, 0, memory_order_relaxed);
+    atomic_store(&barrier->round, round + 1);
+    if (atomic_load(&barrier->asleep)) wake_all(&barrier->round);
     return;
   }
-  for (long spins = 0; atomic_load_explicit(&team.barrier->round, memory_order_acquire) == round; spins++) {
-    if (spins < SPINS) {
-      __builtin_ia32_pause();
-    } else {
-      sched_yield();
-    }
+  for (int spins = 0; spins < SPINS; spins++) {
+    if (atomic_load_explicit(&barrier->round, memory_order_acquire) != round) return;
+    pause_briefly();
   }
+  atomic_fetch_add(&barrier->asleep, 1);
+  while (atomic_load(&barrier->round) == round) sleep_while(&barrier->round, round);
+  atomic_fetch_sub(&barrier->asleep, 1);
 }
 
 typedef struct {

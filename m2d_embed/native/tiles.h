@@ -19,9 +19,8 @@
 #ifndef M2D_TILES_H
 #define M2D_TILES_H
 
-#include <stddef.h>
-
 #include "ahead.h"
+#include "memory.h"
 #include "outputs.h"
 #include "teams.h"
 #include "vectors.h"
@@ -131,7 +130,7 @@ typedef struct {
   uint8_t *q, *k, *v;    // for each window and head: A tiles, B tiles, B tiles
   uint8_t* hidden;       // A tiles
   uint8_t* unquantized;  // bf16, in the order of A tiles, before it is rounded to int8
-  float* row_scales;     // int8: what a step of each row of `rounded` is worth
+  float* row_scales;     // int8: what a step of each row of `rounded` is worth; else NULL
   float* hidden_scales;  // and of `hidden`
   uint8_t* attention;    // for each member of the team: scores and weights of 32 queries
 } Scratch;
@@ -155,24 +154,19 @@ static Shape shape_of(const Call* call) {
   return s;
 }
 
-static uint8_t* take(uint8_t** next, int64_t bytes) {
-  uint8_t* taken = *next;
-  *next += rounded_up(bytes, 64);
-  return taken;
-}
-
+// How many bytes it takes; without a base that is all.
 static int64_t lay_out(const Shape* s, uint8_t* base, Scratch* scratch) {
-  uint8_t* next = base;
-  scratch->rounded = take(&next, s->rows * s->dim * 2);
-  scratch->q = take(&next, s->rows * s->dim * 2);
-  scratch->k = take(&next, s->rows * s->dim * 2);
-  scratch->v = take(&next, s->windows * s->token_steps * 2 * ROWS * s->dim * 2);
-  scratch->hidden = take(&next, s->rows * s->part * 2);
-  scratch->unquantized = take(&next, s->quantized ? s->rows * at_least(s->dim, s->part) * 2 : 0);
-  scratch->row_scales = (float*)take(&next, s->quantized ? s->rows * 4 : 0);
-  scratch->hidden_scales = (float*)take(&next, s->quantized ? s->rows * 4 : 0);
-  scratch->attention = take(&next, s->members * s->attention_bytes);
-  return next - base;
+  Memory memory = {base, 0};
+  scratch->rounded = take(&memory, s->rows * s->dim * 2);
+  scratch->q = take(&memory, s->rows * s->dim * 2);
+  scratch->k = take(&memory, s->rows * s->dim * 2);
+  scratch->v = take(&memory, s->windows * s->token_steps * 2 * ROWS * s->dim * 2);
+  scratch->hidden = take(&memory, s->rows * s->part * 2);
+  scratch->unquantized = take(&memory, s->quantized ? s->rows * at_least(s->dim, s->part) * 2 : 0);
+  scratch->row_scales = take(&memory, s->quantized ? s->rows * 4 : 0);
+  scratch->hidden_scales = take(&memory, s->quantized ? s->rows * 4 : 0);
+  scratch->attention = take(&memory, s->members * s->attention_bytes);
+  return memory.used;
 }
 
 // Bytes of scratch for a call.
@@ -210,8 +204,11 @@ INLINE Matrix matrix_of(const Linear* linear, int64_t inputs, int64_t outputs, i
   return (Matrix){linear->weight, steps * TILE, steps, outputs, linear->scales, linear->bias, linear->bias_is_bf16};
 }
 
+// Those from one on, if there are any: int8 alone has them.
+INLINE const float* scales_from(const float* scales, int64_t first) { return scales ? scales + first : NULL; }
+
 INLINE Matrix outputs_from(Matrix m, int64_t first, int64_t count) {
-  m.weight += first / 16 * m.stride, m.scales += first, m.outputs = count;
+  m.weight += first / 16 * m.stride, m.scales = scales_from(m.scales, first), m.outputs = count;
   if (m.bias) m.bias = (const float*)((const uint8_t*)m.bias + first * (m.bias_is_bf16 ? 2 : 4));
   return m;
 }
@@ -249,7 +246,7 @@ INLINE void choose_columns(Columns* c, const Shape* s, const Matrix* m, Destinat
     _mm512_store_si512(c->surplus, surplus_of(b, m->steps));
     _mm512_store_si512(c->surplus + 16, surplus_of(b + m->stride, m->steps));
   }
-  c->scales = m->scales + pair * PAIR;
+  c->scales = scales_from(m->scales, pair * PAIR);
   _mm512_store_ps(c->bias, load_bias(m, pair * PAIR));
   _mm512_store_ps(c->bias + 16, load_bias(m, pair * PAIR + 16));
   if (destination != TO_HEADS) return;
@@ -299,7 +296,7 @@ INLINE void prepare(Pending* p, const Chunk* chunk, const Columns* columns, Dest
   const Scratch* scratch = chunk->scratch;
   p->done = 0, p->total = row_tiles * ROW_PAIRS;
   p->columns = *columns;
-  p->row_scales = row_scales + rows.tile * ROWS;
+  p->row_scales = scales_from(row_scales, rows.tile * ROWS);
   for (int i = 0; i < row_tiles; i++, rows = next_tile(rows, s)) {
     if (destination == TO_RESIDUAL) {
       p->halves[i].x = residual_of(chunk, rows, columns->pair);
@@ -567,7 +564,7 @@ INLINE void norm_rows(const Chunk* chunk, const Norm* norm, int is_int8) {
   for (int64_t tile = tiles.first; tile < tiles.stop; tile++) {
     int64_t token = tile % s->token_tiles * ROWS;
     const float* x = chunk->x + (tile / s->token_tiles * s->tokens + token) * s->dim;
-    float* scales = chunk->scratch->row_scales + tile * ROWS;
+    float* scales = is_int8 ? chunk->scratch->row_scales + tile * ROWS : NULL;
     norm_tile(x, s->tokens - token, norm, s->dim, chunk->scratch->rounded + tile * steps * TILE, is_int8, scales);
   }
 }

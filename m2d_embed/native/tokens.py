@@ -3,41 +3,30 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import Structure, byref, c_int32, c_int64, c_void_p
+from ctypes import byref
 from functools import cache
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from m2d_embed.native.blocks import Call, Functions, Linear, Scratch
-from m2d_embed.native.library import Kernels, available, kernels
+from m2d_embed.native.blocks import Functions
+from m2d_embed.native.library import Kernels, Scratch, kernels
+from m2d_embed.native.structures import Call, Linear, TokensCall
 
 _OUTPUTS, _INPUTS = 32, 16  # a width, and the values of a patch, must be multiples of these
 _SCRATCH = Scratch()
 
 
-class _TokensCall(Structure):
-    _fields_ = (
-        ("call", Call),
-        ("log_mel", c_void_p),
-        *((name, c_int64) for name in ("window_stride", "mel_stride")),
-        *((name, c_int32) for name in ("rows", "columns", "height", "width", "dim", "grid_columns")),
-        ("projection", Linear),
-        *((name, c_void_p) for name in ("class_token", "positions")),
-    )
-
-
 @cache
 def _functions(library: ctypes.CDLL) -> Functions:
-    return Functions.of(library, "tokens", _TokensCall)
+    return Functions.of(library, "tokens", TokensCall)
 
 
 def fits_tokens(projection: nn.Conv2d) -> bool:
-    """Whether there is a kernel on this machine for patches of this shape."""
+    """Whether the kernel embeds patches of this shape, where there is one."""
     return (
-        "fp32" in available()
-        and projection.out_channels % _OUTPUTS == 0
+        projection.out_channels % _OUTPUTS == 0
         and projection.weight.shape[1:].numel() % _INPUTS == 0
         and projection.weight.dtype == torch.float32
     )
@@ -67,7 +56,7 @@ def make_tokens(
     weight, bias = (None if p is None else p.data_ptr() for p in read)
     first, added = class_token.detach().float().contiguous(), positions.float().contiguous()
     compiled = cast(Kernels, kernels())
-    call = _TokensCall(
+    call = TokensCall(
         Call(
             x=x.data_ptr(),
             windows=batch,

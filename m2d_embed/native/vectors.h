@@ -3,9 +3,17 @@
 #ifndef M2D_VECTORS_H
 #define M2D_VECTORS_H
 
-#include <immintrin.h>
-
+#ifdef __NO_INLINE__  // -O0, for sanitizers: with all that they add, inlining takes compilers minutes
+#define INLINE static inline
+#else
 #define INLINE static inline __attribute__((always_inline))
+#endif
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#else
+#include "generic.h"
+#endif
 
 // 16 vectors as the rows of a matrix, transposed.
 INLINE void transpose(__m512 r[16]) {

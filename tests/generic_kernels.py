@@ -1,0 +1,139 @@
+"""The kernels in the compiler's own vectors (``native/generic.h``), which run on any processor.
+
+python tests/generic_kernels.py    # compile them with sanitizers, and run all of them on small and odd shapes
+"""
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from m2d_embed import backends, native
+from m2d_embed.backends import Capabilities
+from m2d_embed.native import Kind, Unit
+from m2d_embed.native.library import Kernels
+
+COMPILER = next(filter(shutil.which, ("gcc", "cc", "clang")), None)
+SOURCES = Path(native.__file__).parent
+EMULATED_AMX = Path(__file__).with_name("amx_emulation.h")
+SANITIZE = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1")
+_FILES = ("abi.c", "avx512.c", "amx.c", "fp32.c", "log_mel.c")
+
+
+def compile_generic(folder: Path, *flags: str, sources: Path = SOURCES, compiler: str | None = COMPILER) -> Path:
+    """Compile all kernels, the matrix unit emulated; what ``folder`` has of the same sources and flags is not redone.
+
+    -O1 takes half a minute; more takes minutes, as a vector is several registers here.
+    """
+    assert compiler is not None
+    # How such vectors are handed over differs between compilers' settings, but these files are all compiled alike.
+    usual = ["-std=gnu11", "-O1", "-fPIC", "-fno-math-errno", "-Wno-psabi"]
+    if platform.machine() == "x86_64":
+        usual += ["-mavx2", "-mfma"] if _has_avx2() else []
+    command = [compiler, *usual, *flags, f"-I{sources}"]
+    texts = [file.read_bytes() for file in sorted([*sources.glob("*.[ch]"), EMULATED_AMX])]
+    library = folder / f"{hashlib.sha256(b''.join([*texts, repr(command).encode()])).hexdigest()[:16]}.so"
+    if library.exists():
+        return library
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+
+        def compile_one(name: str) -> str:
+            emulation = ["-include", str(EMULATED_AMX)] if name == "amx.c" else []
+            target = str(Path(place) / f"{name}.o")
+            subprocess.run([*command, *emulation, "-c", str(sources / name), "-o", target], check=True)
+            return target
+
+        with ThreadPoolExecutor(2) as pool:
+            objects = list(pool.map(compile_one, _FILES))
+        linked = Path(place) / "kernels.so"
+        subprocess.run([compiler, *flags, "-shared", *objects, "-o", str(linked)], check=True)
+        linked.replace(library)
+    return library
+
+
+def use(monkeypatch: pytest.MonkeyPatch, units: Mapping[Kind, Unit], kernels: Kernels) -> None:
+    """Have the package take these kernels, of these kinds and units, for all that there are on this machine."""
+    for module in (native.blocks, native.log_mel, native.tokens):
+        monkeypatch.setattr(module, "kernels", lambda: kernels)
+    monkeypatch.setattr(native.blocks, "available", lambda: units)
+    here = backends.capabilities()
+    monkeypatch.setattr(backends, "capabilities", lambda: Capabilities(units, here.onednn, here.modules))
+
+
+def _has_avx2() -> bool:
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and {"avx2", "fma"} <= set(cpuinfo.read_text().split())
+
+
+# --- under sanitizers -------------------------------------------------------------------------------------------------
+
+
+def run_sanitized(folder: Path) -> subprocess.CompletedProcess[str]:
+    """This file as a program, with the sanitizers' runtime loaded before all else."""
+    assert COMPILER is not None
+    library = compile_generic(folder, *SANITIZE)
+    ask = [COMPILER, "-print-file-name=libasan.so"]
+    runtime = subprocess.run(ask, check=True, capture_output=True, text=True).stdout.strip()
+    settings = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    return subprocess.run(
+        [sys.executable, __file__, str(library)],
+        env={**os.environ, **settings, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+    )
+
+
+def main(file: Path) -> None:
+    """Run every kernel of a library on shapes that leave rests of all kinds, with several threads."""
+    import torch
+
+    from m2d_embed.config import ModelConfig
+    from m2d_embed.encoder import Encoder
+    from m2d_embed.frontend import LogMel
+    from m2d_embed.native import NativeBlocks, NativeLogMel, blocks, library, log_mel, make_tokens
+    from m2d_embed.native import tokens as native_tokens
+
+    compiled = library.load(file)
+    for module in (blocks, log_mel, native_tokens):
+        module.kernels = lambda: compiled
+    with torch.no_grad():
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            config = ModelConfig(embed_dim=64, depth=2, num_heads=2, input_size=(80, 112), patch_size=(16, 16))
+            encoder, front_end = Encoder(config), LogMel(config)
+            log_mel_of = NativeLogMel(front_end.window, front_end.filterbank, 160, 1e-7, (0.0, 1.0))
+            for frames in (1, 17):
+                found = log_mel_of(torch.randn(2, 400 + (frames - 1) * 160).unfold(-1, 400, 160))
+                assert found.isfinite().all()
+            projection, class_token = encoder.patch_embed.proj, encoder.cls_token
+            x = make_tokens(torch.randn(3, 1, 80, 64), projection, class_token, encoder.pos_embed, 7)
+            assert x.isfinite().all()
+            for kind, units in library._FEATURES.items():
+                for unit in units:
+                    blocks.available = lambda kind=kind, unit=unit: {kind: unit}
+                    stored = torch.float32 if kind == "fp32" else torch.bfloat16
+                    half = Encoder(config)
+                    for layer in filter(lambda module: isinstance(module, torch.nn.Linear), half.blocks.modules()):
+                        layer.to(stored)
+                    run = NativeBlocks(list(half.blocks), half.norm, kind)
+                    for windows, count in ((1, 1), (3, 21), (2, 36)):
+                        assert run(torch.randn(windows, count, 64), range(2)).isfinite().all()
+                    assert all(f.isfinite().all() for f in run.features(torch.randn(3, 36, 64), [0, 1], 5))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        main(Path(sys.argv[1]))
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            ended = run_sanitized(Path(scratch))
+        print(ended.stdout, ended.stderr, sep="")
+        sys.exit(ended.returncode)

@@ -1,0 +1,163 @@
+"""Who computes what: for machines that are not here, and as this one says."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import TINY, random_model
+
+from m2d_embed import backends
+from m2d_embed.backends import Capabilities, TorchFacts, Traits, capabilities_of, choose
+from m2d_embed.native import Shape
+
+WIDE, ODD = Shape(768, 3072, 12), Shape(40, 160, 2)  # the second fits no kernel
+ALL_KERNELS = {"fp32": "avx512", "bf16": "amx", "int8": "amx"}
+
+AVX2 = TorchFacts(packs=True, vectors="AVX2")
+AVX512 = TorchFacts(packs=True, vectors="AVX512")
+CASCADE_LAKE = TorchFacts(packs=True, vectors="AVX512", vnni=True)
+ZEN_4 = TorchFacts(packs=True, vectors="AVX512", vnni=True, avx512_bf16=True)
+GRAVITON_3 = TorchFacts(vectors="SVE256", other_bf16=True)
+APPLE = TorchFacts()
+
+
+@pytest.mark.parametrize(
+    ("facts", "onednn", "modules"),
+    [
+        (AVX2, {"fp32"}, {"fp32"}),
+        (AVX512, {"fp32"}, {"fp32"}),
+        (CASCADE_LAKE, {"fp32", "int8"}, {"fp32"}),
+        (ZEN_4, {"fp32", "bf16", "int8"}, {"fp32"}),
+        (GRAVITON_3, set(), {"fp32", "bf16"}),
+        (APPLE, set(), {"fp32"}),
+        # Held back by ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA, or a torch without oneDNN.
+        (TorchFacts(packs=True, vectors="AVX2", vnni=True, avx512_bf16=True), {"fp32"}, {"fp32"}),
+        (TorchFacts(True, "AVX512", True, True, onednn_limit="avx2"), {"fp32"}, {"fp32"}),
+        (TorchFacts(True, "AVX512", True, True, onednn_limit="AVX512_CORE_VNNI"), {"fp32", "int8"}, {"fp32"}),
+        (TorchFacts(True, "AVX512", True, True, onednn_limit="AVX512_CORE_AMX"), {"fp32", "bf16", "int8"}, {"fp32"}),
+        (TorchFacts(True, "AVX512", True, True, onednn_limit="DEFAULT"), {"fp32", "bf16", "int8"}, {"fp32"}),
+        (TorchFacts(False, "AVX512", True, True), set(), {"fp32"}),
+    ],
+)
+def test_what_a_processor_is_good_for(facts, onednn, modules):
+    found = capabilities_of({}, facts)
+    assert (found.onednn, found.modules) == (onednn, modules)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "facts", "encoder", "expected"),
+    [
+        # float32
+        ({}, AVX2, Traits("fp32", shape=WIDE), ("onednn", "fp32")),
+        (ALL_KERNELS, ZEN_4, Traits("fp32", shape=WIDE), ("native", "fp32")),
+        (ALL_KERNELS, ZEN_4, Traits("fp32", shape=ODD), ("onednn", "fp32")),
+        (ALL_KERNELS, ZEN_4, Traits("fp32", shape=None), ("onednn", "fp32")),
+        ({}, GRAVITON_3, Traits("fp32", shape=WIDE), ("modules", "fp32")),
+        ({}, APPLE, Traits("fp32", shape=WIDE), ("modules", "fp32")),
+        # bfloat16
+        ({}, AVX2, Traits("bf16", shape=WIDE), ("onednn", "fp32")),
+        ({"fp32": "avx512"}, AVX512, Traits("bf16", shape=WIDE), ("native", "fp32")),
+        ({"fp32": "avx512"}, ZEN_4, Traits("bf16", shape=WIDE), ("onednn", "bf16")),
+        (ALL_KERNELS, ZEN_4, Traits("bf16", shape=WIDE), ("native", "bf16")),
+        (ALL_KERNELS, ZEN_4, Traits("bf16", shape=ODD), ("onednn", "bf16")),
+        ({}, GRAVITON_3, Traits("bf16", shape=WIDE), ("modules", "bf16")),
+        ({}, APPLE, Traits("bf16", shape=WIDE), ("widened", "fp32")),
+        # float16
+        ({}, AVX2, Traits("fp16", shape=WIDE), ("onednn", "fp32")),
+        (ALL_KERNELS, ZEN_4, Traits("fp16", shape=WIDE), ("native", "fp32")),
+        ({}, GRAVITON_3, Traits("fp16", shape=WIDE), ("widened", "fp32")),
+        # int8
+        (ALL_KERNELS, ZEN_4, Traits("bf16", quantize=True, shape=WIDE), ("native", "int8")),
+        ({}, CASCADE_LAKE, Traits("bf16", quantize=True, shape=WIDE), ("onednn", "int8")),
+        ({}, AVX2, Traits("bf16", quantize=True, shape=WIDE), ("onednn", "fp32")),  # made elsewhere, unpickled here
+        # what has to be called as it is
+        (ALL_KERNELS, ZEN_4, Traits(None, changed="something hooks into the blocks"), ("modules", None)),
+        (ALL_KERNELS, ZEN_4, Traits(None, shape=WIDE), ("modules", None)),
+    ],
+)
+def test_who_computes_it(kernels, facts, encoder, expected):
+    found = choose(capabilities_of(kernels, facts), encoder)
+    assert (found.engine, found.kind) == expected
+    assert found.reason and found.reason in str(found)
+
+
+def test_half_precision_is_never_slower_than_float32():
+    """Whatever the machine: products are of float32, or of what it multiplies faster."""
+    for facts in (AVX2, AVX512, CASCADE_LAKE, ZEN_4, GRAVITON_3, APPLE):
+        here = capabilities_of({}, facts)
+        for stored in ("bf16", "fp16"):
+            found = choose(here, Traits(stored, shape=WIDE))
+            assert found.kind == "fp32" or here.multiplies(found.kind)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "reason"),
+    [
+        (lambda x: x.double(), "float64"),
+        (lambda x: torch.nn.Parameter(x), "Parameter"),
+        (lambda x: x.to("meta"), "meta"),
+    ],
+)
+def test_inputs_that_the_modules_take(tiny, prepare, reason):
+    with torch.no_grad():
+        found = backends.choose_backend(tiny.encoder, prepare(torch.zeros(1, 1, 80, 64)))
+    assert found.engine == "modules" and reason in found.reason
+
+
+def test_surroundings_that_the_modules_need(tiny):
+    x = torch.zeros(1, 1, 80, 64)
+    assert backends.choose_backend(tiny.encoder, x).reason == "gradients are on"
+    with torch.no_grad():
+        assert backends.choose_backend(tiny.encoder, x).kind == "fp32"
+        with torch.autocast("cpu", torch.bfloat16):
+            assert backends.choose_backend(tiny.encoder, x).reason == "autocast is on"
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert backends.choose_backend(tiny.encoder, x).reason == "torch.backends.mkldnn is off"
+        tiny.encoder.blocks[1].mlp.fc1.register_forward_hook(lambda *_: None)
+        assert backends.choose_backend(tiny.encoder, x).reason == "something hooks into the blocks"
+
+
+def test_what_is_described():
+    facts = backends.describe(random_model(TINY).encoder)
+    assert list(facts) == [
+        "CPU kernels",
+        "M2D_EMBED_ISA",
+        *(f"{d} on this CPU" for d in ("fp32", "bf16", "fp16", "int8")),
+    ]
+    assert all(facts.values())
+
+
+CAPPED = """
+import torch, m2d_embed
+from m2d_embed import backends, native
+model = m2d_embed.load_model(device="cpu", dtype="bf16")
+print(dict(native.available()), sorted(backends.capabilities().onednn), *model.encode([torch.ones(8000)]).shape)
+"""
+
+
+@pytest.mark.parametrize(
+    ("settings", "kernels", "onednn"),
+    [
+        ({"M2D_EMBED_ISA": "off"}, "{}", None),
+        ({"M2D_EMBED_ISA": "off", "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}, "{}", "['fp32']"),
+        ({"M2D_EMBED_ISA": "avx2", "ATEN_CPU_CAPABILITY": "avx2"}, "{}", "['fp32']"),
+    ],
+)
+@pytest.mark.skipif("fp32" not in backends.capabilities().onednn, reason="oneDNN packs on x86 CPUs")
+def test_a_process_held_back(settings, kernels, onednn):
+    """By the variables of this package, of oneDNN and of torch, which are read when a process begins."""
+    ended = subprocess.run([sys.executable, "-c", CAPPED], env=os.environ | settings, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith(kernels) and ended.stdout.endswith(" 1 1920\n")
+    assert onednn is None or onednn in ended.stdout
+
+
+def test_a_machine_without_any_capabilities_gives_the_same_numbers(monkeypatch):
+    model, audio = random_model(TINY), torch.rand(2, 16_000)
+    with torch.no_grad():
+        expected = model.scene(audio)
+        monkeypatch.setattr(backends, "capabilities", lambda: Capabilities({}))
+        torch.testing.assert_close(model.repack().scene(audio), expected, atol=2e-6, rtol=0)
+    assert model.encoder._packed is None
