@@ -28,6 +28,7 @@ from m2d_embed.jobs.store import (
     Entry,
     Located,
     PartStore,
+    Record,
     key_of,
     stamp_of,
 )
@@ -79,7 +80,7 @@ def test_the_last_result_of_a_key_counts(tmp_path):
 def test_errors_are_kept_with_their_stamp(tmp_path):
     opened(tmp_path / "s").add([Entry("bad", 0, (1, 2, 3), "not audio"), Entry("k1", 1)], {"x": [rows_like(1)]})
     store = opened(tmp_path / "s")
-    assert store.failed("bad", (1, 2, 3)) == "not audio" and store.failed("bad", (1, 2, 4)) is None
+    assert store.error_of("bad") == "not audio" and not store.attempted("bad", (1, 2, 4))
     assert store.attempted("bad", (1, 2, 3)) and not store.done("bad", (1, 2, 3))
     assert values(store, 1) == [1]
 
@@ -312,6 +313,27 @@ def test_a_part_that_shrinks_is_no_silent_zero(tmp_path):
     harm(next((tmp_path / "s").glob("*.npy")), "cut")
     with pytest.raises(OSError, match="shorter than recorded"):
         values(store, 1)
+
+
+def test_results_that_are_not_there_are_no_others(tmp_path):
+    store = opened(tmp_path / "s")
+    add(store, 1, 2)
+    for ask in (lambda: store.locate(["k1", "k3"]), lambda: store.error_of("k3")):
+        with pytest.raises(KeyError):
+            ask()
+
+
+@pytest.mark.parametrize("name", ["../precious", "/precious", "a/../../precious"])
+def test_a_record_reaches_no_files_elsewhere(tmp_path, name):
+    """One that came with somebody's folder must not make --overwrite remove other files."""
+    (tmp_path / "precious").touch()
+    store = opened(tmp_path / "s")
+    record = Record("run", 1, [Entry("k", 1)], {name: (0, 0)})
+    (tmp_path / "s" / "part-1.json").write_bytes(module._encode_record(record))
+    assert store.record("part-1") is None
+    store.forget_everything()
+    assert (tmp_path / "precious").exists()
+    assert not (tmp_path / "s" / "part-1.json").exists()
 
 
 def test_stamps(tmp_path):

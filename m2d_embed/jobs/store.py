@@ -28,7 +28,7 @@ import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from shutil import rmtree
 from typing import Any, NamedTuple
 
@@ -52,7 +52,7 @@ _EVERYTHING = "all"  # the share of a run that does the whole job
 _NO_STAMP = (-1, -1, -1)
 _READ_BYTES = 1 << 20
 _OURS = re.compile(r"(claims|all|\d+-of-\d+)\.lock|part-.*|\..*\.partial")
-_DAMAGE = (OSError, ValueError, KeyError, TypeError, IndexError)  # what reading a record that is damaged can raise
+_DAMAGE = (ValueError, KeyError, TypeError, IndexError)  # what reading a record that is damaged can raise
 
 
 class BusyError(ConfigError):
@@ -161,6 +161,8 @@ class PartStore:
                 return False
         except Timeout:
             return True
+        except FileNotFoundError:  # a run that has just ended removed the folder
+            return False
 
     @contextmanager
     def _lock(self, name: str, wait: bool) -> Iterator[None]:
@@ -293,7 +295,7 @@ class PartStore:
         """What is recorded of a part; None if there is no such part, or its record is damaged."""
         try:
             return _read_record(self.folder / f"{name}.json")
-        except _DAMAGE:
+        except (FileNotFoundError, *_DAMAGE):
             return None
 
     def names(self) -> list[str]:
@@ -310,19 +312,6 @@ class PartStore:
         """Whether there is a result for a file that has this stamp now."""
         return self.attempted(key, stamp) and self.error_of(key) is None
 
-    def failed(self, key: str, stamp: Stamp = ()) -> str | None:
-        """The error of a bad file that has this stamp now; None if it has not been tried, or was good."""
-        return self.error_of(key) if self.attempted(key, stamp) else None
-
-    def rows_of(self, key: str) -> int:
-        """How many rows a result has."""
-        part, place = self._find(key)
-        return int(part.starts[place + 1] - part.starts[place])
-
-    def run_of(self, key: str) -> str:
-        """The run that made a result."""
-        return self._find(key)[0].run
-
     def error_of(self, key: str) -> str | None:
         """The error of a key that is there."""
         part, place = self._find(key)
@@ -337,6 +326,8 @@ class PartStore:
 
     def _find(self, key: str) -> tuple[_Part, int]:
         where = self._index.get(key)
+        if where == ABSENT:
+            raise KeyError(key)
         return self._parts[where >> 32], where & 0xFFFF_FFFF
 
     # --- adding -----------------------------------------------------------------------------------------------------
@@ -373,8 +364,10 @@ class PartStore:
     # --- reading arrays ---------------------------------------------------------------------------------------------
 
     def locate(self, keys: Iterable[str]) -> Located:
-        """Where results are, all of which are there."""
+        """Where results are; KeyError if one is not there."""
         where = self._index.find(keys)
+        if (where == ABSENT).any():
+            raise KeyError(f"{self.output}: result {int(np.argmax(where == ABSENT))} of {len(where)} is not there")
         parts, places = where >> 32, where & 0xFFFF_FFFF
         firsts, rows = np.empty_like(parts), np.empty_like(parts)
         order = np.argsort(parts, kind="stable")
@@ -484,6 +477,8 @@ def _read_record(file: Path) -> Record:
         Entry(key, rows, tuple(stamp), error, tuple(names)) for key, rows, stamp, error, names in held["entries"]
     ]
     files = {name: (size, crc) for name, (size, crc) in held["files"].items()}
+    if any(PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in files):
+        raise ValueError("it names files elsewhere")  # which would be removed with the part
     return Record(held["run"], held["made_ns"], entries, files)
 
 
