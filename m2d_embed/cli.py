@@ -111,8 +111,8 @@ Listing = Annotated[
     typer.Option("--list", help="A file with one path a line, or a CSV with a column 'file'; - is standard input."),
 ]
 Model = Annotated[str, typer.Option("--model", "-m", help="Which model; the bundled one by default.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps ... By default a GPU if there is one.")]
-Dtype = Annotated[Precision | None, typer.Option(help="Precision of the matrices.", show_default="fp32 on the CPU")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps ... By default a CUDA GPU if there is one.")]
+Dtype = Annotated[Precision | None, typer.Option(help="Precision of the matrices.", show_default="fp32")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Windows encoded at a time, at most.")]
 Layers = Annotated[
     str | None, typer.Option(help="Transformer blocks to read, e.g. -1 or 6,9,11.", show_default="the model's own")
