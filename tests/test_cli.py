@@ -122,7 +122,9 @@ def test_a_run_that_is_stopped_goes_on(tmp_path, monkeypatch, how):
         soundfile.write(tmp_path / "clips" / f"{i:02}.wav", 0.1 * generator.standard_normal(160_000), 16_000)
     monkeypatch.chdir(tmp_path)
     arguments = ["embed", "clips", "--batch-size", "1", "-o", "out.npz"]
-    every_clip_a_part = "from m2d_embed import cli, embed_files as e; e._SECONDS_A_PART = 0.0; cli.main()"
+    every_clip_a_part = (
+        "from m2d_embed import cli; from m2d_embed.jobs import embed as e; e._SECONDS_A_PART = 0.0; cli.main()"
+    )
     process = subprocess.Popen([sys.executable, "-c", every_clip_a_part, *arguments], stderr=subprocess.PIPE, text=True)
     while len(list(tmp_path.glob("out.npz.partial/part-*.json"))) < 3:
         assert process.poll() is None, "finished before it could be stopped"
