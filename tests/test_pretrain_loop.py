@@ -553,21 +553,21 @@ def test_a_checkpoint_that_cannot_be_written(recipe, monkeypatch):
     run = recipe("training.save_every=2")
     original = torch.save
 
-    def save(content, stream):
+    def save(content, path):
         if content["step"] == 4:
-            stream.write(b"half")
+            path.write_bytes(b"half")
             raise OSError(28, "No space left on device")
-        original(content, stream)
+        original(content, path)
 
     monkeypatch.setattr(torch, "save", save)
     with pytest.raises(CheckpointError, match=r"step-000000004\.ckpt: cannot be written .*No space left"):
         pretrain(run)
     assert [f.name for f in (run.folder / "checkpoints").iterdir()] == ["step-000000002.ckpt"]
     monkeypatch.setattr(torch, "save", original)
-    (run.folder / "checkpoints" / "step-000000009.partial").write_text("of a run that was killed")
+    (run.folder / "checkpoints" / ".step-000000009.ckpt.0123456789ab.partial").write_text("of a run that was killed")
     assert pretrain(run) is not None
     assert len(losses(run.folder)) == 6
-    assert not list((run.folder / "checkpoints").glob("*.partial"))
+    assert not list((run.folder / "checkpoints").glob(".*.partial"))
 
 
 def test_licence_of_the_start_is_kept(recipe):

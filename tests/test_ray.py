@@ -27,6 +27,7 @@ from m2d_embed.errors import AudioError, ConfigError, M2DEmbedError, Unsupported
 from m2d_embed.jobs.embed import Summary
 from m2d_embed.jobs.outputs import read_scenes
 from m2d_embed.jobs.settings import job_settings
+from m2d_embed.jobs.store import Entry, PartStore, stamp_of
 from m2d_embed.ray import Actors, embed_dataset
 
 pytest.importorskip("ray", reason="needs the extra 'ray'")
@@ -302,22 +303,28 @@ def an_actor(saved, folder: Path, **job) -> module._Embedder:
     """An actor in this process."""
     (folder / "_m2d_embed").mkdir(parents=True, exist_ok=True)
     settings = {"kind": "scene", "features": FeatureConfig(), "dtype": None, "batch_size": 8, "actors": ONE} | job
-    made = module._Job(folder, saved, run="now", **settings)
+    made = module._Job(folder, saved, run="now", root=str(Path.cwd()), **settings)
     return module._Embedder(replace(made, settings=job_settings(made.load_model(), made.kind)))
 
 
-def record_of(actor, batch) -> dict:
-    return json.loads(actor(pa.table(batch))["record"][0].as_py())
+def said_by(actor, batch) -> dict:
+    return json.loads(actor(pa.table(batch))["done"][0].as_py())
+
+
+def recorded_of(actor, part):
+    return PartStore(actor.job.output / "_m2d_embed", actor.job.output, data=actor.job.output).record(part)
 
 
 def test_rows_of_a_part_keep_their_order(saved, tmp_path):
     (tmp_path / "bad.wav").write_text("not audio")
     files = [str(file) for file in (FILES[6], tmp_path / "bad.wav", FILES[0], FILES[8])]
     actor = an_actor(saved, tmp_path / "out")
-    record = record_of(actor, {"file": files, "label": ["a", "b", None, "d"]})
-    assert record["embedded"] == 3
-    assert record["failed"].keys() == {files[1]}
-    table = pq.read_table(tmp_path / "out" / f"{record['part']}.parquet")
+    part = said_by(actor, {"file": files, "label": ["a", "b", None, "d"]})["part"]
+    entries = recorded_of(actor, part).entries
+    assert [entry.key for entry in entries] == files
+    assert [bool(entry.error) for entry in entries] == [False, True, False, False]
+    assert [entry.stamp for entry in entries] == [stamp_of(file) for file in files]
+    table = pq.read_table(tmp_path / "out" / f"{part}.parquet")
     assert table["file"].to_pylist() == files
     assert table["label"].to_pylist() == ["a", "b", None, "d"]
     embeddings = table["embedding"].to_pylist()
@@ -328,9 +335,9 @@ def test_rows_of_a_part_keep_their_order(saved, tmp_path):
 def test_a_part_that_is_there_is_not_made_again(saved, tmp_path):
     actor = an_actor(saved, tmp_path)
     batch = {"file": [str(file) for file in FILES[:2]]}
-    first = record_of(actor, batch)
+    first = said_by(actor, batch)
     written = (tmp_path / f"{first['part']}.parquet").stat()
-    assert record_of(actor, batch) == first
+    assert said_by(actor, batch) == first
     assert (tmp_path / f"{first['part']}.parquet").stat() == written
     assert {p.name for p in (tmp_path / "_m2d_embed").iterdir()} == {f"{first['part']}.json"}
 
@@ -340,7 +347,7 @@ def test_long_timestamps_are_written_as_they_come(saved, tmp_path, monkeypatch):
     actor = an_actor(saved, tmp_path, kind="timestamps")
     (tmp_path / "bad.wav").write_text("not audio")
     files = [str(file) for file in [*FILES, tmp_path / "bad.wav"]]
-    record_of(actor, {"file": files})
+    said_by(actor, {"file": files})
     (part,) = tmp_path.glob("*.parquet")
     assert pq.ParquetFile(part).num_row_groups > 3
     table = pq.read_table(part)
@@ -357,7 +364,7 @@ def test_a_full_disk_is_told(saved, tmp_path, monkeypatch):
 
     actor = an_actor(saved, tmp_path)
     monkeypatch.setattr(actor, "_write", write)
-    assert "No space left on device; what is done is kept" in record_of(actor, {"file": [str(FILES[0])]})["error"]
+    assert "No space left on device; what is done is kept" in said_by(actor, {"file": [str(FILES[0])]})["error"]
 
 
 def test_clips_that_cost_worker_after_worker_are_given_up(saved, tmp_path, monkeypatch):
@@ -374,7 +381,7 @@ def test_clips_that_cost_worker_after_worker_are_given_up(saved, tmp_path, monke
         for _ in range(4):
             with pytest.raises(Lost):
                 actor(pa.table(batch))
-    error = record_of(actor, batch)["error"]
+    error = said_by(actor, batch)["error"]
     assert "4 workers were lost" in error
     assert str(FILES[0]) in error
 
@@ -383,7 +390,7 @@ def test_another_model_of_the_same_name_is_refused(saved, tmp_path):
     actor = an_actor(saved, tmp_path)
     random_model(TINY, seed=1).save_pretrained(tmp_path / "other")
     other = module._Embedder(replace(actor.job, model=str(tmp_path / "other")))
-    assert "not the same model on every machine (weights)" in record_of(other, {"file": [str(FILES[0])]})["error"]
+    assert "not the same model on every machine (fingerprint)" in said_by(other, {"file": [str(FILES[0])]})["error"]
     assert not list(tmp_path.glob("*.parquet"))
 
 
@@ -403,23 +410,26 @@ def test_without_ray(monkeypatch, tmp_path):
 
 def test_halves_of_a_killed_run_are_removed(tmp_path):
     """A part without a record would be there twice; and nobody else may write meanwhile."""
-    folder = module._OutputFolder(tmp_path / "out")
-    with folder.lock():
+    folder = module._OutputFolder(tmp_path / "out", "run")
+    with folder.store.claim():
         folder.begin({"kind": "scene"}, overwrite=False)
-        for name in ("part-a.parquet", "part-b.parquet", ".part-c.parquet.1.partial", "_m2d_embed/part-a.json"):
+        for name in ("part-a.parquet", "part-b.parquet", "_m2d_embed/.part-c.parquet.0123456789ab.partial"):
             (folder.path / name).write_text("{}")
+        folder.store.commit("part-a", [Entry("a", 1)], [folder.path / "part-a.parquet"])
         folder.begin({"kind": "scene"}, overwrite=False)
-        with pytest.raises(ConfigError, match="another process"), module._OutputFolder(folder.path).lock():
+        again = module._OutputFolder(folder.path, "other")
+        with pytest.raises(ConfigError, match="another run is at work"), again.store.claim():
             pass
     assert {p.name for p in folder.path.iterdir()} == {"part-a.parquet", "_m2d_embed"}
-    with folder.lock():
+    assert not list(folder.store.folder.glob(".*.partial"))
+    with folder.store.claim():
         folder.begin({"kind": "timestamps"}, overwrite=True)
     assert {p.name for p in folder.path.iterdir()} == {"_m2d_embed"}
 
 
 def test_parts_are_told_apart_by_all_that_is_in_their_rows():
     def digest(**columns):
-        return module._Batch(pa.table(columns), 16_000).digest
+        return module._Batch(pa.table(columns), 16_000, "").digest
 
     file = str(FILES[0])
     assert digest(file=[file], label=["a"]) == digest(file=[file], label=["a"])

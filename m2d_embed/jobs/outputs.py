@@ -185,12 +185,18 @@ def find_outputs(paths: Sequence[Path]) -> list[Path]:
 
 
 def read_scenes(files: Path | Sequence[Path]) -> Scenes:
-    """Read back scene embeddings, of one output or the parts of one. Rows of bad clips are left out, with a warning.
+    """Read back scene embeddings. Rows of bad clips are left out, with a warning.
+
+    Args:
+        files: an output, a folder of Parquet files, a pattern of these, or several that are of one model.
 
     Raises:
         ConfigError: if a file holds something else, has lost its settings, or several are of different settings.
     """
-    parts = [_read_part(file) for file in ([files] if isinstance(files, Path) else files)]
+    given = [files] if isinstance(files, Path) else files
+    parts = [_read_part(file) for file in find_outputs(given)]
+    if not parts:
+        raise ConfigError(f"{', '.join(map(str, given))}: no .npz or .parquet there.")
     first = parts[0].settings
     for part in parts[1:]:
         if part.settings.get("fingerprint") != first.get("fingerprint"):
