@@ -42,7 +42,8 @@ def test_states_of_a_stretch_do_not_depend_on_its_batch_nor_on_its_loudness(weig
     (alone,) = encoder([short])
     together, _ = encoder([short, long])
     assert alone.shape == (26, 256)
-    torch.testing.assert_close(alone, together)
+    # Of bfloat16, whose sums PyTorch's own LSTM rounds in another order for another batch, where oneDNN has none.
+    torch.testing.assert_close(alone, together, rtol=0.016, atol=1e-3)
     torch.testing.assert_close(encoder.mels(audio * np.float32(0.05)), long, rtol=1e-4, atol=1e-5)
 
 
