@@ -146,7 +146,9 @@ def measure_merge(rows: int, suffix: str, rounds: int) -> dict[str, Any]:
     merges: dict[str, list[float]] = {"cold": [], "warm": []}
     copies: dict[str, list[float]] = {"cold": [], "warm": []}
     memory = []
-    with tempfile.TemporaryDirectory(dir=ROOT) as name:
+    scratch = ROOT / "build"  # git passes over it, and it is on a disk, where temporary files may be in memory
+    scratch.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=scratch) as name:
         folder = Path(name)
         output, copied = folder / f"out{suffix}", folder / "copy"
         make_parts(folder / "parts", output, rows)
