@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -219,7 +220,7 @@ def open_output(output: Path, kind: Kind, files: Sequence[Path]) -> Output:
     return FileOutput(output, kind) if output.suffix else FolderOutput(output, kind, files)
 
 
-class Output:
+class Output(ABC):
     """Where results go: kept for some seconds, then written as a part."""
 
     def __init__(self, output: Path, kind: Kind, store: PartStore):
@@ -231,13 +232,13 @@ class Output:
         self._pending_bytes = 0
         self._last_written = time.monotonic()
 
+    @abstractmethod
     def begin(self, settings: dict[str, Any], overwrite: bool) -> None:
         """Take up what is there; with everything claimed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def join(self, settings: dict[str, Any]) -> None:
         """Take up what is there beside others at work; with a share claimed."""
-        raise NotImplementedError
 
     def done(self, file: Path) -> bool:
         """Whether a file is done, and has not changed since."""
@@ -257,12 +258,13 @@ class Output:
             self._write(pending)
         self._last_written = time.monotonic()
 
+    @abstractmethod
     def _write(self, pending: Sequence[tuple[Path, Stamp, Result | AudioError]]) -> None:
-        raise NotImplementedError
+        """Write results and record them."""
 
+    @abstractmethod
     def finish(self, files: Sequence[Path]) -> None:
         """Make the output of these files, all of which are done."""
-        raise NotImplementedError
 
 
 class FileOutput(Output):
