@@ -4,10 +4,10 @@ python -m benchmarks.jobs                       # writes benchmarks/jobs.json; 1
 python -m benchmarks.jobs --rows 100000 --clips 0      # the merge alone, of fewer rows
 
 The merge: parts of random rows, as a run leaves them that was killed at its very end, are taken up, which compares the
-checksum of each, and then put together into the output. Memory is that of the process beyond what it had before; the
-time of putting together is set against ``shutil.copyfile`` of the output on the same disk, both until the disk has
-everything. Cold: the system was told to drop all files from its memory before; the merge then still finds what the
-check has just read, if that fits.
+checksum of each, and then put together into the output. Memory is that of the process beyond what it had when it knew
+the list of files; the time of putting together is set against ``shutil.copyfile`` of the output on the same disk, both
+until the disk has everything. Cold: the system was told to drop all files from its memory before; the merge then still
+finds what the check has just read, if that fits.
 
 The overhead: ``embed`` of many clips of 1 s by this code and by another revision of it, taking turns.
 """
@@ -33,7 +33,7 @@ import typer
 
 from benchmarks.timing import machine, measure
 from m2d_embed.files import atomic_write
-from m2d_embed.jobs.outputs import EMBEDDINGS, Listing, write_output
+from m2d_embed.jobs.outputs import EMBEDDINGS, write_output
 from m2d_embed.jobs.store import Entry, PartStore, key_of
 from m2d_embed.profiling import peak_memory
 
@@ -76,8 +76,7 @@ def make_parts(folder: Path, output: Path, rows: int) -> None:
 
 def merge(folder: Path, output: Path, rows: int) -> dict[str, float]:
     """Take up the parts and put them together: seconds of each, and MB beyond what the process had before."""
-    import pyarrow.parquet  # noqa: F401  (counts as memory that was there before)
-
+    files = [Path(name_of(number)) for number in range(rows)]  # as a run has them all the time
     before = peak_memory() or 0
     started = time.perf_counter()
     store = PartStore(folder, output)
@@ -85,9 +84,8 @@ def merge(folder: Path, output: Path, rows: int) -> dict[str, float]:
         store.open(_SETTINGS)
         store.check()
         opened = time.perf_counter()
-        names = [name_of(number) for number in range(rows)]
         with atomic_write(output) as partial:
-            write_output(partial, output.suffix, store, Listing(names, [key_of(name) for name in names]), _SETTINGS)
+            write_output(partial, output.suffix, store, files, _SETTINGS)
     ended = time.perf_counter()
     return {
         "take up": opened - started,

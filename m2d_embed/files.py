@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
+import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 #: Pattern of the names that ``atomic_write`` gives to files that are being written.
 TEMPORARY = ".*.partial"
+_MANY = 32
+_LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
 @contextmanager
@@ -31,17 +35,38 @@ def atomic_write(path: Path, within: Path | None = None) -> Iterator[Path]:
     Raises:
         OSError: if the disk is full or not writable. Nothing is left behind then.
     """
-    partial = (within or path.parent) / f".{path.name}.{uuid.uuid4().hex[:12]}.partial"
-    try:
+    with atomic_writes(within or path.parent) as new_file:
+        yield new_file(path)
+
+
+@contextmanager
+def atomic_writes(within: Path) -> Iterator[Callable[[Path], Path]]:
+    """Write many files, each as ``atomic_write`` does; the disk is waited for once.
+
+    The block is given a function: the path of a file -> the path of a new, empty one in the folder ``within``. All get
+    their names when the block has ended well; a process that is killed meanwhile leaves names for some.
+    """
+    paths: dict[Path, Path] = {}  # where they are written -> what they become
+    modes: dict[Path, int] = {}
+
+    def new_file(path: Path) -> Path:
+        partial = within / f".{path.name}.{uuid.uuid4().hex[:12]}.partial"
         partial.touch(exist_ok=False)
-        mode = partial.stat().st_mode
-        yield partial
-        partial.chmod(mode)  # libraries that make a file of their own give it only to its owner
-        sync(partial)
-        partial.replace(path)
-        sync(path.parent)
+        paths[partial], modes[partial] = path, partial.stat().st_mode
+        return partial
+
+    try:
+        yield new_file
+        for partial, mode in modes.items():
+            partial.chmod(mode)  # libraries that make a file of their own give it only to its owner
+        _sync_all([*paths])
+        for partial, path in paths.items():
+            partial.replace(path)
+        for folder in {path.parent for path in paths.values()}:
+            sync(folder)
     finally:
-        partial.unlink(missing_ok=True)
+        for partial in paths:
+            partial.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -53,6 +78,21 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """``content`` as JSON, by ``atomic_write``."""
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def _sync_all(files: Sequence[Path]) -> None:
+    """Wait until files of one file system are on the disk."""
+    if len(files) < _MANY or _LIBC is None:
+        for file in files:
+            sync(file)
+        return
+    # The whole file system at once: a hundredth of the processor time of as many files one by one.
+    descriptor = os.open(files[0], os.O_RDONLY)
+    try:
+        if _LIBC.syncfs(descriptor):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(files[0].parent))
+    finally:
+        os.close(descriptor)
 
 
 def sync(path: Path) -> None:

@@ -1,5 +1,7 @@
 """PartStore: what is there after a kill, what is verified, who may work, and with how many open files."""
 
+import ctypes
+import errno
 import json
 import os
 import resource
@@ -386,3 +388,42 @@ def test_others_may_read_it_as_usual(tmp_path):
         partial.unlink()
         partial.touch(mode=0o600)  # as some libraries do
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+@pytest.mark.parametrize("count", [2, files._MANY])
+def test_many_files_are_there_when_all_are_whole(tmp_path, count):
+    within = tmp_path / "within"
+    names = [tmp_path / f"folder {number % 2}" / f"{number}.npy" for number in range(count)]
+    for name in names[:2]:
+        name.parent.mkdir()
+    within.mkdir()
+
+    def write(text):
+        for name in names:
+            new_file(name).write_text(text)
+
+    with pytest.raises(RuntimeError), files.atomic_writes(within) as new_file:
+        write("half")
+        raise RuntimeError
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    with files.atomic_writes(within) as new_file:
+        write("whole")
+        assert not any(name.exists() for name in names)
+    assert [name.read_text() for name in names] == ["whole"] * count
+    assert not [*within.iterdir()]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere files are written to the disk one by one")
+def test_many_files_that_do_not_get_to_the_disk_have_no_names(tmp_path, monkeypatch):
+    class Failing:
+        @staticmethod
+        def syncfs(descriptor):
+            assert Path(f"/proc/self/fd/{descriptor}").resolve().parent == tmp_path
+            ctypes.set_errno(errno.EIO)
+            return -1
+
+    monkeypatch.setattr(files, "_LIBC", Failing)
+    with pytest.raises(OSError, match="Input/output error"), files.atomic_writes(tmp_path) as new_file:
+        for number in range(files._MANY):
+            new_file(tmp_path / str(number)).write_text("x")
+    assert not [*tmp_path.iterdir()]

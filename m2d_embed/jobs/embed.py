@@ -15,7 +15,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +28,9 @@ from torch import Tensor
 from m2d_embed.audio import Clip
 from m2d_embed.batching import DEFAULT_PIPELINE, Pipeline, Timestamps, encode_scenes, encode_timestamps
 from m2d_embed.errors import AudioError, ConfigError
-from m2d_embed.files import atomic_write
+from m2d_embed.files import atomic_write, atomic_writes
 from m2d_embed.jobs.arrays import write_array
-from m2d_embed.jobs.outputs import EMBEDDINGS, ENDINGS, TIMES, Listing, write_output
+from m2d_embed.jobs.outputs import EMBEDDINGS, ENDINGS, TIMES, write_output
 from m2d_embed.jobs.settings import Kind, job_settings
 from m2d_embed.jobs.store import Entry, PartStore, Stamp, key_of, stamp_of
 from m2d_embed.model import M2D
@@ -44,7 +44,6 @@ STORE_IN_FOLDER = "_m2d_embed"  # readers of folders of Parquet files pass over 
 _CLIPS_AT_A_TIME = 2048  # looked at and sorted together
 _SECONDS_A_PART = 5.0  # at most this much work is lost when a run is killed
 _BYTES_A_PART = 64 << 20
-_WRITERS = 8  # of a folder's files; waiting for the disk is what takes time
 _MOST_READS = 2  # of a file that changes while it is read
 
 
@@ -231,6 +230,7 @@ class Output(ABC):
         self._pending: list[tuple[Path, Stamp, Result | AudioError]] = []
         self._pending_bytes = 0
         self._last_written = time.monotonic()
+        self._writing: Future[None] | None = None
 
     @abstractmethod
     def begin(self, settings: dict[str, Any], overwrite: bool) -> None:
@@ -245,18 +245,34 @@ class Output(ABC):
         return self.store.done(key_of(file), stamp_of(file))
 
     def add(self, file: Path, stamp: Stamp, result: Result | AudioError) -> None:
-        """Keep one clip; every few seconds, or when there is much, write what has come as a part."""
+        """Keep one clip; every few seconds, or when there is much, write what has come as a part, in a thread.
+
+        Raises:
+            OSError: if a part could not be written, maybe the one before.
+        """
         self._pending.append((file, stamp, result))
         self._pending_bytes += result.embeddings.nbytes if isinstance(result, Result) else 0
         if self._pending_bytes > _BYTES_A_PART or time.monotonic() - self._last_written > _SECONDS_A_PART:
-            self.flush()
+            self._write_pending()
 
     def flush(self) -> None:
-        """Write what has come as a part."""
+        """Write what has come as a part, and wait until it is written."""
+        self._write_pending()
+        self._wait()
+
+    def _write_pending(self) -> None:
+        self._wait()  # one at a time: no more than two parts are in memory
         pending, self._pending, self._pending_bytes = self._pending, [], 0
         if pending:
-            self._write(pending)
+            pool = ThreadPoolExecutor(1)
+            self._writing = pool.submit(self._write, pending)
+            pool.shutdown(wait=False)
         self._last_written = time.monotonic()
+
+    def _wait(self) -> None:
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
     @abstractmethod
     def _write(self, pending: Sequence[tuple[Path, Stamp, Result | AudioError]]) -> None:
@@ -304,9 +320,8 @@ class FileOutput(Output):
     def finish(self, files: Sequence[Path]) -> None:
         """Put the parts together in the files' order, and remove them. Of no files at all nothing is left."""
         if files:
-            listing = Listing([str(file) for file in files], map(key_of, files))
             with atomic_write(self.output, within=self.store.folder) as partial:
-                write_output(partial, self.output.suffix, self.store, listing, self.settings)
+                write_output(partial, self.output.suffix, self.store, files, self.settings)
                 self._finished.touch()
         else:
             self.output.unlink(missing_ok=True)
@@ -353,26 +368,29 @@ class FolderOutput(Output):
         return [target] if self.kind == "scene" else [target, target.with_name(f"{file.name}.times.npy")]
 
     def _write(self, pending: Sequence[tuple[Path, Stamp, Result | AudioError]]) -> None:
-        def write(one: tuple[Path, Stamp, Result | AudioError]) -> tuple[Entry, list[Path]]:
-            file, _, result = one
-            if isinstance(result, AudioError):
-                return _entry(*one), []
-            targets = self._targets(file)
-            targets[0].parent.mkdir(parents=True, exist_ok=True)
-            arrays = [result.embeddings[0]] if result.times is None else [result.embeddings, result.times]
-            for target, array in zip(targets, arrays, strict=True):
-                with atomic_write(target, within=self.store.folder) as partial, partial.open("wb") as stream:
-                    write_array(stream, [array])
-            names = tuple(target.relative_to(self.output).as_posix() for target in targets)
-            return _entry(*one)._replace(files=names), targets
-
-        with ThreadPoolExecutor(_WRITERS) as pool:
-            written = list(pool.map(write, pending))
-        files = [target for _, targets in written for target in targets]
-        self.store.commit(self.store.new_name(), [entry for entry, _ in written], files)
+        entries, written = [], []
+        with atomic_writes(self.store.folder) as new_file:
+            for file, stamp, result in pending:
+                arrays = _arrays_of(result)
+                targets = self._targets(file)[: len(arrays)]
+                for target, array in zip(targets, arrays, strict=True):
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    with new_file(target).open("wb") as stream:
+                        write_array(stream, [array])
+                names = tuple(target.relative_to(self.output).as_posix() for target in targets)
+                entries.append(_entry(file, stamp, result)._replace(files=names))
+                written += targets
+        self.store.commit(self.store.new_name(), entries, written)
 
     def finish(self, files: Sequence[Path]) -> None:
         """Nothing is left to do."""
+
+
+def _arrays_of(result: Result | AudioError) -> list[Array]:
+    """A folder's arrays of a clip: (D,) of a scene, (rows, D) and (rows,) of timestamps, none of a bad file."""
+    if isinstance(result, AudioError):
+        return []
+    return [result.embeddings[0]] if result.times is None else [result.embeddings, result.times]
 
 
 def _entry(file: Path, stamp: Stamp, result: Result | AudioError) -> Entry:

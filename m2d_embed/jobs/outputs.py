@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from m2d_embed.errors import ConfigError
 from m2d_embed.jobs.arrays import ArrayReader, write_array, write_array_header
-from m2d_embed.jobs.store import Located, PartStore
+from m2d_embed.jobs.store import Located, PartStore, key_of
 
 log = logging.getLogger("m2d_embed")
 
@@ -29,44 +29,38 @@ _NAMES_AT_A_TIME = 1 << 14
 _NAMES_COLUMN, _TIMES_COLUMN, _EMBEDDINGS_COLUMN = "file", "timestamp_ms", "embedding"
 
 
-class Listing(NamedTuple):
-    """What goes into an output, in its order: names as they are shown, and the keys of their results."""
-
-    names: Sequence[str]
-    keys: Iterable[str]
-
-
-def write_output(path: Path, suffix: str, store: PartStore, listing: Listing, settings: dict[str, Any]) -> None:
+def write_output(path: Path, suffix: str, store: PartStore, files: Sequence[Path], settings: dict[str, Any]) -> None:
     """Write all rows of some results.
 
     Args:
-        path: of the file.
+        path: of the output.
         suffix: what it becomes, ``.npz`` or ``.parquet``.
         store: holds the results, each with ``EMBEDDINGS``, (rows, ``dim``) float32, and timed ones with ``TIMES``,
             (rows,) float64 in ms.
-        listing: which, in this order.
-        settings: of the job; they go into the file.
+        files: those whose results these are, in this order.
+        settings: of the job; they go into the output.
     """
-    (_write_npz if suffix == ".npz" else _write_parquet)(path, store, listing, settings)
+    (_write_npz if suffix == ".npz" else _write_parquet)(path, store, files, settings)
 
 
-def _write_parquet(path: Path, store: PartStore, listing: Listing, settings: dict[str, Any]) -> None:
+def _write_parquet(path: Path, store: PartStore, files: Sequence[Path], settings: dict[str, Any]) -> None:
     """One row an embedding; settings in the metadata."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     dim, timed = settings["dim"], settings["kind"] == "timestamps"
     schema = output_schema(settings)
-    located = store.locate(listing.keys)
-    # Embeddings do not compress.
+    located = store.locate(map(key_of, files))
+    # Embeddings do not compress. By default levels are encoded for 1,024 of their values at a time, at half the speed.
     options: dict[str, Any] = {
         "compression": {_NAMES_COLUMN: "zstd", _TIMES_COLUMN: "zstd", f"{_EMBEDDINGS_COLUMN}.list.element": "none"},
         "use_dictionary": [_NAMES_COLUMN],
         "write_statistics": [_NAMES_COLUMN, _TIMES_COLUMN],
+        "write_batch_size": 1 << 16,
     }
     with pq.ParquetWriter(path, schema, **options) as writer, closing(ArrayReader()) as reader:
         for first, block, vectors, *times in _gathered([EMBEDDINGS, TIMES][: 1 + timed], store, located, dim, reader):
-            names = pa.array(listing.names[first : first + len(block.rows)], pa.string())
+            names = pa.array(map(str, files[first : first + len(block.rows)]), pa.string())
             places = pa.array(np.repeat(np.arange(len(names), dtype=np.int32), block.rows))
             columns = [pa.DictionaryArray.from_arrays(places, names).dictionary_decode()]
             columns += map(pa.array, times)
@@ -88,13 +82,13 @@ def metadata_of(settings: dict[str, Any]) -> dict[str, str]:
     return {"m2d_embed": json.dumps(settings)}
 
 
-def _write_npz(path: Path, store: PartStore, listing: Listing, settings: dict[str, Any]) -> None:
+def _write_npz(path: Path, store: PartStore, files: Sequence[Path], settings: dict[str, Any]) -> None:
     """Names, settings and embeddings; of timed ones also the times, and where each clip begins."""
-    located = store.locate(listing.keys)
+    located = store.locate(map(key_of, files))
     total = int(located.rows.sum())
     with zipfile.ZipFile(path, "w") as archive, closing(ArrayReader()) as reader:
         with _member(archive, "files") as member:
-            _write_names(member, listing.names)
+            _write_names(member, files)
         with _member(archive, "settings") as member:
             np.lib.format.write_array(member, np.array(json.dumps(settings)), allow_pickle=False)
         with _member(archive, EMBEDDINGS) as member:
@@ -114,11 +108,11 @@ def _member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
     return archive.open(f"{name}.npy", "w", force_zip64=True)  # also names may be more than 2 GiB
 
 
-def _write_names(stream: IO[bytes], names: Sequence[str]) -> None:
-    dtype = np.dtype(f"<U{max(map(len, names))}")
-    write_array_header(stream, dtype, (len(names),))
-    for start in range(0, len(names), _NAMES_AT_A_TIME):
-        stream.write(np.array(names[start : start + _NAMES_AT_A_TIME], dtype).tobytes())
+def _write_names(stream: IO[bytes], files: Sequence[Path]) -> None:
+    dtype = np.dtype(f"<U{max(len(str(file)) for file in files)}")
+    write_array_header(stream, dtype, (len(files),))
+    for start in range(0, len(files), _NAMES_AT_A_TIME):
+        stream.write(np.array([str(file) for file in files[start : start + _NAMES_AT_A_TIME]], dtype).tobytes())
 
 
 def _gathered(
