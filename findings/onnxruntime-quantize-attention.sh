@@ -3,8 +3,8 @@
 #
 # One expects operators that the quantiser does not know to stay in float. It takes ONNX's `Attention`, though, for the
 # operator of the same name in com.microsoft, and writes a QAttention whose inputs are others; the file is written without
-# a word, and fails when a session opens it. A graph of opset 22 or less, where attention is MatMul and Softmax, works:
-# export audio transformers with opset 18 to 22 if they are to be quantised.
+# a word, and fails when a session opens it. ONNX has the operator since opset 23: export audio transformers with less if
+# they are to be quantised, and attention becomes other operators.
 # Seen on 2026-12-01 with onnxruntime 1.31.1 and onnx 1.23.2, on Linux for x86-64.
 set -euo pipefail
 folder=$(mktemp -d)
