@@ -77,6 +77,8 @@ def make_parts(folder: Path, output: Path, rows: int) -> None:
 def merge(folder: Path, output: Path, rows: int) -> dict[str, float]:
     """Take up the parts and put them together: seconds of each, and MB beyond what the process had before."""
     files = [Path(name_of(number)) for number in range(rows)]  # as a run has them all the time
+    for file in files:
+        str(file)  # which they keep
     before = peak_memory() or 0
     started = time.perf_counter()
     store = PartStore(folder, output)

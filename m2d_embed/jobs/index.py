@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,7 @@ Hashes = npt.NDArray[np.bytes_]
 Values = npt.NDArray[np.int64]
 
 ABSENT = -1
+_FOUND_TOGETHER = 1 << 16  # keys
 
 
 class Index:
@@ -35,7 +37,12 @@ class Index:
     def find(self, keys: Iterable[str]) -> Values:
         """The numbers of many keys, ABSENT where there is none."""
         self._sort_in()
-        wanted = hashes_of(keys)
+        remaining, found = iter(keys), [np.empty(0, np.int64)]
+        while len(wanted := hashes_of(islice(remaining, _FOUND_TOGETHER))):
+            found.append(self._find_some(wanted))
+        return np.concatenate(found)
+
+    def _find_some(self, wanted: Hashes) -> Values:
         if len(self._hashes) == 0:
             return np.full(len(wanted), ABSENT, np.int64)
         at = np.searchsorted(self._hashes, wanted).clip(max=len(self._hashes) - 1)
@@ -53,14 +60,15 @@ class Index:
     def set_many(self, hashes: Hashes, values: Values) -> None:
         """Set the numbers of the keys of these ``hashes_of``; of equal ones the last counts."""
         self._sort_in()
-        hashes = np.concatenate([self._hashes, hashes])
-        values = np.concatenate([self._values, values])
+        if len(self._hashes):  # of a million keys each copy is 24 MB
+            hashes, values = np.concatenate([self._hashes, hashes]), np.concatenate([self._values, values])
         order = np.argsort(hashes, kind="stable")
         hashes, values = hashes[order], values[order]
+        del order
         last = np.ones(len(hashes), bool)
         last[:-1] = hashes[1:] != hashes[:-1]
         last &= values != ABSENT
-        self._hashes, self._values = hashes[last], values[last]
+        self._hashes, self._values = (hashes, values) if last.all() else (hashes[last], values[last])
 
 
 def _hash(key: str) -> bytes:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import os
 import zipfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -25,6 +28,7 @@ Array = npt.NDArray[Any]
 EMBEDDINGS, TIMES = "embeddings", "times"  # arrays of a part
 ENDINGS = (".npz", ".parquet")
 _BLOCK_BYTES = 4 << 20  # of embeddings written at a time
+_MOST_BEHIND = 8  # pages of Parquet, 1 MiB each, that are waiting to be written
 _NAMES_AT_A_TIME = 1 << 14
 _NAMES_COLUMN, _TIMES_COLUMN, _EMBEDDINGS_COLUMN = "file", "timestamp_ms", "embedding"
 
@@ -56,9 +60,13 @@ def _write_parquet(path: Path, store: PartStore, files: Sequence[Path], settings
         "compression": {_NAMES_COLUMN: "zstd", _TIMES_COLUMN: "zstd", f"{_EMBEDDINGS_COLUMN}.list.element": "none"},
         "use_dictionary": [_NAMES_COLUMN],
         "write_statistics": [_NAMES_COLUMN, _TIMES_COLUMN],
-        "write_batch_size": 1 << 16,
+        "write_batch_size": 1 << 14,
     }
-    with pq.ParquetWriter(path, schema, **options) as writer, closing(ArrayReader()) as reader:
+    with (
+        closing(_WrittenBehind(path)) as sink,
+        pq.ParquetWriter(sink, schema, **options) as writer,
+        closing(ArrayReader()) as reader,
+    ):
         for first, block, vectors, *times in _gathered([EMBEDDINGS, TIMES][: 1 + timed], store, located, dim, reader):
             names = pa.array(map(str, files[first : first + len(block.rows)]), pa.string())
             places = pa.array(np.repeat(np.arange(len(names), dtype=np.int32), block.rows))
@@ -66,6 +74,44 @@ def _write_parquet(path: Path, store: PartStore, files: Sequence[Path], settings
             columns += map(pa.array, times)
             columns.append(pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), type=schema.types[-1]))
             writer.write_table(pa.table(columns, schema=schema))
+
+
+class _WrittenBehind(io.RawIOBase):
+    """A file that is written in a thread, and goes to the disk at once, while what comes next is encoded."""
+
+    def __init__(self, path: Path):
+        self._stream = path.open("wb")
+        self._pool = ThreadPoolExecutor(1)
+        self._writing: deque[Future[None]] = deque()
+        self._position = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def write(self, data: Any) -> int:
+        while len(self._writing) >= _MOST_BEHIND:
+            self._writing.popleft().result()
+        size = memoryview(data).nbytes
+        self._writing.append(self._pool.submit(self._write, data, self._position, size))
+        self._position += size
+        return size
+
+    def _write(self, data: Any, start: int, size: int) -> None:
+        self._stream.write(data)
+        if hasattr(os, "posix_fadvise"):  # else the system keeps gigabytes for the end, when nothing else is to be done
+            os.posix_fadvise(self._stream.fileno(), start, size, os.POSIX_FADV_DONTNEED)
+
+    def close(self) -> None:
+        try:
+            while self._writing:
+                self._writing.popleft().result()
+        finally:
+            self._pool.shutdown(cancel_futures=True)
+            self._stream.close()
+            super().close()
 
 
 def output_schema(settings: dict[str, Any]) -> Any:

@@ -230,9 +230,11 @@ class PartStore:
             hashes = hashes_of(entry.key for entry in record.entries)
             found.append((record.made_ns, file.stem, _as_part(file.stem, record), hashes))
         found.sort(key=lambda one: one[:2])
-        values = [self._register(part) for _, _, part, _ in found]
         if found:
-            self._index.set_many(np.concatenate([hashes for *_, hashes in found]), np.concatenate(values))
+            values = np.concatenate([self._register(part) for _, _, part, _ in found])
+            hashes = np.concatenate([hashes for *_, hashes in found])
+            found.clear()  # of a million results these are 16 MB
+            self._index.set_many(hashes, values)
 
     def remove_unfinished(self) -> None:
         """Remove what killed runs left half done in the folder; only with everything claimed."""
@@ -368,11 +370,11 @@ class PartStore:
         where = self._index.find(keys)
         if (where == ABSENT).any():
             raise KeyError(f"{self.output}: result {int(np.argmax(where == ABSENT))} of {len(where)} is not there")
-        parts, places = where >> 32, where & 0xFFFF_FFFF
-        firsts, rows = np.empty_like(parts), np.empty_like(parts)
-        order = np.argsort(parts, kind="stable")
-        for of_part in _runs(order, parts):
-            starts, place = self._parts[parts[of_part[0]]].starts, places[of_part]
+        parts, firsts = where >> 32, where & 0xFFFF_FFFF
+        del where
+        rows = np.empty_like(parts)
+        for of_part in _runs(np.argsort(parts, kind="stable"), parts):
+            starts, place = self._parts[parts[of_part[0]]].starts, firsts[of_part]
             firsts[of_part] = starts[place]
             rows[of_part] = starts[place + 1] - starts[place]
         return Located(parts, firsts, rows)
