@@ -14,7 +14,6 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 _MOST_OPEN = 8  # a job of a million clips has thousands of files, and a process may open a thousand
-_MOST_SKIPPED = 8  # rows between two that are wanted
 
 
 class ArrayReader:
@@ -48,12 +47,11 @@ class _ArrayFile:
         self.row_bytes = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
 
     def read_rows(self, rows: npt.NDArray[np.int64], into: Array, places: npt.NDArray[np.int64]) -> None:
-        """Put ``rows``, ascending, into these places; what lies between rows that are near is read with them."""
-        for run in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(rows) > _MOST_SKIPPED) + 1):
-            first, stop = rows[run[0]], rows[run[-1]] + 1
-            read = np.empty((stop - first, *self.shape[1:]), self.dtype)
-            self.read_into(read, int(first))
-            into[places[run]] = read[rows[run] - first]
+        """Put ``rows`` into these places; those that are neighbours here and there are read together."""
+        starts = np.flatnonzero((np.diff(rows, prepend=-2) != 1) | (np.diff(places, prepend=-2) != 1))
+        counts = np.diff(starts, append=len(rows))
+        for place, row, count in zip(places[starts].tolist(), rows[starts].tolist(), counts.tolist(), strict=True):
+            self.read_into(into[place : place + count], row)
 
     def read_into(self, rows: Array, first: int) -> None:
         """Fill ``rows``, contiguous, from the ``first`` row of the file on."""
