@@ -13,21 +13,50 @@ import sys
 import sysconfig
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 LIBRARY = "m2d_embed/native/kernels.so"
 _OLDEST_GLIBC = 17  # 2.17, of manylinux2014: older than what current wheels of torch ask for
-_COMMON = (
-    "-std=gnu11 -O3 -fPIC -fno-math-errno -mprefer-vector-width=512 -mfma -mavx512f -mavx512bw -mavx512vl -mavx512dq"
-)
-_FLAGS = {
-    "abi.c": "-std=gnu11 -O3 -fPIC",
-    "fp32.c": _COMMON,
-    "log_mel.c": _COMMON,
-    "avx512.c": f"{_COMMON} -mavx512bf16 -mavx512vnni",
-    "amx.c": f"{_COMMON} -mavx512bf16 -mamx-tile -mamx-bf16 -mamx-int8",
+_ALL = "-std=gnu11 -O3 -fPIC -fno-math-errno -ffp-contract=off"
+_AVX2 = f"{_ALL} -mavx2 -mfma"
+_AVX512 = f"{_AVX2} -mprefer-vector-width=512 -mavx512f -mavx512bw -mavx512vl -mavx512dq"
+
+
+class Unit(NamedTuple):
+    """A source, compiled for an instruction set."""
+
+    source: str
+    flags: str
+    name: str = ""  # in its functions' names
+    int8: bool = False
+
+    def command(self) -> list[str]:
+        """What a compiler is given, without paths."""
+        return [*self.flags.split(), *([f"-DM2D_NAME={self.name}"] if self.name else []), *["-DM2D_INT8"] * self.int8]
+
+
+UNITS = {
+    "x86_64": (
+        Unit("abi.c", _ALL),
+        Unit("blocks.c", _AVX2, "avx2_float"),
+        Unit("blocks.c", _AVX2, "avx2_int8", int8=True),
+        Unit("blocks.c", f"{_AVX2} -mavxvnni", "avx_vnni_int8", int8=True),
+        Unit("blocks.c", _AVX512, "avx512_float"),
+        Unit("blocks.c", f"{_AVX512} -mavx512vnni", "avx512_int8", int8=True),
+        Unit("log_mel.c", _AVX2, "avx2"),
+        Unit("log_mel.c", _AVX512, "avx512"),
+        Unit("avx512.c", f"{_AVX512} -mavx512bf16 -mavx512vnni"),
+        Unit("amx.c", f"{_AVX512} -mavx512bf16 -mamx-tile -mamx-bf16 -mamx-int8"),
+    ),
+    "aarch64": (
+        Unit("abi.c", _ALL),
+        Unit("blocks.c", _ALL, "neon_float"),
+        Unit("blocks.c", _ALL, "neon_int8", int8=True),
+        Unit("blocks.c", f"{_ALL} -march=armv8.2-a+dotprod", "neon_dot_int8", int8=True),
+        Unit("log_mel.c", _ALL, "neon"),
+    ),
 }
 
 
@@ -45,6 +74,10 @@ class KernelsBuildHook(BuildHookInterface):
         build_data["tag"] = f"py3-none-{platform_tag(Path(self.root) / LIBRARY)}"
 
 
+def _machine() -> str:
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine())
+
+
 def platform_tag(library: Path) -> str:
     """Which systems it runs on (PEP 600): those whose C library has the symbols that it was linked to."""
     needed = [int(minor) for minor in re.findall(rb"\0GLIBC_2\.(\d+)", library.read_bytes())]
@@ -60,14 +93,15 @@ def compile_kernels(root: Path) -> bool:
     if not compiler:
         print("m2d-embed: no C compiler, so no kernels; oneDNN takes their place", file=sys.stderr)
         return False
+    units = UNITS[_machine()]
     with tempfile.TemporaryDirectory() as folder:
-        objects = {source: str(Path(folder) / f"{source}.o") for source in _FLAGS}
+        objects = [str(Path(folder) / f"{number}.o") for number in range(len(units))]
         commands = [
-            [*compiler, *flags.split(), "-c", str(root / "m2d_embed/native" / source), "-o", objects[source]]
-            for source, flags in _FLAGS.items()
+            [*compiler, *unit.command(), "-c", str(root / "m2d_embed/native" / unit.source), "-o", target]
+            for unit, target in zip(units, objects, strict=True)
         ]
         library = str(Path(folder) / "kernels.so")
-        commands.append([*compiler, "-shared", *objects.values(), "-o", library])
+        commands.append([*compiler, "-shared", *objects, "-o", library])
         try:
             for command in commands:
                 subprocess.run(command, check=True, capture_output=True, text=True)

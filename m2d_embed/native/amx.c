@@ -19,7 +19,7 @@ typedef struct {
 
 INLINE void begin_products(void) {
   TileConfig config = {.palette = 1};
-  for (int i = 0; i < 8; i++) config.bytes_per_row[i] = 64, config.rows[i] = ROWS;
+  for (int i = 0; i < 8; i++) config.bytes_per_row[i] = 64, config.rows[i] = TILE_ROWS;
   __asm__ volatile("" ::"r"(&config) : "memory");  // GCC takes it to read no more than 8 bytes
   _tile_loadconfig(&config);
 }
@@ -76,5 +76,5 @@ int m2d_request_amx(void) {
   return (int)syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA);
 }
 
-int64_t m2d_amx_scratch(const Call* call) { return bytes_of_scratch(call); }
-void m2d_amx_run(const Call* call) { run_blocks(call); }
+int64_t m2d_amx_tiles_scratch(const Call* call) { return bytes_of_scratch(call); }
+void m2d_amx_tiles_run(const Call* call) { run_blocks(call); }

@@ -8,10 +8,10 @@
 #include "parallel.h"
 
 typedef struct {
-  const void* weight;   // packed: see the file that reads it
+  const void* weight;   // (outputs, inputs), or tiles: see the file that reads it
   const float* scales;  // int8: what a step of each output's weights is worth
   const void* bias;     // or NULL
-  int32_t bias_is_bf16;
+  int32_t bias_is_bf16, weight_is_bf16;
 } Linear;
 
 typedef struct {

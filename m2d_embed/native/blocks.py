@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from m2d_embed.native.library import Kernels, Kind, Scratch, available, in_large_pages, kernels
+from m2d_embed.native.library import TILED, Kernels, Kind, Scratch, Unit, available, functions_of, in_large_pages, kernels
 from m2d_embed.native.structures import Block, Call, Linear, Norm
 
 #: Widths must be multiples of these: of a block's vectors, of those of one head.
@@ -118,8 +118,8 @@ class NativeBlocks:
     def __init__(self, blocks: Sequence[BlockLike], norm: nn.LayerNorm | None, kind: Kind):
         self.kind = kind
         self.scratch = Scratch()
-        compiled = cast(Kernels, kernels())
-        self._functions = _functions(compiled.library, "fp32" if kind == "fp32" else available()[kind])
+        compiled, unit = cast(Kernels, kernels()), available()[kind]
+        self._functions = _functions(compiled.library, functions_of(kind, unit))
         self._runtime = ctypes.pointer(compiled.runtime)
         self._norm = norm
         self._shape = Shape.of(blocks[0])
@@ -128,7 +128,7 @@ class NativeBlocks:
             for block in blocks
         ]
         self._norms = [*([] if norm is None else [norm]), *(norm for norms, _ in self._parts for norm in norms)]
-        self._matrices = _lay_out([layer.weight for _, layers in self._parts for layer in layers], kind)
+        self._matrices = _lay_out([layer.weight for _, layers in self._parts for layer in layers], kind, unit)
         self._pointed = _Pointed([], (Block * 0)(), Norm(), [])  # replaced as a whole: threads may exchange it
 
     def __call__(self, x: Tensor, blocks: range) -> Tensor:
@@ -201,14 +201,12 @@ class NativeBlocks:
             return kept[-1].data_ptr()
 
         def linear(layer: nn.Linear) -> Linear:
-            tiles, scales = next(matrices) if self._matrices else (None, None)
-            if self.kind == "fp32":
-                weight = readable(layer.weight) if tiles is None else tiles.data_ptr()
-                return Linear(weight, None, readable(layer.bias), False)
-            assert tiles is not None
+            kept_weight, scales = next(matrices) if self._matrices else (layer.weight, None)
+            weight = readable(kept_weight, kept_weight.dtype)
             is_bf16 = layer.bias is not None and layer.bias.dtype == torch.bfloat16
             bias = readable(layer.bias, torch.bfloat16 if is_bf16 else torch.float32)
-            return Linear(tiles.data_ptr(), None if scales is None else scales.data_ptr(), bias, is_bf16)
+            steps = None if scales is None else scales.data_ptr()
+            return Linear(weight, steps, bias, is_bf16, kept_weight.dtype == torch.bfloat16)
 
         def structure(norm: nn.LayerNorm) -> Norm:
             return Norm(readable(norm.weight), readable(norm.bias), norm.eps)
@@ -223,25 +221,25 @@ class NativeBlocks:
 
 
 class _Matrix(NamedTuple):
-    tiles: Tensor  # as ``tiles.h`` describes them, or float32 (out, in)
+    weight: Tensor  # (out, in), or tiles, as ``tiles.h`` describes them
     scales: Tensor | None  # int8: what a step of each row is worth
 
 
-def _lay_out(weights: list[Tensor], kind: Kind) -> list[_Matrix]:
-    """Matrices, (out, in), as a kernel reads them: float32 ones as they are, and so there is nothing here."""
-    if kind == "fp32":
-        own = all(weight.dtype == torch.float32 for weight in weights)
-        return [] if own else [_Matrix(weight.detach().float(), None) for weight in weights]
-    dtype = torch.bfloat16 if kind == "bf16" else torch.int8
+def _lay_out(weights: list[Tensor], kind: Kind, unit: Unit) -> list[_Matrix]:
+    """Matrices, (out, in), as a kernel reads them; nothing if it reads them as they are."""
+    in_tiles = unit in TILED
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}[kind]
+    if not in_tiles and {weight.dtype for weight in weights} <= {dtype, torch.bfloat16}:
+        return []
     sizes = [weight.numel() * dtype.itemsize for weight in weights]
     outputs = [len(weight) for weight in weights]
     # All in one piece each: small ones between large ones would keep those from being given back to the system.
     memories, kept = in_large_pages(sum(sizes)).split(sizes), torch.empty(sum(outputs), device="cpu").split(outputs)
     found = []
     for weight, memory, scales in zip(weights, memories, kept, strict=True):
-        rounded, steps = (weight.detach().to(dtype), None) if kind == "bf16" else rounded_to_int8(weight)
-        tiles = _as_tiles(rounded)
-        laid_out = memory.view(dtype).view(tiles.shape).copy_(tiles)
+        rounded, steps = (weight.detach().to(dtype), None) if kind != "int8" else rounded_to_int8(weight)
+        arranged = _as_tiles(rounded) if in_tiles else rounded
+        laid_out = memory.view(dtype).view(arranged.shape).copy_(arranged)
         found.append(_Matrix(laid_out, None if steps is None else scales.copy_(steps)))
     return found
 

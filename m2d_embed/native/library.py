@@ -25,30 +25,54 @@ log = logging.getLogger("m2d_embed")
 
 #: What a block's products are computed in.
 Kind = Literal["fp32", "bf16", "int8"]
-#: What of the processor computes them: the matrix unit, or vectors.
-Unit = Literal["amx", "avx512"]
+#: What of the processor computes them: a matrix unit, or vectors.
+Unit = Literal["amx", "avx512_bf16", "avx512", "avx_vnni", "avx2", "neon_dot", "neon"]
 
 ISA_VARIABLE = "M2D_EMBED_ISA"
 _LARGE_PAGE = 2 << 20
 _LIBRARY = Path(__file__).with_name("kernels.so")
 _CPUINFO = Path("/proc/cpuinfo")
-_AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma"}
+_AVX2 = {"avx2", "fma"}
+_AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
 _AVX512_BF16 = _AVX512 | {"avx512_bf16"}
 _AMX = _AVX512_BF16 | {"amx_tile", "amx_bf16"}
-#: What of the processor each kind needs in which unit, the faster unit first.
+#: What of the processor each kind needs in which unit, the fastest unit first.
 _FEATURES: dict[Kind, dict[Unit, set[str]]] = {
-    "fp32": {"avx512": _AVX512},
-    "bf16": {"amx": _AMX, "avx512": _AVX512_BF16},
-    "int8": {"amx": _AMX | {"amx_int8"}, "avx512": _AVX512_BF16 | {"avx512_vnni"}},
+    "fp32": {"avx512": _AVX512, "avx2": _AVX2, "neon": {"asimd"}},
+    "bf16": {"amx": _AMX, "avx512_bf16": _AVX512_BF16, "avx512": _AVX512, "avx2": _AVX2, "neon": {"asimd"}},
+    "int8": {
+        "amx": _AMX | {"amx_int8"},
+        "avx512_bf16": _AVX512_BF16 | {"avx512_vnni"},
+        "avx512": _AVX512 | {"avx512_vnni"},
+        "avx_vnni": _AVX2 | {"avx_vnni"},
+        "avx2": _AVX2,
+        "neon_dot": {"asimd", "asimddp"},
+        "neon": {"asimd"},
+    },
 }
-#: What of the processor the kernels may use, by the value of ``M2D_EMBED_ISA``. There are none for AVX2 so far.
+#: What of the processor the kernels may use, by the value of ``M2D_EMBED_ISA``.
 _LIMITS: dict[str, set[str]] = {
     "off": set(),
-    "avx2": {"avx2", "fma"},
+    "avx2": _AVX2,
+    "avx_vnni": _AVX2 | {"avx_vnni"},
     "avx512": _AVX512,
+    "avx512_vnni": _AVX512 | {"avx512_vnni"},
     "avx512_bf16": _AVX512_BF16 | {"avx512_vnni"},
     "amx": _AMX | {"amx_int8", "avx512_vnni"},
+    "neon": {"asimd"},
+    "neon_dot": {"asimd", "asimddp"},
 }
+
+
+#: Units whose kernels read matrices as tiles.
+TILED: frozenset[Unit] = frozenset({"amx", "avx512_bf16"})
+
+
+def functions_of(kind: Kind, unit: Unit) -> str:
+    """What the functions are called by that compute blocks."""
+    if unit in TILED:
+        return f"{unit.removesuffix('_bf16')}_tiles"
+    return f"{unit}_{'int8' if kind == 'int8' else 'float'}"
 
 
 class Kernels:
@@ -148,7 +172,7 @@ def available() -> Mapping[Kind, Unit]:
     """
     limit = isa_limit()
     flags = _processor_flags() if limit is None else _processor_flags() & _LIMITS[limit]
-    library = kernels() if flags >= _AVX512 else None
+    library = kernels() if flags else None
     if library is None:
         return MappingProxyType({})
     missing = set() if flags >= _AMX and library.request_amx() else {"amx"}

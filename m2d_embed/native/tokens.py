@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from m2d_embed.native.blocks import Functions
-from m2d_embed.native.library import Kernels, Scratch, kernels
+from m2d_embed.native.library import Kernels, Scratch, available, kernels
 from m2d_embed.native.structures import Call, Linear, TokensCall
 
 _OUTPUTS, _INPUTS = 32, 16  # a width, and the values of a patch, must be multiples of these
@@ -20,7 +20,7 @@ _SCRATCH = Scratch()
 
 @cache
 def _functions(library: ctypes.CDLL) -> Functions:
-    return Functions.of(library, "tokens", TokensCall)
+    return Functions.of(library, f"{available()['fp32']}_float_tokens", TokensCall)
 
 
 def fits_tokens(projection: nn.Conv2d) -> bool:

@@ -1,0 +1,54 @@
+// The compiler's own vectors, for any processor: what tests run where a set is not there, and under sanitizers.
+
+enum { LANES = 16, ROWS = 4, WIDTH = 32 };
+
+typedef float V __attribute__((vector_size(64), may_alias));
+typedef int32_t W __attribute__((vector_size(64), may_alias));
+
+INLINE V v_load(const void* from) {
+  V x;
+  memcpy(&x, from, sizeof x);
+  return x;
+}
+INLINE void v_store(void* to, V x) { memcpy(to, &x, sizeof x); }
+INLINE V v_set1(float x) { return (V){0} + x; }
+INLINE V v_fma(V a, V b, V c) { return a * b + c; }
+INLINE V v_fnma(V a, V b, V c) { return c - a * b; }
+INLINE V v_pick(W which, V yes, V no) { return (V)((which & (W)yes) | (~which & (W)no)); }
+INLINE V v_greater(V a, V b, V yes, V no) { return v_pick(a > b, yes, no); }
+INLINE V v_max(V a, V b) { return v_greater(a, b, a, b); }
+INLINE V v_min(V a, V b) { return v_greater(b, a, a, b); }
+INLINE V v_round(V x) {  // numbers from 2^23 on, infinity and NaN are what they were
+  V size = (V)((W)x & INT32_MAX), large = v_set1(8388608.0f), shift = (V)((W)large | ((W)x & INT32_MIN));
+  return v_greater(large, size, (x + shift) - shift, x);
+}
+INLINE W v_to_int(V x) {  // what does not fit becomes the lowest number
+  V size = (V)((W)x & INT32_MAX);
+  W fits = size < 2147483648.0f, whole = __builtin_convertvector(v_pick(fits, v_round(x), (V){0}), W);
+  return (fits & whole) | (~fits & INT32_MIN);
+}
+INLINE V v_from_int(W x) { return __builtin_convertvector(x, V); }
+INLINE V v_from_bf16(const uint16_t* from) {
+  uint32_t wide[LANES];
+  for (int i = 0; i < LANES; i++) wide[i] = (uint32_t)from[i] << 16;
+  return v_load(wide);
+}
+
+INLINE void v_transpose(V r[LANES]) {
+  float rows[LANES][LANES], columns[LANES][LANES];
+  memcpy(rows, r, sizeof rows);
+  for (int i = 0; i < LANES; i++) {
+    for (int j = 0; j < LANES; j++) columns[j][i] = rows[i][j];
+  }
+  memcpy(r, columns, sizeof columns);
+}
+
+#define PER_UNIT 2
+INLINE W w_dot(W sum, W levels, W weights) {
+  return sum + (levels << 16 >> 16) * (weights << 16 >> 16) + (levels >> 16) * (weights >> 16);
+}
+INLINE V w_load_units(const int8_t* from) {
+  int16_t wide[PER_UNIT * LANES];
+  for (int i = 0; i < PER_UNIT * LANES; i++) wide[i] = from[i];
+  return v_load(wide);
+}
