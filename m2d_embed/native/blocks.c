@@ -136,35 +136,31 @@ INLINE V gelu(V x) {
   return v_greater(x, v_zero(), x - half, half);
 }
 
-typedef V Sums[ROWS][VECTORS];
-
-INLINE void clear(Sums sums, int rows, int vectors) {
-  for (int r = 0; r < rows; r++) {
-    for (int j = 0; j < vectors; j++) sums[r][j] = v_zero();
+// sums += a (rows x inner) b (inner x vectors)
+#define ADD_PRODUCTS(name, Sum, product)                                                                            \
+  INLINE void name(const Unit* a, int64_t a_stride, const Unit* b, int64_t b_stride, int64_t inner, int rows,       \
+                   int vectors, Sum sums[ROWS][VECTORS]) {                                                          \
+    for (int64_t k = 0; k < inner; k++) {                                                                           \
+      V v[VECTORS];                                                                                                 \
+      UNROLLED(int j = 0; j < vectors; j++) v[j] = v_load(b + k * b_stride + LANES * j);                            \
+      UNROLLED(int r = 0; r < rows; r++) {                                                                          \
+        V value = v_set1(a[r * a_stride + k]);                                                                      \
+        UNROLLED(int j = 0; j < vectors; j++) sums[r][j] = product(sums[r][j], value, v[j]);                        \
+      }                                                                                                             \
+    }                                                                                                               \
   }
-}
 
-INLINE V add_product(V sum, V a, V b, int is_int8) {
+INLINE V plus_product(V sum, V a, V b) { return v_fma(a, b, sum); }
+ADD_PRODUCTS(add_products, V, plus_product)
+
 #ifdef M2D_INT8
-  if (is_int8) return (V)w_dot((W)sum, (W)a, (W)b);
+typedef W Sum;
+INLINE W plus_levels(W sum, V a, V b) { return w_dot(sum, (W)a, (W)b); }
+ADD_PRODUCTS(add_levels, W, plus_levels)
 #else
-  (void)is_int8;
+typedef V Sum;
+#define add_levels add_products
 #endif
-  return v_fma(a, b, sum);
-}
-
-// sums += a (rows x inner) b (inner x WIDTH)
-INLINE void add_products(const Unit* a, int64_t a_stride, const Unit* b, int64_t b_stride, int64_t inner, int rows,
-                         int vectors, int is_int8, Sums sums) {
-  for (int64_t k = 0; k < inner; k++) {
-    V v[VECTORS];
-    for (int j = 0; j < vectors; j++) v[j] = v_load(b + k * b_stride + LANES * j);
-    for (int r = 0; r < rows; r++) {
-      V value = v_set1(a[r * a_stride + k]);
-      for (int j = 0; j < vectors; j++) sums[r][j] = add_product(sums[r][j], value, v[j], is_int8);
-    }
-  }
-}
 
 typedef enum { TO_OUTPUT, TO_RESIDUAL, TO_HIDDEN } Destination;
 
@@ -178,27 +174,26 @@ typedef struct {
   Ahead* ahead;
 } Product;
 
-INLINE V finished(const Product* p, V sum, int row, int column) {
+INLINE V finished(const Product* p, Sum sum, int row, int column) {
 #ifdef M2D_INT8
-  W whole = (W)sum;
-  if (OFFSET) whole -= (W)v_load(p->surplus + column);
-  sum = v_from_int(whole) * v_load(p->scales + column) * v_set1(p->row_scales[row]);
+  if (OFFSET) sum -= (W)v_load(p->surplus + column);
+  V x = v_from_int(sum) * v_load(p->scales + column) * v_set1(p->row_scales[row]);
+#else
+  V x = sum;
 #endif
-  sum += v_load(p->bias + column);
-  if (p->destination == TO_RESIDUAL) sum += v_load(p->out + row * p->out_stride + column);
-  return p->destination == TO_HIDDEN ? gelu(sum) : sum;
+  x += v_load(p->bias + column);
+  if (p->destination == TO_RESIDUAL) x += v_load(p->out + row * p->out_stride + column);
+  return p->destination == TO_HIDDEN ? gelu(x) : x;
 }
 
 INLINE void multiply(Product* p, int rows, int vectors) {
-  Sums sums;
-  clear(sums, rows, vectors);
+  Sum sums[ROWS][VECTORS] = {0};
   for (int64_t k = 0; k < p->inner; k += STEP) {
     fetch(p->ahead);
-    add_products(p->a + k, p->inner, p->panel + k * WIDTH, WIDTH, at_most(STEP, p->inner - k), rows, vectors,
-                 VALUES > 1, sums);
+    add_levels(p->a + k, p->inner, p->panel + k * WIDTH, WIDTH, at_most(STEP, p->inner - k), rows, vectors, sums);
   }
-  for (int r = 0; r < rows; r++) {
-    for (int j = 0; j < vectors; j++) {
+  UNROLLED(int r = 0; r < rows; r++) {
+    UNROLLED(int j = 0; j < vectors; j++) {
       v_store(p->out + r * p->out_stride + LANES * j, finished(p, sums[r][j], r, LANES * j));
     }
   }
@@ -426,27 +421,25 @@ typedef struct {
 
 INLINE void weigh(const Head* h, int64_t first, int rows, int vectors, const float* reciprocals) {
   const Shape* s = h->shape;
-  Sums sums;
-  clear(sums, rows, vectors);
-  add_products(h->scores, s->width, h->values + first, 3 * s->dim, s->tokens, rows, vectors, 0, sums);
-  for (int r = 0; r < rows; r++) {
+  V sums[ROWS][VECTORS] = {0};
+  add_products(h->scores, s->width, h->values + first, 3 * s->dim, s->tokens, rows, vectors, sums);
+  UNROLLED(int r = 0; r < rows; r++) {
     V factor = v_set1(reciprocals[r]);
-    for (int j = 0; j < vectors; j++) v_store(h->to + r * s->dim + first + LANES * j, sums[r][j] * factor);
+    UNROLLED(int j = 0; j < vectors; j++) v_store(h->to + r * s->dim + first + LANES * j, sums[r][j] * factor);
   }
 }
 
 INLINE void attend(const Head* h, int rows) {
   const Shape* s = h->shape;
   for (int64_t first = 0; first < s->width; first += WIDTH) {
-    Sums sums;
-    clear(sums, rows, VECTORS);
-    add_products(h->q, 3 * s->dim, h->keys + first * s->head_dim, WIDTH, s->head_dim, rows, VECTORS, 0, sums);
-    for (int r = 0; r < rows; r++) {
-      for (int j = 0; j < VECTORS; j++) v_store(h->scores + r * s->width + first + LANES * j, sums[r][j]);
+    V sums[ROWS][VECTORS] = {0};
+    add_products(h->q, 3 * s->dim, h->keys + first * s->head_dim, WIDTH, s->head_dim, rows, VECTORS, sums);
+    UNROLLED(int r = 0; r < rows; r++) {
+      UNROLLED(int j = 0; j < VECTORS; j++) v_store(h->scores + r * s->width + first + LANES * j, sums[r][j]);
     }
   }
   float reciprocals[ROWS], factor = 1.0f / __builtin_sqrtf(s->head_dim);
-  for (int r = 0; r < rows; r++) reciprocals[r] = 1.0f / softmax(h->scores + r * s->width, s->tokens, factor);
+  UNROLLED(int r = 0; r < rows; r++) reciprocals[r] = 1.0f / softmax(h->scores + r * s->width, s->tokens, factor);
   int64_t first = 0;
   for (; first + WIDTH <= s->head_dim; first += WIDTH) weigh(h, first, rows, VECTORS, reciprocals);
   if (first < s->head_dim) weigh(h, first, rows, at_least(1, VECTORS / 2), reciprocals);

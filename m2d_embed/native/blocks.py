@@ -17,6 +17,7 @@ from m2d_embed.native.structures import Block, Call, Linear, Norm
 #: Widths must be multiples of these: of a block's vectors, of those of one head.
 _MULTIPLES: dict[Kind, tuple[int, int]] = {"fp32": (32, 32), "bf16": (32, 32), "int8": (64, 32)}
 _INT8_LARGEST = 127
+_AVX2_LARGEST = 63  # 7 bits, as AVX2's sums of two products saturate (``vec_avx2.h``)
 _SMALLEST_SCALE = 1e-12
 
 
@@ -235,20 +236,21 @@ def _lay_out(weights: list[Tensor], kind: Kind, unit: Unit) -> list[_Matrix]:
     outputs = [len(weight) for weight in weights]
     # All in one piece each: small ones between large ones would keep those from being given back to the system.
     memories, kept = in_large_pages(sum(sizes)).split(sizes), torch.empty(sum(outputs), device="cpu").split(outputs)
+    largest = _AVX2_LARGEST if unit == "avx2" else _INT8_LARGEST
     found = []
     for weight, memory, scales in zip(weights, memories, kept, strict=True):
-        rounded, steps = (weight.detach().to(dtype), None) if kind != "int8" else rounded_to_int8(weight)
+        rounded, steps = (weight.detach().to(dtype), None) if kind != "int8" else rounded_to_int8(weight, largest)
         arranged = _as_tiles(rounded) if in_tiles else rounded
         laid_out = memory.view(dtype).view(arranged.shape).copy_(arranged)
         found.append(_Matrix(laid_out, None if steps is None else scales.copy_(steps)))
     return found
 
 
-def rounded_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A matrix, (out, in), in int8, and what a step of each of its rows is worth, (out,) float32."""
+def rounded_to_int8(weight: Tensor, levels: int = _INT8_LARGEST) -> tuple[Tensor, Tensor]:
+    """A matrix, (out, in), in int8, from -levels to levels, and what a step of each row is worth, (out,) float32."""
     values = weight.detach().to(torch.float32, copy=True)  # changed in place, for memory's sake
     largest = torch.maximum(values.amax(dim=1), -values.amin(dim=1))
-    scales = (largest / _INT8_LARGEST).clamp_min(_SMALLEST_SCALE)
+    scales = (largest / levels).clamp_min(_SMALLEST_SCALE)
     return values.div_(scales[:, None]).round_().to(torch.int8), scales
 
 

@@ -31,6 +31,8 @@
 #include "vec_generic.h"
 #endif
 
+#define UNROLLED(...) _Pragma("GCC unroll 16") for (__VA_ARGS__)
+
 INLINE V v_zero(void) { return v_set1(0); }
 INLINE V v_abs(V x) { return (V)((W)x & INT32_MAX); }
 

@@ -1,4 +1,4 @@
-// AVX2 and FMA. int8: AVX-VNNI, or without it products of 16 bits, as those of 8 bits (vpmaddubsw) saturate.
+// AVX2 and FMA. int8: AVX-VNNI, or without it weights of 7 bits, as AVX2's own products of 8 bits saturate.
 
 #include <immintrin.h>
 
@@ -47,7 +47,13 @@ INLINE W w_dot(W sum, W levels, W weights) {
 }
 INLINE V w_load_units(const int8_t* from) { return v_load(from); }
 #else
-#define PER_UNIT 2
-INLINE W w_dot(W sum, W levels, W weights) { return sum + (W)_mm256_madd_epi16((__m256i)levels, (__m256i)weights); }
-INLINE V w_load_units(const int8_t* from) { return (V)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)from)); }
+// Pairs of products are summed in 16 bits, with saturation: of 255 x 63 they are no more than 32,130.
+#define LEVELS_ARE_UNSIGNED 1
+#define PER_UNIT 4
+INLINE W w_dot(W sum, W levels, W weights) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  __m256i pairs = _mm256_maddubs_epi16((__m256i)levels, (__m256i)weights);
+  return sum + (W)_mm256_madd_epi16(pairs, ones);
+}
+INLINE V w_load_units(const int8_t* from) { return v_load(from); }
 #endif
