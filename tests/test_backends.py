@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import TINY, random_model
 
-from m2d_embed import backends
+from m2d_embed import backends, native
 from m2d_embed.backends import Capabilities, TorchFacts, Traits, capabilities_of, choose
 from m2d_embed.native import Shape
 
@@ -136,13 +136,15 @@ model = m2d_embed.load_model(device="cpu", dtype="bf16")
 print(dict(native.available()), sorted(backends.capabilities().onednn), *model.encode([torch.ones(8000)]).shape)
 """
 
+AVX2_KERNELS = "{'fp32': 'avx2', 'bf16': 'avx2', 'int8': 'avx2'}" if native.kernels() else "{}"
+
 
 @pytest.mark.parametrize(
     ("settings", "kernels", "onednn"),
     [
         ({"M2D_EMBED_ISA": "off"}, "{}", None),
         ({"M2D_EMBED_ISA": "off", "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}, "{}", "['fp32']"),
-        ({"M2D_EMBED_ISA": "avx2", "ATEN_CPU_CAPABILITY": "avx2"}, "{}", "['fp32']"),
+        ({"M2D_EMBED_ISA": "avx2", "ATEN_CPU_CAPABILITY": "avx2"}, AVX2_KERNELS, "['fp32']"),
     ],
 )
 @pytest.mark.skipif("fp32" not in backends.capabilities().onednn, reason="oneDNN packs on x86 CPUs")

@@ -11,7 +11,17 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from m2d_embed.native.library import TILED, Kernels, Kind, Scratch, Unit, available, functions_of, in_large_pages, kernels
+from m2d_embed.native.library import (
+    TILED,
+    Kernels,
+    Kind,
+    Scratch,
+    Unit,
+    available,
+    functions_of,
+    in_large_pages,
+    kernels,
+)
 from m2d_embed.native.structures import Block, Call, Linear, Norm
 
 #: Widths must be multiples of these: of a block's vectors, of those of one head.
