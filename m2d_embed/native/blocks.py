@@ -1,4 +1,4 @@
-"""Transformer blocks as kernels: ``amx.c`` or ``avx512.c`` for bfloat16 and int8, ``fp32.c`` for float32."""
+"""Transformer blocks as kernels: ``amx.c`` or ``avx512.c`` where weights are tiles, else ``blocks.c``."""
 
 from __future__ import annotations
 
@@ -239,7 +239,7 @@ def _lay_out(weights: list[Tensor], kind: Kind, unit: Unit) -> list[_Matrix]:
     """Matrices, (out, in), as a kernel reads them; nothing if it reads them as they are."""
     in_tiles = unit in TILED
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}[kind]
-    if not in_tiles and {weight.dtype for weight in weights} <= {dtype, torch.bfloat16}:
+    if not in_tiles and kind != "int8" and {weight.dtype for weight in weights} <= {dtype, torch.bfloat16}:
         return []
     sizes = [weight.numel() * dtype.itemsize for weight in weights]
     outputs = [len(weight) for weight in weights]
