@@ -138,7 +138,7 @@ def load(file: Path) -> Kernels:
         LoadError: if it is not there, is no library, or was built of other sources than these; or torch has no OpenMP.
     """
     if not file.exists():
-        raise LoadError("The kernels were not compiled when this package was installed.")
+        raise LoadError("The kernels were not compiled when this package was installed; with a C compiler they are.")
     again = "install m2d-embed again to compile its kernels."
     try:
         library = ctypes.CDLL(str(file))
