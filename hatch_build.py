@@ -40,6 +40,7 @@ class Unit(NamedTuple):
 UNITS = {
     "x86_64": (
         Unit("abi.c", _ALL),
+        Unit("processor.c", _ALL),
         Unit("blocks.c", _AVX2, "avx2_float"),
         Unit("blocks.c", _AVX2, "avx2_int8", int8=True),
         Unit("blocks.c", f"{_AVX2} -mavxvnni", "avx_vnni_int8", int8=True),
@@ -52,6 +53,7 @@ UNITS = {
     ),
     "aarch64": (
         Unit("abi.c", _ALL),
+        Unit("processor.c", _ALL),
         Unit("blocks.c", _ALL, "neon_float"),
         Unit("blocks.c", _ALL, "neon_int8", int8=True),
         Unit("blocks.c", f"{_ALL} -march=armv8.2-a+dotprod", "neon_dot_int8", int8=True),

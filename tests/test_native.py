@@ -417,7 +417,6 @@ def test_without_the_library_onednn_does_it(monkeypatch, tmp_path):
     monkeypatch.setattr(library, "_LIBRARY", tmp_path / "kernels.so")
     assert "not compiled when" in str(library._attempt.__wrapped__())
     monkeypatch.setattr(library, "kernels", lambda: None)
-    monkeypatch.setattr(library, "_processor_flags", lambda: set(AMX.split()))
     assert library.available.__wrapped__() == {}
     modules = torch.nn.ModuleList([random_block(64, 2, 256)])
     x = tokens(2, 20, 64)
@@ -441,7 +440,7 @@ def test_what_is_no_library_is_said_once(monkeypatch, tmp_path, caplog):
         ("blocks.h", "int64_t windows, tokens;", "int64_t tokens, windows;"),  # exchanged: the same size
         ("log_mel.h", "float eps, mean, std;", "float eps, mean, std, gain, floor;"),
         ("parallel.h", "int (*num_threads)(void);\n", "int (*num_threads)(void);\n  void* more;\n"),
-        ("abi.c", "enum { MEANING = 1 };", "enum { MEANING = 2 };"),
+        ("abi.c", "enum { MEANING = 2 };", "enum { MEANING = 3 };"),
     ],
 )
 def test_a_library_of_other_sources_is_never_called(monkeypatch, tmp_path, caplog, header, was, becomes):
@@ -456,7 +455,6 @@ def test_a_library_of_other_sources_is_never_called(monkeypatch, tmp_path, caplo
         library.load(stale)
     monkeypatch.setattr(library, "_LIBRARY", stale)
     monkeypatch.setattr(library, "_attempt", functools.cache(library._attempt.__wrapped__))
-    monkeypatch.setattr(library, "_processor_flags", lambda: set(AMX.split()))
     assert native.kernels() is None and library.available.__wrapped__() == {}
     assert "install m2d-embed again" in native.why_no_kernels()
     assert caplog.text.count("is not of these sources") == 1
@@ -478,57 +476,6 @@ def test_impossible_limits_are_refused(monkeypatch):
     monkeypatch.setenv("M2D_EMBED_ISA", "sse9")
     with pytest.raises(ConfigError, match="M2D_EMBED_ISA=sse9 is not possible; choose one of off, avx2, avx512,"):
         m2d_embed.load_model(device="cpu")
-
-
-AVX512 = "fma avx512f avx512bw avx512vl avx512dq"
-AMX = f"{AVX512} avx512_bf16 amx_tile amx_bf16 amx_int8"
-
-
-EVERYTHING = f"{AMX} avx512_vnni avx2"
-
-
-@pytest.mark.parametrize(
-    ("limit", "expected"),
-    [
-        ("", {"fp32": "avx512", "bf16": "amx", "int8": "amx"}),
-        ("amx", {"fp32": "avx512", "bf16": "amx", "int8": "amx"}),
-        ("avx512_bf16", {"fp32": "avx512", "bf16": "avx512", "int8": "avx512"}),
-        ("AVX512", {"fp32": "avx512"}),
-        ("avx2", {}),
-        ("off", {}),
-    ],
-)
-def test_a_variable_limits_what_is_used_of_the_processor(monkeypatch, tmp_path, generic_kernels, limit, expected):
-    (tmp_path / "cpuinfo").write_text(f"flags\t\t: {EVERYTHING}\n")
-    monkeypatch.setattr(library, "_CPUINFO", tmp_path / "cpuinfo")
-    monkeypatch.setattr(library, "kernels", lambda: generic_kernels)
-    monkeypatch.setattr(generic_kernels, "request_amx", lambda: True)
-    monkeypatch.setenv("M2D_EMBED_ISA", limit)
-    assert library.available.__wrapped__() == expected
-
-
-@pytest.mark.parametrize(
-    ("flags", "granted", "expected"),
-    [
-        ("", False, {}),
-        ("fma avx2", False, {}),
-        (AVX512, False, {"fp32": "avx512"}),
-        (f"{AVX512} avx512_vnni", False, {"fp32": "avx512"}),
-        (f"{AVX512} avx512_bf16", False, {"fp32": "avx512", "bf16": "avx512"}),
-        (f"{AVX512} avx512_bf16 avx512_vnni", False, {"fp32": "avx512", "bf16": "avx512", "int8": "avx512"}),
-        (f"{AMX} avx512_vnni", True, {"fp32": "avx512", "bf16": "amx", "int8": "amx"}),
-        (f"{AMX} avx512_vnni", False, {"fp32": "avx512", "bf16": "avx512", "int8": "avx512"}),
-        (AMX, False, {"fp32": "avx512", "bf16": "avx512"}),
-    ],
-)
-def test_what_computes_on_which_processor(monkeypatch, tmp_path, generic_kernels, flags, granted, expected):
-    """The system may not grant the use of the matrix unit."""
-    monkeypatch.delenv("M2D_EMBED_ISA", raising=False)
-    monkeypatch.setattr(library, "kernels", lambda: generic_kernels)
-    (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags\t\t: {flags}\n")
-    monkeypatch.setattr(library, "_CPUINFO", tmp_path / "cpuinfo")
-    monkeypatch.setattr(generic_kernels, "request_amx", lambda: granted)
-    assert library.available.__wrapped__() == expected
 
 
 @pytest.fixture

@@ -78,3 +78,4 @@ int m2d_request_amx(void) {
 
 int64_t m2d_amx_tiles_scratch(const Call* call) { return bytes_of_scratch(call); }
 void m2d_amx_tiles_run(const Call* call) { run_blocks(call); }
+int m2d_amx_tiles_probe(int bytes) { return probe_blocks(m2d_amx_tiles_scratch, m2d_amx_tiles_run, bytes); }

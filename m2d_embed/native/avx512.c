@@ -122,3 +122,4 @@ INLINE __m512i surplus_of(const uint8_t* b, int64_t steps) {
 
 int64_t m2d_avx512_tiles_scratch(const Call* call) { return bytes_of_scratch(call); }
 void m2d_avx512_tiles_run(const Call* call) { run_blocks(call); }
+int m2d_avx512_tiles_probe(int bytes) { return probe_blocks(m2d_avx512_tiles_scratch, m2d_avx512_tiles_run, bytes); }

@@ -14,6 +14,7 @@
 #include "ahead.h"
 #include "memory.h"
 #include "outputs.h"
+#include "probe.h"
 #include "teams.h"
 #include "vec.h"
 
@@ -608,3 +609,6 @@ void NAMED(M2D_NAME, _tokens_run)(const TokensCall* call) {
   run_in_teams(&call->call, make_tokens, lay_out_tokens(&shape, NULL, &scratch));
 }
 #endif
+
+// A self-test: see probe.h.
+int NAMED(M2D_NAME, _probe)(int bytes) { return probe_blocks(NAMED(M2D_NAME, _scratch), NAMED(M2D_NAME, _run), bytes); }

@@ -22,6 +22,7 @@
 #include "ahead.h"
 #include "memory.h"
 #include "outputs.h"
+#include "probe.h"
 #include "teams.h"
 #include "vec.h"
 

@@ -1,4 +1,4 @@
-"""Tokens as a kernel: patches cut, embedded and given their positions in one pass (``fp32.c``)."""
+"""Tokens as a kernel: patches cut, embedded and given their positions in one pass (``blocks.c``)."""
 
 from __future__ import annotations
 
