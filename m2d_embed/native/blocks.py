@@ -11,7 +11,17 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from m2d_embed.native.library import TILED, Kernels, Kind, Scratch, Unit, available, functions_of, in_large_pages, kernels
+from m2d_embed.native.library import (
+    TILED,
+    Kernels,
+    Kind,
+    Scratch,
+    Unit,
+    available,
+    functions_of,
+    in_large_pages,
+    kernels,
+)
 from m2d_embed.native.structures import Block, Call, Linear, Norm
 
 #: Widths must be multiples of these: of a block's vectors, of those of one head.
@@ -229,7 +239,7 @@ def _lay_out(weights: list[Tensor], kind: Kind, unit: Unit) -> list[_Matrix]:
     """Matrices, (out, in), as a kernel reads them; nothing if it reads them as they are."""
     in_tiles = unit in TILED
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}[kind]
-    if not in_tiles and {weight.dtype for weight in weights} <= {dtype, torch.bfloat16}:
+    if kind != "int8" and not in_tiles and {weight.dtype for weight in weights} <= {dtype, torch.bfloat16}:
         return []
     sizes = [weight.numel() * dtype.itemsize for weight in weights]
     outputs = [len(weight) for weight in weights]
