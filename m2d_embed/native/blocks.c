@@ -27,7 +27,7 @@ enum {
 };
 
 // What products are computed of, 32 bits each: a float32, or PER_UNIT levels.
-typedef float Unit;
+typedef float Unit __attribute__((may_alias));
 #ifdef M2D_INT8
 enum { VALUES = PER_UNIT };  // in a unit
 #if PER_UNIT == 2
