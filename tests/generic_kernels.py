@@ -1,4 +1,8 @@
-"""The kernels in the compiler's own vectors (``native/generic.h``), which run on any processor.
+"""The kernels in the compiler's own vectors (``native/vec_generic.h``), which run on any processor.
+
+They are units of their own, for each way in which levels of int8 are stored for products: "generic", in 16 bits, as on
+AVX2 and NEON; "generic_unsigned", as on AVX-512 and AVX-VNNI; "generic_signed", as for NEON's dot products. Those of
+tiles stand for AVX-512's and the matrix unit's (``native/generic.h``). The package itself never chooses them.
 
 python tests/generic_kernels.py    # compile them with sanitizers, and run all of them on small and odd shapes
 """
@@ -18,14 +22,30 @@ import pytest
 
 from m2d_embed import backends, native
 from m2d_embed.backends import Capabilities
-from m2d_embed.native import Kind, Unit
+from m2d_embed.native import Kind, Unit, library
 from m2d_embed.native.library import Kernels
 
 COMPILER = next(filter(shutil.which, ("gcc", "cc", "clang")), None)
 SOURCES = Path(native.__file__).parent
 EMULATED_AMX = Path(__file__).with_name("amx_emulation.h")
 SANITIZE = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1")
-_FILES = ("abi.c", "avx512.c", "amx.c", "fp32.c", "log_mel.c")
+#: What is compiled: a source, and what it is told.
+_FILES = (
+    ("abi.c",),
+    ("blocks.c", "-DM2D_NAME=generic_float"),
+    ("blocks.c", "-DM2D_NAME=generic_int8", "-DM2D_INT8"),
+    ("blocks.c", "-DM2D_NAME=generic_unsigned_int8", "-DM2D_INT8", "-DM2D_UNSIGNED_LEVELS"),
+    ("blocks.c", "-DM2D_NAME=generic_signed_int8", "-DM2D_INT8", "-DM2D_SIGNED_LEVELS"),
+    ("log_mel.c", "-DM2D_NAME=generic"),
+    ("avx512.c",),
+    ("amx.c", "-include", str(EMULATED_AMX)),
+)
+#: The units that the library has for each kind.
+GENERIC = {
+    "fp32": ("generic",),
+    "bf16": ("generic", "amx", "avx512_bf16"),
+    "int8": ("generic", "generic_unsigned", "generic_signed", "amx", "avx512_bf16"),
+}
 
 
 def compile_generic(folder: Path, *flags: str, sources: Path = SOURCES, compiler: str | None = COMPILER) -> Path:
@@ -35,7 +55,7 @@ def compile_generic(folder: Path, *flags: str, sources: Path = SOURCES, compiler
     """
     assert compiler is not None
     # How such vectors are handed over differs between compilers' settings, but these files are all compiled alike.
-    usual = ["-std=gnu11", "-O1", "-fPIC", "-fno-math-errno", "-Wno-psabi"]
+    usual = ["-std=gnu11", "-O1", "-fPIC", "-fno-math-errno", "-ffp-contract=off", "-Wno-psabi", "-DM2D_GENERIC"]
     if platform.machine() == "x86_64":
         usual += ["-mavx2", "-mfma"] if _has_avx2() else []
     command = [compiler, *usual, *flags, f"-I{sources}"]
@@ -45,10 +65,10 @@ def compile_generic(folder: Path, *flags: str, sources: Path = SOURCES, compiler
         return library
     with tempfile.TemporaryDirectory(dir=folder) as place:
 
-        def compile_one(name: str) -> str:
-            emulation = ["-include", str(EMULATED_AMX)] if name == "amx.c" else []
-            target = str(Path(place) / f"{name}.o")
-            subprocess.run([*command, *emulation, "-c", str(sources / name), "-o", target], check=True)
+        def compile_one(file: tuple[str, ...]) -> str:
+            source, *told = file
+            target = str(Path(place) / f"{_FILES.index(file)}.o")
+            subprocess.run([*command, *told, "-c", str(sources / source), "-o", target], check=True)
             return target
 
         with ThreadPoolExecutor(2) as pool:
@@ -63,9 +83,21 @@ def use(monkeypatch: pytest.MonkeyPatch, units: Mapping[Kind, Unit], kernels: Ke
     """Have the package take these kernels, of these kinds and units, for all that there are on this machine."""
     for module in (native.blocks, native.log_mel, native.tokens):
         monkeypatch.setattr(module, "kernels", lambda: kernels)
-    monkeypatch.setattr(native.blocks, "available", lambda: units)
+        monkeypatch.setattr(module, "available", lambda: units)
     here = backends.capabilities()
     monkeypatch.setattr(backends, "capabilities", lambda: Capabilities(units, here.onednn, here.modules))
+
+
+def units_here() -> dict[Kind, list[Unit]]:
+    """All units of this machine that there are compiled kernels for, and not only the fastest."""
+    compiled = native.kernels()
+    flags = library._processor_flags() if compiled else set()
+    if compiled and not (flags >= library._AMX and compiled.request_amx()):
+        flags = flags - {"amx_tile"}
+    return {
+        kind: [unit for unit, features in units.items() if flags and features <= flags]
+        for kind, units in library._FEATURES.items()
+    }
 
 
 def _has_avx2() -> bool:
@@ -96,14 +128,15 @@ def main(file: Path) -> None:
     import torch
 
     from m2d_embed.config import ModelConfig
-    from m2d_embed.encoder import Encoder
+    from m2d_embed.encoder import Block, Encoder
     from m2d_embed.frontend import LogMel
-    from m2d_embed.native import NativeBlocks, NativeLogMel, blocks, library, log_mel, make_tokens
+    from m2d_embed.native import NativeBlocks, NativeLogMel, blocks, log_mel, make_tokens
     from m2d_embed.native import tokens as native_tokens
 
     compiled = library.load(file)
     for module in (blocks, log_mel, native_tokens):
         module.kernels = lambda: compiled
+        module.available = lambda: {"fp32": "generic"}
     with torch.no_grad():
         for threads in (1, 3):
             torch.set_num_threads(threads)
@@ -116,7 +149,7 @@ def main(file: Path) -> None:
             projection, class_token = encoder.patch_embed.proj, encoder.cls_token
             x = make_tokens(torch.randn(3, 1, 80, 64), projection, class_token, encoder.pos_embed, 7)
             assert x.isfinite().all()
-            for kind, units in library._FEATURES.items():
+            for kind, units in GENERIC.items():
                 for unit in units:
                     blocks.available = lambda kind=kind, unit=unit: {kind: unit}
                     stored = torch.float32 if kind == "fp32" else torch.bfloat16
@@ -127,6 +160,8 @@ def main(file: Path) -> None:
                     for windows, count in ((1, 1), (3, 21), (2, 36)):
                         assert run(torch.randn(windows, count, 64), range(2)).isfinite().all()
                     assert all(f.isfinite().all() for f in run.features(torch.randn(3, 36, 64), [0, 1], 5))
+                    in_parts = NativeBlocks([Block(64, 2, 1792, 1e-6)], None, kind)  # of the MLP
+                    assert in_parts(torch.randn(2, 5, 64), range(1)).isfinite().all()
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import ctypes
 import logging
 import mmap
 import os
+import platform
 import sys
 import threading
 from collections.abc import Mapping
@@ -141,11 +142,13 @@ def openmp() -> Runtime:
     Raises:
         LoadError: if there is none that speaks GNU's interface.
     """
-    everything = ctypes.CDLL(None)
     names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
-    if not all(hasattr(everything, name) for name in names):
-        raise LoadError("torch runs without an OpenMP runtime of an interface known to the kernels.")
-    return Runtime(*(ctypes.cast(getattr(everything, name), c_void_p).value for name in names))
+    # On macOS what it has loaded may not be seen from everywhere.
+    for place in (None, *map(str, Path(torch.__file__).parent.glob("lib/lib*omp.dylib"))):
+        loaded = ctypes.CDLL(place)
+        if all(hasattr(loaded, name) for name in names):
+            return Runtime(*(ctypes.cast(getattr(loaded, name), c_void_p).value for name in names))
+    raise LoadError("torch runs without an OpenMP runtime of an interface known to the kernels.")
 
 
 def isa_limit() -> str | None:
@@ -211,5 +214,8 @@ class Scratch(threading.local):
 
 
 def _processor_flags() -> set[str]:
-    lines = _CPUINFO.read_text().splitlines() if _CPUINFO.exists() else []
-    return next((set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), set())
+    if not _CPUINFO.exists():
+        return {"asimd", "asimddp"} if (sys.platform, platform.machine()) == ("darwin", "arm64") else set()
+    lines = _CPUINFO.read_text().splitlines()
+    flags = (line.partition(":")[2] for line in lines if line.startswith(("flags", "Features")))  # as ARM calls them
+    return set(next(flags, "").split())

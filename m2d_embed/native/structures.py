@@ -20,7 +20,13 @@ class Runtime(Structure):
 class Linear(Structure):
     """A layer, laid out as its kernel reads it."""
 
-    _fields_ = (("weight", c_void_p), ("scales", c_void_p), ("bias", c_void_p), ("bias_is_bf16", c_int32), ("weight_is_bf16", c_int32))
+    _fields_ = (
+        ("weight", c_void_p),
+        ("scales", c_void_p),
+        ("bias", c_void_p),
+        ("bias_is_bf16", c_int32),
+        ("weight_is_bf16", c_int32),
+    )
 
 
 class Norm(Structure):
