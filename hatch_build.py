@@ -23,6 +23,7 @@ _OLDEST_MACOS = 11  # the first one on ARM
 _ALL = "-std=gnu11 -O3 -fPIC -fno-math-errno -ffp-contract=off"
 _AVX2 = f"{_ALL} -mavx2 -mfma"
 _AVX512 = f"{_AVX2} -mprefer-vector-width=512 -mavx512f -mavx512bw -mavx512vl -mavx512dq"
+_NEON = f"{_ALL} -march=armv8-a"  # and no more, which compilers for macOS take for granted
 
 
 class Unit(NamedTuple):
@@ -62,10 +63,10 @@ UNITS = {
     ),
     "aarch64": (
         Unit("abi.c", _ALL),
-        Unit("blocks.c", _ALL, "neon_float"),
-        Unit("blocks.c", _ALL, "neon_int8", int8=True),
+        Unit("blocks.c", _NEON, "neon_float"),
+        Unit("blocks.c", _NEON, "neon_int8", int8=True),
         Unit("blocks.c", f"{_ALL} -march=armv8.2-a+dotprod", "neon_dot_int8", int8=True),
-        Unit("log_mel.c", _ALL, "neon"),
+        Unit("log_mel.c", _NEON, "neon"),
     ),
 }
 
