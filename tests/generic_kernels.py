@@ -1,8 +1,8 @@
 """The kernels in the compiler's own vectors (``native/vec_generic.h``), which run on any processor.
 
-They are units of their own, for each way in which levels of int8 are stored for products: "generic", in 16 bits, as on
-AVX2 and NEON; "generic_unsigned", as on AVX-512 and AVX-VNNI; "generic_signed", as for NEON's dot products. Those of
-tiles stand for AVX-512's and the matrix unit's (``native/generic.h``). The package itself never chooses them.
+Two are units of their own, which the package never chooses: "generic", with levels of int8 in 16 bits, as on AVX2 and
+NEON, and "generic_bytes", in 8 bits, as for NEON's dot products. Others stand for AVX-512, whose levels have an offset,
+and the matrix unit: their instructions are emulated (``native/generic.h``).
 
 python tests/generic_kernels.py    # compile them with sanitizers, and run all of them on small and odd shapes
 """
@@ -19,32 +19,44 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from m2d_embed import backends, native
 from m2d_embed.backends import Capabilities
-from m2d_embed.native import Kind, Unit, library
+from m2d_embed.config import ModelConfig
+from m2d_embed.encoder import Block, Encoder
+from m2d_embed.frontend import LogMel
+from m2d_embed.native import Kind, NativeBlocks, NativeLogMel, Unit, library, make_tokens
 from m2d_embed.native.library import Kernels
 
 COMPILER = next(filter(shutil.which, ("gcc", "cc", "clang")), None)
 SOURCES = Path(native.__file__).parent
 EMULATED_AMX = Path(__file__).with_name("amx_emulation.h")
 SANITIZE = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1")
+_EMULATED_AVX512 = (
+    "-UM2D_GENERIC",
+    "-D__AVX512F__",
+    "-D__AVX512VNNI__",
+    f"-I{Path(__file__).with_name('avx512_emulation')}",
+)
 #: What is compiled: a source, and what it is told.
 _FILES = (
     ("abi.c",),
     ("blocks.c", "-DM2D_NAME=generic_float"),
     ("blocks.c", "-DM2D_NAME=generic_int8", "-DM2D_INT8"),
-    ("blocks.c", "-DM2D_NAME=generic_unsigned_int8", "-DM2D_INT8", "-DM2D_UNSIGNED_LEVELS"),
-    ("blocks.c", "-DM2D_NAME=generic_signed_int8", "-DM2D_INT8", "-DM2D_SIGNED_LEVELS"),
+    ("blocks.c", "-DM2D_NAME=generic_bytes_int8", "-DM2D_INT8", "-DM2D_BYTES"),
+    ("blocks.c", "-DM2D_NAME=avx512_float", *_EMULATED_AVX512),
+    ("blocks.c", "-DM2D_NAME=avx512_int8", "-DM2D_INT8", *_EMULATED_AVX512),
     ("log_mel.c", "-DM2D_NAME=generic"),
+    ("log_mel.c", "-DM2D_NAME=avx512", *_EMULATED_AVX512),
     ("avx512.c",),
     ("amx.c", "-include", str(EMULATED_AMX)),
 )
 #: The units that the library has for each kind.
 GENERIC = {
-    "fp32": ("generic",),
-    "bf16": ("generic", "amx", "avx512_bf16"),
-    "int8": ("generic", "generic_unsigned", "generic_signed", "amx", "avx512_bf16"),
+    "fp32": ("generic", "avx512"),
+    "bf16": ("generic", "avx512", "amx", "avx512_bf16"),
+    "int8": ("generic", "generic_bytes", "avx512", "amx", "avx512_bf16"),
 }
 
 
@@ -59,7 +71,10 @@ def compile_generic(folder: Path, *flags: str, sources: Path = SOURCES, compiler
     if platform.machine() == "x86_64":
         usual += ["-mavx2", "-mfma"] if _has_avx2() else []
     command = [compiler, *usual, *flags, f"-I{sources}"]
-    texts = [file.read_bytes() for file in sorted([*sources.glob("*.[ch]"), EMULATED_AMX])]
+    texts = [
+        file.read_bytes()
+        for file in sorted([*sources.glob("*.[ch]"), *Path(__file__).parent.rglob("*emulation*/*.h"), EMULATED_AMX])
+    ]
     library = folder / f"{hashlib.sha256(b''.join([*texts, repr(command).encode()])).hexdigest()[:16]}.so"
     if library.exists():
         return library
@@ -107,6 +122,8 @@ def _has_avx2() -> bool:
 
 # --- under sanitizers -------------------------------------------------------------------------------------------------
 
+_SMALL = ModelConfig(embed_dim=64, depth=2, num_heads=2, input_size=(80, 112), patch_size=(16, 16))
+
 
 def run_sanitized(folder: Path) -> subprocess.CompletedProcess[str]:
     """This file as a program, with the sanitizers' runtime loaded before all else."""
@@ -125,43 +142,44 @@ def run_sanitized(folder: Path) -> subprocess.CompletedProcess[str]:
 
 def main(file: Path) -> None:
     """Run every kernel of a library on shapes that leave rests of all kinds, with several threads."""
-    import torch
-
-    from m2d_embed.config import ModelConfig
-    from m2d_embed.encoder import Block, Encoder
-    from m2d_embed.frontend import LogMel
-    from m2d_embed.native import NativeBlocks, NativeLogMel, blocks, log_mel, make_tokens
-    from m2d_embed.native import tokens as native_tokens
-
     compiled = library.load(file)
-    for module in (blocks, log_mel, native_tokens):
+    for module in (native.blocks, native.log_mel, native.tokens):
         module.kernels = lambda: compiled
-        module.available = lambda: {"fp32": "generic"}
     with torch.no_grad():
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            config = ModelConfig(embed_dim=64, depth=2, num_heads=2, input_size=(80, 112), patch_size=(16, 16))
-            encoder, front_end = Encoder(config), LogMel(config)
-            log_mel_of = NativeLogMel(front_end.window, front_end.filterbank, 160, 1e-7, (0.0, 1.0))
-            for frames in (1, 17):
-                found = log_mel_of(torch.randn(2, 400 + (frames - 1) * 160).unfold(-1, 400, 160))
-                assert found.isfinite().all()
-            projection, class_token = encoder.patch_embed.proj, encoder.cls_token
-            x = make_tokens(torch.randn(3, 1, 80, 64), projection, class_token, encoder.pos_embed, 7)
-            assert x.isfinite().all()
+            for unit in GENERIC["fp32"]:
+                run_front(unit)
             for kind, units in GENERIC.items():
                 for unit in units:
-                    blocks.available = lambda kind=kind, unit=unit: {kind: unit}
-                    stored = torch.float32 if kind == "fp32" else torch.bfloat16
-                    half = Encoder(config)
-                    for layer in filter(lambda module: isinstance(module, torch.nn.Linear), half.blocks.modules()):
-                        layer.to(stored)
-                    run = NativeBlocks(list(half.blocks), half.norm, kind)
-                    for windows, count in ((1, 1), (3, 21), (2, 36)):
-                        assert run(torch.randn(windows, count, 64), range(2)).isfinite().all()
-                    assert all(f.isfinite().all() for f in run.features(torch.randn(3, 36, 64), [0, 1], 5))
-                    in_parts = NativeBlocks([Block(64, 2, 1792, 1e-6)], None, kind)  # of the MLP
-                    assert in_parts(torch.randn(2, 5, 64), range(1)).isfinite().all()
+                    run_blocks(kind, unit)
+
+
+def run_front(unit: Unit) -> None:
+    """The log-mel and tokens."""
+    for module in (native.log_mel, native.tokens):
+        module.available = lambda: {"fp32": unit}
+    encoder, front_end = Encoder(_SMALL), LogMel(_SMALL)
+    log_mel_of = NativeLogMel(front_end.window, front_end.filterbank, 160, 1e-7, (0.0, 1.0))
+    for frames in (1, 17):
+        found = log_mel_of(torch.randn(2, 400 + (frames - 1) * 160).unfold(-1, 400, 160))
+        assert found.isfinite().all()
+    projection, class_token = encoder.patch_embed.proj, encoder.cls_token
+    assert make_tokens(torch.randn(3, 1, 80, 64), projection, class_token, encoder.pos_embed, 7).isfinite().all()
+
+
+def run_blocks(kind: Kind, unit: Unit) -> None:
+    """Several of them, and one whose MLP is computed in parts."""
+    native.blocks.available = lambda: {kind: unit}
+    encoder = Encoder(_SMALL)
+    for layer in filter(lambda module: isinstance(module, torch.nn.Linear), encoder.blocks.modules()):
+        layer.to(torch.float32 if kind == "fp32" else torch.bfloat16)
+    run = NativeBlocks(list(encoder.blocks), encoder.norm, kind)
+    for windows, count in ((1, 1), (3, 21), (2, 36)):
+        assert run(torch.randn(windows, count, 64), range(2)).isfinite().all()
+    assert all(f.isfinite().all() for f in run.features(torch.randn(3, 36, 64), [0, 1], 5))
+    in_parts = NativeBlocks([Block(64, 2, 1792, 1e-6)], None, kind)
+    assert in_parts(torch.randn(2, 5, 64), range(1)).isfinite().all()
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ PROGRAM = Path(__file__).with_name("arm_kernels.c")
 SOURCES = Path(native.__file__).parent
 #: What the program calls the functions of each library by.
 ARM = {"FLOAT": "neon_float", "LOG_MEL": "neon", "INT8": "neon_int8", "INT8_DOT": "neon_dot_int8"}
-GENERIC = {"FLOAT": "generic_float", "LOG_MEL": "generic", "INT8": "generic_int8", "INT8_DOT": "generic_signed_int8"}
+GENERIC = {"FLOAT": "generic_float", "LOG_MEL": "generic", "INT8": "generic_int8", "INT8_DOT": "generic_bytes_int8"}
 #: How far results may be apart, as a share of their size: sums are rounded in another order, and a value that is then
 #: rounded to another level of int8 changes more of them with every layer; levels are finer in 16 bits.
 CLOSE = {"fp32": 1e-5, "bf16": 1e-5, "tokens": 1e-5, "log-mel": 1e-5, "int8": 1e-3, "int8 dot": 5e-3}

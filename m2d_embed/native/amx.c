@@ -1,7 +1,9 @@
 // The blocks of tiles.h on Intel's matrix unit (AMX).
 
+#ifdef __linux__
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
 
 enum {
   HIDDEN_BYTES = 640 << 10,

@@ -1,5 +1,5 @@
 // The compiler's own vectors, for any processor: what tests run where a set is not there, and under sanitizers. As large
-// as those of AVX-512. int8: as on each of the other sets, see below.
+// as those of AVX-512. int8: levels of 16 bits, as on AVX2 and NEON, or of 8.
 
 enum { LANES = 16, ROWS = 6, WIDTH = 64 };
 
@@ -48,19 +48,11 @@ INLINE void v_transpose(V r[LANES]) {
 
 typedef uint32_t Bits __attribute__((vector_size(64), may_alias));
 
-#if defined(M2D_UNSIGNED_LEVELS) || defined(M2D_SIGNED_LEVELS)  // of 8 bits, as instructions for their products take them
-#ifdef M2D_UNSIGNED_LEVELS
-#define LEVELS_ARE_UNSIGNED 1
-#endif
+#ifdef M2D_BYTES  // levels of 8 bits, as NEON's dot products take them
 #define PER_UNIT 4
 INLINE W w_dot(W sum, W levels, W weights) {
   for (int shift = 0; shift < 32; shift += 8) {
-    Bits level = (Bits)levels << shift;
-#ifdef LEVELS_ARE_UNSIGNED
-    sum += (W)(level >> 24) * ((W)((Bits)weights << shift) >> 24);
-#else
-    sum += ((W)level >> 24) * ((W)((Bits)weights << shift) >> 24);
-#endif
+    sum += ((W)((Bits)levels << shift) >> 24) * ((W)((Bits)weights << shift) >> 24);
   }
   return sum;
 }
