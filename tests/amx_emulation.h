@@ -2,6 +2,9 @@
 // compile it with `-include` this, in real or generic vectors. Sums of bf16 are added in another order than the unit does.
 
 #include "vec.h"
+#ifdef M2D_GENERIC
+#include "generic.h"
+#endif
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>

@@ -1,7 +1,9 @@
 // The blocks of tiles.h on Intel's matrix unit (AMX).
 
+#ifdef __linux__
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
 
 enum {
   HIDDEN_BYTES = 640 << 10,
@@ -70,11 +72,13 @@ INLINE void multiply(Factors f, int row_tiles, int is_int8, Sums sums, const Bes
   }
 }
 
+#ifdef SYS_arch_prctl  // not where generic vectors stand for the unit
 // Ask the system for the use of tiles, for the whole process; 0 if it is granted.
 int m2d_request_amx(void) {
   enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
   return (int)syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA);
 }
+#endif
 
 int64_t m2d_amx_tiles_scratch(const Call* call) { return bytes_of_scratch(call); }
 void m2d_amx_tiles_run(const Call* call) { run_blocks(call); }

@@ -28,7 +28,7 @@ enum {
 };
 
 // What products are computed of, 32 bits each: a float32, or PER_UNIT levels.
-typedef float Unit;
+typedef float Unit __attribute__((may_alias));
 #ifdef M2D_INT8
 enum { VALUES = PER_UNIT };  // in a unit
 #if PER_UNIT == 2
@@ -302,7 +302,7 @@ static void choose_outputs(Outputs* o, const Matrix* m, int64_t column, int64_t 
     offset += (int32_t)(OFFSET * 0x01010101u);
     int64_t units = m->inputs / VALUES;
     const Unit* b = panel + j / WIDTH * units * WIDTH + j % WIDTH;
-    for (int64_t k = 0; OFFSET && k < units; k++) surplus = w_dot(surplus, offset, (W)v_load(b + k * WIDTH));
+    for (int64_t k = 0; OFFSET > 0 && k < units; k++) surplus = w_dot(surplus, offset, (W)v_load(b + k * WIDTH));
     v_store(o->surplus + j, (V)surplus);
 #else
     (void)panel;

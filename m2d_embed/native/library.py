@@ -159,11 +159,13 @@ def openmp() -> Runtime:
     Raises:
         LoadError: if there is none that speaks GNU's interface.
     """
-    everything = ctypes.CDLL(None)
     names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
-    if not all(hasattr(everything, name) for name in names):
-        raise LoadError("torch runs without an OpenMP runtime of an interface known to the kernels.")
-    return Runtime(*(ctypes.cast(getattr(everything, name), c_void_p).value for name in names))
+    # On macOS what it has loaded may not be seen from everywhere.
+    for place in (None, *map(str, Path(torch.__file__).parent.glob("lib/lib*omp.dylib"))):
+        loaded = ctypes.CDLL(place)
+        if all(hasattr(loaded, name) for name in names):
+            return Runtime(*(ctypes.cast(getattr(loaded, name), c_void_p).value for name in names))
+    raise LoadError("torch runs without an OpenMP runtime of an interface known to the kernels.")
 
 
 def isa_limit() -> str | None:

@@ -1,6 +1,7 @@
-// The compiler's own vectors, for any processor: what tests run where a set is not there, and under sanitizers.
+// The compiler's own vectors, for any processor: what tests run where a set is not there, and under sanitizers. As large
+// as those of AVX-512. int8: levels of 16 bits, as on AVX2 and NEON, or of 8.
 
-enum { LANES = 16, ROWS = 4, WIDTH = 32 };
+enum { LANES = 16, ROWS = 6, WIDTH = 64 };
 
 typedef float V __attribute__((vector_size(64), may_alias));
 typedef int32_t W __attribute__((vector_size(64), may_alias));
@@ -11,7 +12,9 @@ INLINE V v_load(const void* from) {
   return x;
 }
 INLINE void v_store(void* to, V x) { memcpy(to, &x, sizeof x); }
-INLINE V v_set1(float x) { return (V){0} + x; }
+INLINE V v_set1(float x) {  // of any bits: no arithmetic, which changes some NaNs
+  return (V){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x};
+}
 INLINE V v_fma(V a, V b, V c) { return a * b + c; }
 INLINE V v_fnma(V a, V b, V c) { return c - a * b; }
 INLINE V v_pick(W which, V yes, V no) { return (V)((which & (W)yes) | (~which & (W)no)); }
@@ -43,6 +46,18 @@ INLINE void v_transpose(V r[LANES]) {
   memcpy(r, columns, sizeof columns);
 }
 
+typedef uint32_t Bits __attribute__((vector_size(64), may_alias));
+
+#ifdef M2D_BYTES  // levels of 8 bits, as NEON's dot products take them
+#define PER_UNIT 4
+INLINE W w_dot(W sum, W levels, W weights) {
+  for (int shift = 0; shift < 32; shift += 8) {
+    sum += ((W)((Bits)levels << shift) >> 24) * ((W)((Bits)weights << shift) >> 24);
+  }
+  return sum;
+}
+INLINE V w_load_units(const int8_t* from) { return v_load(from); }
+#else
 #define PER_UNIT 2
 INLINE W w_dot(W sum, W levels, W weights) {
   return sum + (levels << 16 >> 16) * (weights << 16 >> 16) + (levels >> 16) * (weights >> 16);
@@ -52,3 +67,4 @@ INLINE V w_load_units(const int8_t* from) {
   for (int i = 0; i < PER_UNIT * LANES; i++) wide[i] = from[i];
   return v_load(wide);
 }
+#endif
