@@ -21,7 +21,7 @@ LIBRARY = "m2d_embed/native/kernels.so"
 _OLDEST_GLIBC = 17  # 2.17, of manylinux2014: older than what current wheels of torch ask for
 _OLDEST_MACOS = 11  # the first one on ARM
 _ALL = "-std=gnu11 -O3 -fPIC -fno-math-errno -ffp-contract=off"
-_AVX2 = f"{_ALL} -mavx2 -mfma"
+_AVX2 = f"{_ALL} -mavx2 -mfma -mf16c"
 _AVX512 = f"{_AVX2} -mprefer-vector-width=512 -mavx512f -mavx512bw -mavx512vl -mavx512dq"
 _NEON = f"{_ALL} -march=armv8-a"  # and no more, which compilers for macOS take for granted
 

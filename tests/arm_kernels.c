@@ -122,8 +122,8 @@ static Linear linear(int64_t inputs, int64_t outputs, Stored stored) {
   Linear found = {.bias = floats(outputs, 0.2f, 0)};
   if (stored == FLOAT32) found.weight = floats(inputs * outputs, size, 0);
   if (stored == BFLOAT16) {
-    found.weight = bfloat16s(inputs * outputs, size), found.weight_is_bf16 = 1;
-    found.bias = bfloat16s(outputs, 0.2f), found.bias_is_bf16 = 1;
+    found.weight = bfloat16s(inputs * outputs, size), found.weight_format = BFLOAT16;
+    found.bias = bfloat16s(outputs, 0.2f), found.bias_format = BFLOAT16;
   }
   if (stored == INTEGER) found.weight = int8s(inputs * outputs), found.scales = floats(outputs, size / 1000, size / 127);
   return found;

@@ -16,7 +16,7 @@ static const uint32_t layout[] = {
     sizeof(STRUCTURE), AT(parallel), AT(thread_number), AT(num_threads),
 #undef STRUCTURE
 #define STRUCTURE Linear
-    sizeof(STRUCTURE), AT(weight), AT(scales), AT(bias), AT(bias_is_bf16), AT(weight_is_bf16),
+    sizeof(STRUCTURE), AT(weight), AT(scales), AT(bias), AT(bias_format), AT(weight_format),
 #undef STRUCTURE
 #define STRUCTURE Norm
     sizeof(STRUCTURE), AT(weight), AT(bias), AT(eps),

@@ -2,7 +2,7 @@
 //
 //   M2D_NAME  what its functions are called by: m2d_<name>_run, m2d_<name>_scratch
 //   M2D_INT8  products of int8 weights, whose rows have a scale each, with levels of rows of A; else of float32 with
-//             weights that are stored in float32 or bfloat16
+//             weights that are stored in float32, bfloat16 or float16
 //
 // Weights are used as they are, with no copy of them all: 64 rows of a matrix at a time are laid out for the product,
 // in a cache of the core, and used for some hundred tokens. What is between products is float32, exp and erf to 2e-7.
@@ -221,17 +221,19 @@ typedef struct {
   const uint8_t *weight, *bias;
   const float* scales;
   int64_t stride, outputs, inputs;
-  int bytes, bias_bytes;  // of a value
+  int bytes, format, bias_format;  // bytes: of a weight
 } Matrix;
 
+INLINE int bytes_of(int format) { return format == FLOAT32 ? 4 : 2; }
+
 INLINE Matrix matrix_of(const Linear* l, int64_t inputs, int64_t outputs) {
-  int bytes = VALUES > 1 ? 1 : l->weight_is_bf16 ? 2 : 4;
-  return (Matrix){l->weight, l->bias, l->scales, inputs, outputs, inputs, bytes, l->bias_is_bf16 ? 2 : 4};
+  int bytes = VALUES > 1 ? 1 : bytes_of(l->weight_format);
+  return (Matrix){l->weight, l->bias, l->scales, inputs, outputs, inputs, bytes, l->weight_format, l->bias_format};
 }
 
 INLINE Matrix outputs_from(Matrix m, int64_t first, int64_t count) {
   m.weight += first * m.stride * m.bytes, m.outputs = count;
-  if (m.bias) m.bias += first * m.bias_bytes;
+  if (m.bias) m.bias += first * bytes_of(m.bias_format);
   if (m.scales) m.scales += first;
   return m;
 }
@@ -249,28 +251,29 @@ INLINE Share columns_of(Team team, const Matrix* m) {
   return (Share){share.first * NARROW, share.stop * NARROW};
 }
 
-INLINE V load_floats(const uint8_t* from, int bytes) {
-  return bytes == 2 ? v_from_bf16((const uint16_t*)from) : v_load(from);
+INLINE V load_floats(const void* from, int format) {
+  if (format == FLOAT32) return v_load(from);
+  return format == BFLOAT16 ? v_from_bf16(from) : v_from_fp16(from);
 }
 
-INLINE V load_units(const uint8_t* from, int bytes) {
+INLINE V load_units(const uint8_t* from, int format) {
 #ifdef M2D_INT8
-  (void)bytes;
+  (void)format;
   return w_load_units((const int8_t*)from);
 #else
-  return load_floats(from, bytes);
+  return load_floats(from, format);
 #endif
 }
 
 // `width` outputs, in pieces of WIDTH: [piece][unit][output]
-INLINE void lay_out_panel_of(const Matrix* m, int64_t column, int64_t width, int bytes, Unit* panel) {
-  int64_t units = m->inputs / VALUES, line = m->stride * bytes;
+INLINE void lay_out_panel_of(const Matrix* m, int64_t column, int64_t width, int format, Unit* panel) {
+  int64_t units = m->inputs / VALUES, line = m->stride * m->bytes;
   for (int64_t j = 0; j < width; j += LANES) {
     const uint8_t* from = m->weight + (column + j) * line;
     Unit* to = panel + j / WIDTH * units * WIDTH + j % WIDTH;
-    for (int64_t k = 0; k < units; k += LANES, from += LANES * VALUES * bytes, to += LANES * WIDTH) {
+    for (int64_t k = 0; k < units; k += LANES, from += LANES * VALUES * m->bytes, to += LANES * WIDTH) {
       V r[LANES];
-      for (int i = 0; i < LANES; i++) r[i] = load_units(from + i * line, bytes);
+      for (int i = 0; i < LANES; i++) r[i] = load_units(from + i * line, format);
       v_transpose(r);
       for (int i = 0; i < LANES; i++) v_store(to + i * WIDTH, r[i]);
     }
@@ -278,12 +281,10 @@ INLINE void lay_out_panel_of(const Matrix* m, int64_t column, int64_t width, int
 }
 
 static void lay_out_panel(const Matrix* m, int64_t column, int64_t width, Unit* panel) {
-  if (VALUES > 1) {
-    lay_out_panel_of(m, column, width, 1, panel);
-  } else if (m->bytes == 2) {
-    lay_out_panel_of(m, column, width, 2, panel);
-  } else {
-    lay_out_panel_of(m, column, width, 4, panel);
+  switch (VALUES > 1 ? FLOAT32 : m->format) {
+    case BFLOAT16: lay_out_panel_of(m, column, width, BFLOAT16, panel); break;
+    case FLOAT16: lay_out_panel_of(m, column, width, FLOAT16, panel); break;
+    default: lay_out_panel_of(m, column, width, FLOAT32, panel);
   }
 }
 
@@ -295,7 +296,7 @@ typedef struct {
 
 static void choose_outputs(Outputs* o, const Matrix* m, int64_t column, int64_t width, const Unit* panel) {
   for (int64_t j = 0; j < width; j += LANES) {
-    v_store(o->bias + j, m->bias ? load_floats(m->bias + (column + j) * m->bias_bytes, m->bias_bytes) : v_zero());
+    v_store(o->bias + j, m->bias ? load_floats(m->bias + (column + j) * bytes_of(m->bias_format), m->bias_format) : v_zero());
 #ifdef M2D_INT8
     v_store(o->scales + j, v_load(m->scales + column + j));
     W offset = {0}, surplus = {0};

@@ -26,6 +26,8 @@ from m2d_embed.native.structures import Block, Call, Linear, Norm
 
 #: Widths must be multiples of these: of a block's vectors, of those of one head.
 _MULTIPLES: dict[Kind, tuple[int, int]] = {"fp32": (32, 32), "bf16": (32, 32), "int8": (64, 32)}
+#: What vector kernels read matrices and biases in, as ``blocks.h`` numbers it.
+_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _INT8_LARGEST = 127
 _AVX2_LARGEST = 63  # 7 bits, as AVX2's sums of two products saturate (``vec_avx2.h``)
 _SMALLEST_SCALE = 1e-12
@@ -139,6 +141,7 @@ class NativeBlocks:
             for block in blocks
         ]
         self._norms = [*([] if norm is None else [norm]), *(norm for norms, _ in self._parts for norm in norms)]
+        self._bias_dtypes = {torch.float32, torch.bfloat16} if unit in TILED else _FORMATS.keys()
         self._matrices = _lay_out([layer.weight for _, layers in self._parts for layer in layers], kind, unit)
         self._pointed = _Pointed([], (Block * 0)(), Norm(), [])  # replaced as a whole: threads may exchange it
 
@@ -212,12 +215,15 @@ class NativeBlocks:
             return kept[-1].data_ptr()
 
         def linear(layer: nn.Linear) -> Linear:
-            kept_weight, scales = next(matrices) if self._matrices else (layer.weight, None)
-            weight = readable(kept_weight, kept_weight.dtype)
-            is_bf16 = layer.bias is not None and layer.bias.dtype == torch.bfloat16
-            bias = readable(layer.bias, torch.bfloat16 if is_bf16 else torch.float32)
+            stored = torch.float32 if layer.bias is None else layer.bias.dtype
+            bias_dtype = stored if stored in self._bias_dtypes else torch.float32
+            bias = readable(layer.bias, bias_dtype), _FORMATS[bias_dtype]
+            if not self._matrices:
+                weight = readable(layer.weight, layer.weight.dtype)
+                return Linear(weight, None, *bias, _FORMATS[layer.weight.dtype])
+            matrix, scales = next(matrices)
             steps = None if scales is None else scales.data_ptr()
-            return Linear(weight, steps, bias, is_bf16, kept_weight.dtype == torch.bfloat16)
+            return Linear(matrix.data_ptr(), steps, *bias, _FORMATS.get(matrix.dtype, 0))
 
         def structure(norm: nn.LayerNorm) -> Norm:
             return Norm(readable(norm.weight), readable(norm.bias), norm.eps)
@@ -240,7 +246,7 @@ def _lay_out(weights: list[Tensor], kind: Kind, unit: Unit) -> list[_Matrix]:
     """Matrices, (out, in), as a kernel reads them; nothing if it reads them as they are."""
     in_tiles = unit in TILED
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}[kind]
-    if not in_tiles and kind != "int8" and {weight.dtype for weight in weights} <= {dtype, torch.bfloat16}:
+    if not in_tiles and kind != "int8" and {weight.dtype for weight in weights} <= _FORMATS.keys():
         return []
     sizes = [weight.numel() * dtype.itemsize for weight in weights]
     outputs = [len(weight) for weight in weights]

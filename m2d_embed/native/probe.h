@@ -22,7 +22,7 @@ static int probe_blocks(int64_t (*scratch_of)(const Call*), void (*run)(const Ca
   for (int i = 0; i < TOKENS * DIM; i++) x[i] = before[i] = (float)(i % 7 - 3);
   for (int i = 0; i < DIM; i++) quarters[i] = 0.25f;
   for (int i = 0; i < OUTPUTS; i++) scales[i] = 1.0f / 4096;
-  Linear any = {.scales = bytes == 1 ? scales : NULL, .weight_is_bf16 = bytes == 2};
+  Linear any = {.scales = bytes == 1 ? scales : NULL, .weight_format = bytes == 2 ? BFLOAT16 : FLOAT32};
   Norm norm = {NULL, quarters, 1e-6f};
   Block block = {DIM, DIM, HEADS, bytes == 1, norm, norm, any, any, any, any};
   Runtime alone = {probe_parallel, probe_thread, probe_threads};

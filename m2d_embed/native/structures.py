@@ -24,8 +24,8 @@ class Linear(Structure):
         ("weight", c_void_p),
         ("scales", c_void_p),
         ("bias", c_void_p),
-        ("bias_is_bf16", c_int32),
-        ("weight_is_bf16", c_int32),
+        ("bias_format", c_int32),
+        ("weight_format", c_int32),
     )
 
 

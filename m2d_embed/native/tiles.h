@@ -206,7 +206,7 @@ typedef struct {
 
 INLINE Matrix matrix_of(const Linear* linear, int64_t inputs, int64_t outputs, int is_int8) {
   int64_t steps = inputs / (is_int8 ? 64 : 32);
-  return (Matrix){linear->weight, steps * TILE, steps, outputs, linear->scales, linear->bias, linear->bias_is_bf16};
+  return (Matrix){linear->weight, steps * TILE, steps, outputs, linear->scales, linear->bias, linear->bias_format == BFLOAT16};
 }
 
 // Those from one on, if there are any: int8 alone has them.

@@ -4,7 +4,7 @@
 // and comparisons of GCC and Clang; how large a product's sums in registers are (ROWS x WIDTH); and these functions:
 //   v_load v_store v_set1, v_fma (a b + c), v_fnma (c - a b), v_max v_min (of a NaN second the NaN),
 //   v_greater (a > b ? yes : no), v_round (to the nearest whole number), v_to_int (of whole numbers), v_from_int,
-//   v_from_bf16, v_transpose (LANES vectors as rows of a matrix);
+//   v_from_bf16, v_from_fp16, v_transpose (LANES vectors as rows of a matrix);
 //   and for int8: LEVELS, what values of A are stored in; PER_UNIT, how many of them are in 32 bits; w_dot (sum + the
 //   products of the LEVELS in each 32 bits, exact), w_load_units (LANES units of a row of int8 weights).
 // Nothing else is contracted to fused multiplications (-ffp-contract=off): the same numbers in every function.

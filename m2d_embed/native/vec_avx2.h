@@ -1,4 +1,4 @@
-// AVX2 and FMA. int8: AVX-VNNI, or without it weights of 7 bits, as AVX2's own products of 8 bits saturate.
+// AVX2, FMA and F16C. int8: AVX-VNNI, or without it weights of 7 bits, as AVX2's own products of 8 bits saturate.
 
 #include <immintrin.h>
 
@@ -18,9 +18,10 @@ INLINE V v_greater(V a, V b, V yes, V no) { return _mm256_blendv_ps(no, yes, _mm
 INLINE V v_round(V x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 INLINE W v_to_int(V x) { return (W)_mm256_cvtps_epi32(x); }
 INLINE V v_from_int(W x) { return _mm256_cvtepi32_ps((__m256i)x); }
-INLINE V v_from_bf16(const uint16_t* from) {
-  return (V)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)), 16);
+INLINE V v_from_bf16(const void* from) {
+  return (V)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(from)), 16);
 }
+INLINE V v_from_fp16(const void* from) { return _mm256_cvtph_ps(_mm_loadu_si128(from)); }
 
 INLINE void v_transpose(V r[LANES]) {
   V a[LANES];

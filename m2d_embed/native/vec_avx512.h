@@ -18,9 +18,10 @@ INLINE V v_greater(V a, V b, V yes, V no) { return _mm512_mask_mov_ps(no, _mm512
 INLINE V v_round(V x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 INLINE W v_to_int(V x) { return (W)_mm512_cvtps_epi32(x); }
 INLINE V v_from_int(W x) { return _mm512_cvtepi32_ps((__m512i)x); }
-INLINE V v_from_bf16(const uint16_t* from) {
-  return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
+INLINE V v_from_bf16(const void* from) {
+  return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(from)), 16);
 }
+INLINE V v_from_fp16(const void* from) { return _mm512_cvtph_ps(_mm256_loadu_si256(from)); }
 
 INLINE void v_transpose(V r[LANES]) {
   V a[LANES];

@@ -31,10 +31,23 @@ INLINE W v_to_int(V x) {  // what does not fit becomes the lowest number
   return (fits & whole) | (~fits & INT32_MIN);
 }
 INLINE V v_from_int(W x) { return __builtin_convertvector(x, V); }
-INLINE V v_from_bf16(const uint16_t* from) {
+INLINE V v_from_bf16(const void* from) {
+  uint16_t narrow[LANES];
   uint32_t wide[LANES];
-  for (int i = 0; i < LANES; i++) wide[i] = (uint32_t)from[i] << 16;
+  memcpy(narrow, from, sizeof narrow);
+  for (int i = 0; i < LANES; i++) wide[i] = (uint32_t)narrow[i] << 16;
   return v_load(wide);
+}
+INLINE V v_from_fp16(const void* from) {
+  uint16_t narrow[LANES];
+  uint32_t sizes[LANES], signs[LANES];
+  memcpy(narrow, from, sizeof narrow);
+  for (int i = 0; i < LANES; i++) {
+    sizes[i] = (uint32_t)(narrow[i] & 0x7fff) << 13, signs[i] = (uint32_t)(narrow[i] & 0x8000) << 16;
+  }
+  V size = v_load(sizes), scaled = size * v_set1(0x1p112f);  // the exponents are 112 apart
+  scaled = v_greater(v_set1(0x1p16f), scaled, scaled, (V)((W)size | 0x7f800000));  // infinity and NaN
+  return (V)((W)scaled | (W)v_load(signs));
 }
 
 INLINE void v_transpose(V r[LANES]) {

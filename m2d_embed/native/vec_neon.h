@@ -18,7 +18,8 @@ INLINE V v_greater(V a, V b, V yes, V no) { return vbslq_f32(vcgtq_f32(a, b), ye
 INLINE V v_round(V x) { return vrndnq_f32(x); }
 INLINE W v_to_int(V x) { return (W)vcvtnq_s32_f32(x); }
 INLINE V v_from_int(W x) { return vcvtq_f32_s32((int32x4_t)x); }
-INLINE V v_from_bf16(const uint16_t* from) { return (V)vshll_n_u16(vld1_u16(from), 16); }
+INLINE V v_from_bf16(const void* from) { return (V)vshll_n_u16(vld1_u16(from), 16); }
+INLINE V v_from_fp16(const void* from) { return vcvt_f32_f16((float16x4_t)vld1_u16(from)); }
 
 INLINE void v_transpose(V r[LANES]) {
   float32x4_t a = vtrn1q_f32(r[0], r[1]), b = vtrn2q_f32(r[0], r[1]);

@@ -16,5 +16,12 @@ INLINE __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int how) {
   return (__mmask16)mask;
 }
 INLINE __m512 _mm512_mask_mov_ps(__m512 from, __mmask16 m, __m512 a) { return blend(lanes_of(m), a, from); }
+INLINE __m512 _mm512_cvtph_ps(__m256i a) {
+  _Float16 narrow[16];
+  __m512 wide;
+  memcpy(narrow, &a, sizeof narrow);
+  for (int i = 0; i < 16; i++) wide[i] = (float)narrow[i];
+  return wide;
+}
 
 #endif
