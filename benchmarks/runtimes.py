@@ -28,8 +28,8 @@ from m2d_embed.export import export_onnx
 from m2d_embed.model import DTYPES, M2D
 
 Run = Callable[[Tensor], Any]
-#: Which rate of matrix products limits a runtime.
-PRODUCTS = {"fp32": "float32, packed", "bf16": "bfloat16", "fp16": "float32, packed", "int8": "int8"}
+#: Which products of the processor's units limit a runtime.
+UNITS = {"fp32": "fp32", "bf16": "bf16", "fp16": "fp32", "int8": "int8"}
 REFERENCE = "reference style, fp32"
 _AST_SECONDS = 10.24
 _SEED = 0

@@ -5,8 +5,8 @@ torch and oneDNN; ``choose`` makes of that and of what the encoder is a ``Backen
 is tested for machines that are not there. ``obstacle`` says when PyTorch has to call the modules themselves: where
 somebody differentiates, traces or watches what they do.
 
-Half precision is a way to store matrices. Kernels read it as it is, whatever the processor, and multiply it in float32,
-but for bfloat16 where that is faster as it is (AMX, AVX512_BF16). Where there are no kernels, matrices are multiplied in
+Half precision is a way to store matrices. Kernels read it as it is, whatever the processor, and multiply it in
+float32, but for bfloat16 where it is faster (AMX, AVX512_BF16). Where there are no kernels, matrices are multiplied in
 half precision if that is faster than float32 (bfloat16: AVX512_BF16, Arm's BF16), and otherwise in float32, by copies
 that are made once: as fast as float32, exact to the rounding of the weights, and with the memory of both.
 """

@@ -12,7 +12,7 @@ import pytest
 from m2d_embed import native
 from m2d_embed.native import library, probe
 
-AVX2 = "avx2 fma"
+AVX2 = "avx2 fma f16c"
 AVX512 = f"{AVX2} avx512f avx512bw avx512vl avx512dq"
 BF16 = f"{AVX512} avx512_bf16 avx512_vnni"
 AMX = f"{BF16} amx_tile amx_bf16 amx_int8"

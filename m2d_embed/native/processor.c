@@ -60,6 +60,7 @@ static void add_all(Names* names) {
   add(names, model, 1);
   add(names, "hypervisor", bit(one.c, 31));
   add(names, "fma", avx && bit(one.c, 12));
+  add(names, "f16c", avx && bit(one.c, 29));
   add(names, "avx2", avx && bit(seven.b, 5));
   add(names, "avx_vnni", avx && bit(more.a, 4));
   add(names, "avx512f", avx512 && bit(seven.b, 16));
