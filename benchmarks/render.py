@@ -27,8 +27,8 @@ def speed_tables(files: list[Path]) -> str:
     lines = [
         "The peer is the same architecture written in timm's style in float32, fed by nnAudio as in the reference "
         "runtime; all take turns in one run, and ratios are to it. Share: what the model's own operations, from "
-        "waveform to embedding, reach of what the processor's units do from registers in that precision. Memory is that "
-        "beyond the loaded model, for 8 clips of 10 s."
+        "waveform to embedding, reach of what the processor's units do from registers in that precision. Memory is "
+        "that beyond the loaded model, for 8 clips of 10 s."
     ]
     for file in files:
         result = json.loads(file.read_text())
