@@ -87,7 +87,7 @@ static Shape shape_of(const Call* call) {
   s.windows = at_most(at_least(1, CHUNK_ROWS / s.tokens), (call->windows + teams - 1) / teams);
   s.members = (call->threads + teams - 1) / teams;
   s.part = at_most(HIDDEN, s.hidden);
-  int64_t attention = (s.head_dim + ROWS) * s.width, panel = at_least(s.dim, s.part) * PANEL;
+  int64_t attention = (s.head_dim + rounded_up(s.head_dim, WIDTH) + ROWS) * s.width, panel = at_least(s.dim, s.part) * PANEL;
   s.member_floats = rounded_up(at_least(attention, panel), 16);
   return s;
 }
@@ -414,7 +414,7 @@ INLINE float softmax(float* scores, int64_t tokens, float factor) {
   return v_sum(sum);
 }
 
-// Some queries of one head: values are in qkv, keys in panels of [head_dim][WIDTH].
+// Some queries of one head: keys in panels of [head_dim][WIDTH], values in panels of [token][WIDTH].
 typedef struct {
   const Shape* shape;
   const float *q, *keys, *values;
@@ -424,7 +424,7 @@ typedef struct {
 INLINE void weigh(const Head* h, int64_t first, int rows, int vectors, const float* reciprocals) {
   const Shape* s = h->shape;
   V sums[ROWS][VECTORS] = {0};
-  add_products(h->scores, s->width, h->values + first, 3 * s->dim, s->tokens, rows, vectors, sums);
+  add_products(h->scores, s->width, h->values + first * s->tokens, WIDTH, s->tokens, rows, vectors, sums);
   UNROLLED(int r = 0; r < rows; r++) {
     V factor = v_set1(reciprocals[r]);
     UNROLLED(int j = 0; j < vectors; j++) v_store(h->to + r * s->dim + first + LANES * j, sums[r][j] * factor);
@@ -465,10 +465,20 @@ static void lay_out_keys(const Shape* s, const float* k, float* keys) {
   }
 }
 
+static void lay_out_values(const Shape* s, const float* v, float* values) {
+  for (int64_t first = 0; first < s->head_dim; first += WIDTH) {
+    int64_t width = at_most(WIDTH, s->head_dim - first);
+    for (int64_t token = 0; token < s->tokens; token++) {
+      memcpy(values + (first * s->tokens + token * WIDTH), v + token * 3 * s->dim + first, (size_t)width * sizeof(float));
+    }
+  }
+}
+
 static void attention(const Chunk* chunk) {
   static void (*const attend_rows[])(const Head*) = FUNCTIONS(attend);
   const Shape* s = chunk->shape;
-  float *keys = chunk->scratch->members + chunk->team.rank * s->member_floats, *scores = keys + s->head_dim * s->width;
+  float *keys = chunk->scratch->members + chunk->team.rank * s->member_floats;
+  float *values = keys + s->head_dim * s->width, *scores = values + rounded_up(s->head_dim, WIDTH) * s->width;
   int64_t stride = 3 * s->dim;
   Share tasks = share_of(chunk->team, chunk->windows * s->heads);
   for (int64_t task = tasks.first; task < tasks.stop; task++) {
@@ -476,9 +486,10 @@ static void attention(const Chunk* chunk) {
     const float *q = chunk->scratch->qkv + window * s->tokens * stride + column, *k = q + s->dim, *v = k + s->dim;
     float* to = chunk->scratch->normed.values + window * s->tokens * s->dim + column;
     lay_out_keys(s, k, keys);
+    lay_out_values(s, v, values);
     for (int64_t i = 0; i < num_strips(s->tokens); i++) {
       int64_t token = strip(s->tokens, i), next = strip(s->tokens, i + 1);
-      attend_rows[next - token](&(Head){s, q + token * stride, keys, v, scores, to + token * s->dim});
+      attend_rows[next - token](&(Head){s, q + token * stride, keys, values, scores, to + token * s->dim});
     }
   }
 }
