@@ -13,7 +13,8 @@ HEADLINE = {False: "accuracy", True: "mAP"}  # by whether clips have any number 
 README = Path(__file__).parents[1] / "README.md"
 CARD = Path(__file__).parents[1] / "weights" / "README.md"
 STARTUP = Path(__file__).with_name("startup.json")
-CPU_SPEEDS = ("speed-avx512_bf16-family26.json", "speed-amx_bf16-family6.json")
+CPU_SPEEDS = ("speed-avx2-family25.json",)  # of this version
+EARLIER_SPEEDS = sorted(path for path in README.parent.glob("benchmarks/speed-*.json") if path.name not in CPU_SPEEDS)
 TRAINING = Path(__file__).with_name("training.json")
 SHORT_RUN = Path(__file__).with_name("short_run.json")
 QUALITY = Path(__file__).with_name("quality.json")
@@ -26,14 +27,15 @@ def speed_tables(files: list[Path]) -> str:
     lines = [
         "The peer is the same architecture written in timm's style in float32, fed by nnAudio as in the reference "
         "runtime; all take turns in one run, and ratios are to it. Share: what the model's own operations, from "
-        "waveform to embedding, reach of the rate that PyTorch and oneDNN have in the same run for nothing but matrix "
-        "products of the model's shapes in that precision. Memory is that beyond the loaded model, for 8 clips of 10 s."
+        "waveform to embedding, reach of what the processor's units do from registers in that precision. Memory is "
+        "that beyond the loaded model, for 8 clips of 10 s."
     ]
     for file in files:
         result = json.loads(file.read_text())
         plot = f"![Seconds of audio per second of each runtime](benchmarks/{file.with_suffix('.png').name})"
         lines += ["", f"### {on_cores(result['machine'])}", "", plot, speed_table(result)]
-    return "\n".join(lines)
+    links = [f"[{path.stem.removeprefix('speed-')}](benchmarks/{path.name})" for path in EARLIER_SPEEDS]
+    return "\n".join([*lines, "", f"Other processors, measured on earlier versions: {', '.join(links)}."])
 
 
 def speed_table(result: dict[str, Any]) -> str:
@@ -79,7 +81,7 @@ def speed_row(row: dict[str, Any], measured: dict[str, Any]) -> str:
         f"{1000 * short[0]['seconds']:.1f} ms (x{short[0]['ratio']:.2f})" if short else "",
         f"{row['seconds of audio per second']:,.0f} s/s",
         f"{row['ratio']:.2f}",
-        "" if row["share of products"] is None else f"{row['share of products']:.0%}",
+        "" if row["share of units"] is None else f"{row['share of units']:.0%}",
         f"{start['load and first result, s']:.2f} s",
         f"{start['8 clips of 10 s, MiB']:.0f} MiB",
     ]

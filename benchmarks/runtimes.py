@@ -4,7 +4,7 @@ All have the same shape, and where weights can be shared the same weights; each 
 
 * reference style: a timm-style ViT in float32 behind nnAudio's spectrogram, window after window.
 * m2d-embed: this package in each of its modes.
-* ONNX Runtime, OpenVINO: what ``m2d-embed export --onnx`` writes.
+* ONNX Runtime, OpenVINO: what ``m2d-embed export --onnx`` writes; int8: by ONNX Runtime's dynamic quantisation.
 * AST: transformers' Audio Spectrogram Transformer (arXiv 2104.01778) of the size of a ViT-Base, with its own feature
   extractor; it hears 10.24 s at a time, so longer clips are cut, and shorter ones padded by the extractor.
 """
@@ -28,8 +28,8 @@ from m2d_embed.export import export_onnx
 from m2d_embed.model import DTYPES, M2D
 
 Run = Callable[[Tensor], Any]
-#: Which rate of matrix products limits a runtime.
-PRODUCTS = {"fp32": "float32, packed", "bf16": "bfloat16", "fp16": "float32, packed", "int8": "int8"}
+#: Which products of the processor's units limit a runtime.
+UNITS = {"fp32": "fp32", "bf16": "bf16", "fp16": "fp32", "int8": "int8"}
 REFERENCE = "reference style, fp32"
 _AST_SECONDS = 10.24
 _SEED = 0
@@ -54,7 +54,7 @@ def runtimes(name: str, device: str) -> list[str]:
         ours.append("m2d-embed, int8")
     others = []
     if importlib.util.find_spec("onnxruntime"):
-        others.append("ONNX Runtime, fp32")
+        others += ["ONNX Runtime, fp32", "ONNX Runtime, int8"]
     if importlib.util.find_spec("openvino"):
         others += ["OpenVINO, fp32", "OpenVINO, bf16"]
     return [REFERENCE, *ours, *others, *ast]
@@ -78,7 +78,9 @@ def build(runtime: str, name: str, device: str, folder: Path) -> Run:
         model = load(name).to(device).set_dtype(DTYPES[settings[0]])
         return model.compile_encoder().scene if "compiled" in settings else model.scene
     file = exported(name, folder)
-    return _build_onnxruntime(file) if family == "ONNX Runtime" else _build_openvino(file, settings[0])
+    if family == "OpenVINO":
+        return _build_openvino(file, settings[0])
+    return _build_onnxruntime(quantized(file) if settings[0] == "int8" else file)
 
 
 def exported(name: str, folder: Path) -> Path:
@@ -87,6 +89,16 @@ def exported(name: str, folder: Path) -> Path:
     if not file.exists():
         export_onnx(load(name), file)
     return file
+
+
+def quantized(file: Path) -> Path:
+    """An ONNX file with int8 matrices, and inputs rounded as they come, made of another if it is not there."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    made = file.with_name(f"{file.stem}-int8.onnx")
+    if not made.exists():
+        quantize_dynamic(file, made, weight_type=QuantType.QInt8)
+    return made
 
 
 def _build_onnxruntime(file: Path) -> Run:

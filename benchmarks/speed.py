@@ -12,9 +12,9 @@ There is a JSON for each kind of processor, named after its best unit for matrix
 Xeons, 25 is AMD's Zen 4, 26 is Zen 5.
 
 Runtimes are in ``benchmarks/runtimes.py``; they take turns, and each is credited with its best round, as whatever else
-the machine does can only make one slower. Beside the speed stands the share that the model's operations reach of the
-rate of matrix products of the model's shapes by PyTorch and oneDNN, and what the processor's units do by themselves
-(``unit_rates.c``), each measured in the same run. Start and memory are measured in a process for each
+the machine does can only make one slower. Beside the speed stands the share that the model's operations reach of what
+the processor's units do by themselves (``unit_rates.c``), and the rate of matrix products of the model's shapes by
+PyTorch and oneDNN, each measured in the same run. Start and memory are measured in a process for each
 runtime. Each model's results are written when it is done.
 """
 
@@ -35,7 +35,7 @@ import soxr
 import torch
 import typer
 
-from benchmarks.runtimes import PRODUCTS, REFERENCE, build, exported, load, runtimes
+from benchmarks.runtimes import REFERENCE, UNITS, build, exported, load, runtimes
 from benchmarks.timing import machine, measure, product_rates, unit_rates
 from m2d_embed.audio import find_audio, open_clip
 from m2d_embed.backends import supports_int8
@@ -117,7 +117,7 @@ def compare(
                 "seconds": round(taken, 5),
                 "seconds of audio per second": round(batch * seconds / taken, 1),
                 "ratio": round(best[REFERENCE] / taken, 2),
-                "share of products": _share(runtime, batch * operations(config, seconds) / taken / 1e9, rates),
+                "share of units": _share(runtime, batch * operations(config, seconds) / taken / 1e9, units),
             }
             for runtime, taken in best.items()
         ]
@@ -143,10 +143,9 @@ def hears(runtime: str, seconds: int) -> bool:
     return seconds == _AST_CLIP or not runtime.startswith("transformers")
 
 
-def _share(runtime: str, rate: float, rates: dict[str, float]) -> float | None:
-    """Of what the matrix products of a runtime's precision reach alone; None for a model of other operations."""
-    products = PRODUCTS[runtime.split(", ")[1]]
-    limit = rates.get(products, rates.get(products.partition(",")[0]))
+def _share(runtime: str, rate: float, units: dict[str, float]) -> float | None:
+    """Of what the units do from registers in a runtime's precision; None if unknown, or for another model."""
+    limit = units.get(UNITS[runtime.split(", ")[1]])
     return None if runtime.startswith("transformers") or limit is None else round(rate / limit, 3)
 
 

@@ -97,7 +97,9 @@ def unit_rates() -> dict[str, float]:
         return {}
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "unit_rates"
-        flags = "-O3 -std=gnu11 -mavx512f -mavx512bf16 -mavx512vnni -mamx-tile -mamx-bf16 -mamx-int8 -lpthread"
+        flags = "-O3 -std=gnu11 -mavx2 -mfma -lpthread"
+        if any(unit != "avx2" for unit in native.available().values()):
+            flags += " -mavx512f -mavx512vl -mavx512bf16 -mavx512vnni -mamx-tile -mamx-bf16 -mamx-int8"
         source = Path(__file__).with_name("unit_rates.c")
         subprocess.run([compiler, str(source), "-o", str(program), *flags.split()], check=True)
         units = [f"{kind}:{unit}" for kind, unit in native.available().items()]

@@ -1,6 +1,9 @@
 // What the processor's vector and matrix units do by themselves, from registers alone: no program can be faster.
 //
-//     unit_rates THREADS KIND:UNIT...        KIND: fp32, bf16, int8; UNIT: amx, avx512
+//     unit_rates THREADS KIND:UNIT...        KIND: fp32, bf16, int8; UNIT: amx, avx512_bf16, avx512, avx_vnni, avx2
+//
+// Without AMX in the compiler's flags it is for AVX2 alone. A unit's products are those that its kernels are made of:
+// bf16 of float32 where no instruction multiplies it, int8 on AVX2 of three instructions.
 //
 // Prints GFLOP/s of all threads together for each kind, one line each: the best of many short spells.
 
@@ -15,7 +18,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { SPELLS = 60, TILE_ROUNDS = 20000, VECTOR_ROUNDS = 100000, CHAINS = 16, MOST_THREADS = 256 };
+enum { SPELLS = 60, TILE_ROUNDS = 20000, VECTOR_ROUNDS = 100000, CHAINS = 12, MOST_THREADS = 256 };
 
 static double now(void) {
   struct timespec t;
@@ -23,6 +26,7 @@ static double now(void) {
   return t.tv_sec + 1e-9 * t.tv_nsec;
 }
 
+#ifdef __AMX_TILE__
 static void configure_tiles(void) {
   struct {
     uint8_t palette, start_row, reserved[14];
@@ -34,25 +38,38 @@ static void configure_tiles(void) {
   _tile_loadconfig(&config);
 }
 
+#else
+static void configure_tiles(void) {}
+#define _tile_release() ((void)0)
+#endif
+
 // Each of many sums in registers, enough that none has to wait for itself, is `product` of itself, which multiplies so
 // many values in each of 16 lanes.
-#define VECTOR_SPELL(name, vector, product, values)                        \
+#define VECTOR_SPELL(name, vector, lanes, product, values)                 \
   static double name(void) {                                               \
     vector sums[CHAINS], x;                                                \
     memset(&x, 0, sizeof x);                                               \
-    _Pragma("GCC unroll 16") for (int i = 0; i < CHAINS; i++) sums[i] = x; \
+    __asm__ volatile("" : "+x"(x));                                        \
+    _Pragma("GCC unroll 12") for (int i = 0; i < CHAINS; i++) sums[i] = x; \
     for (long round = 0; round < VECTOR_ROUNDS; round++) {                 \
-      _Pragma("GCC unroll 16") for (int i = 0; i < CHAINS; i++) {          \
+      _Pragma("GCC unroll 12") for (int i = 0; i < CHAINS; i++) {          \
+        __asm__ volatile("" : "+x"(x));                                    \
         sums[i] = product;                                                 \
         __asm__ volatile("" : "+v"(sums[i]));                              \
       }                                                                    \
     }                                                                      \
-    return 2.0 * 16 * (values) * CHAINS * VECTOR_ROUNDS;                   \
+    return 2.0 * (lanes) * (values) * CHAINS * VECTOR_ROUNDS;              \
   }
 
-VECTOR_SPELL(fp32_on_avx512, __m512, _mm512_fmadd_ps(x, x, sums[i]), 1)
-VECTOR_SPELL(bf16_on_avx512, __m512, _mm512_dpbf16_ps(sums[i], (__m512bh)x, (__m512bh)x), 2)
-VECTOR_SPELL(int8_on_avx512, __m512i, _mm512_dpbusd_epi32(sums[i], x, x), 4)
+VECTOR_SPELL(fp32_on_avx2, __m256, 8, _mm256_fmadd_ps(x, x, sums[i]), 1)
+VECTOR_SPELL(int8_on_avx2, __m256i, 8,
+             _mm256_add_epi32(sums[i], _mm256_madd_epi16(_mm256_maddubs_epi16(x, x), x)), 4)
+
+#ifdef __AMX_TILE__
+VECTOR_SPELL(int8_on_avx_vnni, __m256i, 8, _mm256_dpbusd_epi32(sums[i], x, x), 4)
+VECTOR_SPELL(fp32_on_avx512, __m512, 16, _mm512_fmadd_ps(x, x, sums[i]), 1)
+VECTOR_SPELL(bf16_on_avx512, __m512, 16, _mm512_dpbf16_ps(sums[i], (__m512bh)x, (__m512bh)x), 2)
+VECTOR_SPELL(int8_on_avx512, __m512i, 16, _mm512_dpbusd_epi32(sums[i], x, x), 4)
 
 // Two by two tiles, which multiply so many values for each sum.
 #define TILE_SPELL(name, product, values)                \
@@ -68,14 +85,26 @@ VECTOR_SPELL(int8_on_avx512, __m512i, _mm512_dpbusd_epi32(sums[i], x, x), 4)
 
 TILE_SPELL(bf16_on_amx, _tile_dpbf16ps, 32)
 TILE_SPELL(int8_on_amx, _tile_dpbssd, 64)
+#endif
 
 static const struct {
   const char* name;
   double (*spell)(void);
   int uses_tiles;
 } units[] = {
-    {"fp32:avx512", fp32_on_avx512, 0}, {"bf16:avx512", bf16_on_avx512, 0}, {"int8:avx512", int8_on_avx512, 0},
-    {"bf16:amx", bf16_on_amx, 1},       {"int8:amx", int8_on_amx, 1},
+    {"fp32:avx2", fp32_on_avx2, 0},
+    {"bf16:avx2", fp32_on_avx2, 0},
+    {"int8:avx2", int8_on_avx2, 0},
+#ifdef __AMX_TILE__
+    {"int8:avx_vnni", int8_on_avx_vnni, 0},
+    {"fp32:avx512", fp32_on_avx512, 0},
+    {"bf16:avx512", fp32_on_avx512, 0},
+    {"int8:avx512", int8_on_avx512, 0},
+    {"bf16:avx512_bf16", bf16_on_avx512, 0},
+    {"int8:avx512_bf16", int8_on_avx512, 0},
+    {"bf16:amx", bf16_on_amx, 1},
+    {"int8:amx", int8_on_amx, 1},
+#endif
 };
 enum { UNITS = sizeof units / sizeof units[0] };
 

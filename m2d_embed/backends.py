@@ -5,9 +5,10 @@ torch and oneDNN; ``choose`` makes of that and of what the encoder is a ``Backen
 is tested for machines that are not there. ``obstacle`` says when PyTorch has to call the modules themselves: where
 somebody differentiates, traces or watches what they do.
 
-Half precision is a way to store matrices. They are multiplied in it where that is faster than float32 (bfloat16: AMX,
-AVX512_BF16, Arm's BF16), and otherwise in float32, by copies that are made once: as fast as float32, exact to the
-rounding of the weights, and with the memory of both. float16 is always multiplied in float32 on a CPU.
+Half precision is a way to store matrices. Kernels read it as it is, whatever the processor, and multiply it in
+float32, but for bfloat16 where it is faster (AMX, AVX512_BF16). Where there are no kernels, matrices are multiplied in
+half precision if that is faster than float32 (bfloat16: AVX512_BF16, Arm's BF16), and otherwise in float32, by copies
+that are made once: as fast as float32, exact to the rounding of the weights, and with the memory of both.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ STORED: Mapping[torch.dtype, Stored] = MappingProxyType(
 #: Instruction sets that ONEDNN_MAX_CPU_ISA names, without products of int8 on AVX-512, and without those of bf16.
 _WITHOUT_VNNI = frozenset({"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE"})
 _WITHOUT_BF16 = _WITHOUT_VNNI | {"AVX512_CORE_VNNI"}
+_NO_UNIT = "they need AVX2, AVX-512 or NEON, and none of these is there and to be used"
+_NO_INT8 = "not possible: no int8 kernel runs here, nor has oneDNN AVX-512 VNNI to use"
 
 
 # --- what a machine can do --------------------------------------------------------------------------------------------
@@ -221,7 +224,7 @@ def choose(here: Capabilities, encoder: Traits) -> Backend:
         return Backend("modules", None, "the matrices are not all float32, bfloat16 or float16, or a norm not float32")
     for kind in _kinds(encoder):
         if kind in here.kernels and encoder.shape is not None and native.fits(encoder.shape, kind):
-            return Backend("native", kind, f"{kind} kernels run on this processor ({here.kernels[kind]})")
+            return Backend("native", kind, f"{_kernels(here, kind)} run on this processor")
         why = "no kernel fits the blocks" if kind in here.kernels else f"no {kind} kernel runs on this processor"
         if encoder.stored != kind and kind == "fp32":
             why = f"this processor multiplies {encoder.stored} no faster than float32"
@@ -230,6 +233,13 @@ def choose(here: Capabilities, encoder: Traits) -> Backend:
         if kind in here.modules and kind == encoder.stored:
             return Backend("modules", kind, why)
     return Backend("widened", "fp32", why)
+
+
+def _kernels(here: Capabilities, kind: Kind) -> str:
+    """The kernels of a kind, in words."""
+    unit = here.kernels[kind]
+    widened = ", weights of 16 bits, products in float32" if kind == "bf16" and unit not in native.TILED else ""
+    return f"{kind} kernels ({unit}{widened})"
 
 
 def _kinds(encoder: Traits) -> tuple[Kind, ...]:
@@ -269,22 +279,22 @@ def describe(encoder: HasTraits) -> dict[str, str]:
     here, traits, limit = capabilities(), encoder.traits(), native.isa_limit()
     kernels = ", ".join(f"{kind} ({unit})" for kind, unit in here.kernels.items())
     if not kernels:
-        kernels = f"none: {native.why_no_kernels() or 'they need AVX-512, which is not there or not to be used.'}"
+        kernels = f"none: {native.why_no_kernels() or _NO_UNIT}"
     facts = {"CPU kernels": kernels, native.ISA_VARIABLE: limit or "not set"}
     for stored in STORED.values():
         facts[f"{stored} on this CPU"] = str(choose(here, replace(traits, stored=stored, quantize=False)))
     quantized = str(choose(here, replace(traits, stored="bf16", quantize=True)))
-    facts["int8 on this CPU"] = quantized if here.multiplies("int8") else "not possible, no AVX-512 VNNI and no AMX"
+    facts["int8 on this CPU"] = quantized if here.multiplies("int8") else _NO_INT8
     return facts
 
 
 def supports_int8() -> bool:
-    """Whether this machine multiplies int8 matrices fast and without overflow (AVX-512 VNNI or AMX)."""
+    """Whether this machine multiplies int8 matrices without overflow: by kernels, or oneDNN with VNNI."""
     return capabilities().multiplies("int8")
 
 
 def fastest_float() -> Literal["bf16", "fp32"]:
-    """The dtype to advise: bfloat16 where this machine gains by it."""
+    """The dtype to advise: bfloat16 where it takes half the memory and no more time."""
     return "bf16" if capabilities().multiplies("bf16") else "fp32"
 
 

@@ -113,6 +113,15 @@ Listing = Annotated[
 Model = Annotated[str, typer.Option("--model", "-m", help="Which model; the bundled one by default.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps ... By default a CUDA GPU if there is one.")]
 Dtype = Annotated[Precision | None, typer.Option(help="Precision of the matrices.", show_default="fp32")]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        min=1,
+        help="Threads that the model computes with on a CPU; OMP_NUM_THREADS chooses, too.",
+        show_default="by the cores that it may use",
+    ),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Windows encoded at a time, at most.")]
 Layers = Annotated[
     str | None, typer.Option(help="Transformer blocks to read, e.g. -1 or 6,9,11.", show_default="the model's own")
@@ -143,6 +152,7 @@ def embed(
     scene_pooling: Scenes = None,
     device: Device = None,
     dtype: Dtype = None,
+    threads: Threads = None,
     batch_size: BatchSize = 32,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output; start anew.")] = False,
     workers: Annotated[
@@ -177,7 +187,7 @@ def embed(
     if part is not None and overwrite:
         raise ConfigError(f"--overwrite does not go with shards, others may be at work; remove {output} first.")
     features = _features(layers, concat, flat, scene_pooling, hop_ms)
-    loaded = _load(model, device if part is None else local_device(device), dtype, features)
+    loaded = _load(model, device if part is None else local_device(device), dtype, features, threads)
     if compile_model:
         loaded.compile_encoder()
     stopwatch = Profile() if profile else Stopwatch()
@@ -239,13 +249,14 @@ def tag(
     frames: Annotated[bool, typer.Option("--frames", help="Tags of every time column, with its time.")] = False,
     device: Device = None,
     dtype: Dtype = None,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Print the most probable labels of each clip, best first. Needs a fine-tuned checkpoint."""
     import torch
 
     files = find_inputs(inputs or [], listing)
-    loaded = _load(model, device, dtype, FeatureConfig())
+    loaded = _load(model, device, dtype, FeatureConfig(), threads)
     head = loaded.column_head() if frames else loaded.tagging_head()
     loaded.features = loaded.head_features()
 
@@ -274,6 +285,7 @@ def zero_shot(
     top_k: TopK = 5,
     device: Device = None,
     dtype: Dtype = None,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Classify clips by labels of your own. Needs a CLAP checkpoint and the extra 'clap'."""
@@ -285,7 +297,7 @@ def zero_shot(
     if not names or "{}" not in template:
         raise ConfigError("--labels needs at least one label, and --template the place {} for it.")
     files = find_inputs(inputs or [], listing)
-    loaded = _load(model, device, dtype, FeatureConfig())
+    loaded = _load(model, device, dtype, FeatureConfig(), threads)
     clap = loaded.clap_head()
 
     with torch.no_grad():
@@ -314,6 +326,7 @@ def similar(
     top_k: TopK = 10,
     device: Device = None,
     dtype: Dtype = None,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Print the clips nearest to a query by cosine similarity of their scene embeddings, nearest first."""
@@ -321,7 +334,7 @@ def similar(
 
     from m2d_embed.jobs.outputs import find_outputs
 
-    loaded = _load(model, device, dtype, FeatureConfig())
+    loaded = _load(model, device, dtype, FeatureConfig(), threads)
     target = np.asarray(loaded.encode(query))
     failed = 0
     outputs = find_outputs(among)
@@ -349,12 +362,13 @@ def plot(
     hop_ms: Annotated[float | None, typer.Option(help="Step of timestamps; the model's own by default.")] = None,
     device: Device = None,
     dtype: Dtype = None,
+    threads: Threads = None,
 ) -> None:
     """Draw a clip: log-mel, self-similarity of its timestamps, their principal components over time."""
     from m2d_embed.plots import plot_clip
 
     output = output or Path(f"{file.name}.png")
-    plot_clip(_load(model, device, dtype, FeatureConfig(hop_ms=hop_ms)), file, output)
+    plot_clip(_load(model, device, dtype, FeatureConfig(hop_ms=hop_ms), threads), file, output)
     print(output)
 
 
@@ -461,6 +475,7 @@ def probe(
     scene_pooling: Scenes = None,
     device: Device = None,
     dtype: Dtype = None,
+    threads: Threads = None,
     batch_size: BatchSize = 32,
 ) -> None:
     """Score embeddings on labelled clips: linear, nearest-neighbour and MLP probe. Needs the extra 'eval'.
@@ -473,7 +488,7 @@ def probe(
     from m2d_embed.evaluate.report import format_report
 
     features = _features(layers, concat, flat, scene_pooling)
-    loaded = _load(model, device, dtype, features)
+    loaded = _load(model, device, dtype, features, threads)
     name = loaded.config.name or Path(model).name
     output = output or Path(f"probe-{data_name(data, label_column)}-{name}")
     probes = tuple(chosen.value for chosen in probe or Probe)
@@ -694,14 +709,17 @@ def _require_extra(extra: str, *modules: str) -> None:
         raise UnsupportedError(f"this needs {', '.join(missing)}: pip install 'm2d-embed[{extra}]'")
 
 
-def _load(model: str, device: str | None, dtype: Precision | None, features: FeatureConfig) -> M2D:
+def _load(
+    model: str, device: str | None, dtype: Precision | None, features: FeatureConfig, threads: int | None = None
+) -> M2D:
     from m2d_embed.model import M2D
 
-    return M2D.from_pretrained(model, device=device, dtype=dtype.value if dtype else None, features=features)
+    precision = dtype.value if dtype else None
+    return M2D.from_pretrained(model, device=device, dtype=precision, features=features, threads=threads)
 
 
 def _facts(model: M2D) -> dict[str, Any]:
-    from m2d_embed import backends
+    from m2d_embed import backends, threads
 
     config = model.config
     (mels, frames), (patch_mels, patch_frames) = config.input_size, config.patch_size
@@ -720,6 +738,7 @@ def _facts(model: M2D) -> dict[str, Any]:
         "scene embedding": model.scene_embedding_size,
         "timestamp embedding": f"{model.timestamp_embedding_size}, every {hop_ms:g} ms",
     } | backends.describe(model.encoder)
+    facts["threads on this CPU"] = threads.describe()
     if config.head is not None:
         facts["labels"] = f"{len(config.head.labels)} ({', '.join(config.head.labels[:3])} ...)"
     if config.clap is not None:

@@ -80,6 +80,17 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
+def cache_folder() -> Path:
+    """Where this package keeps what it can make again: ``M2D_EMBED_CACHE``, or a folder in ``XDG_CACHE_HOME``.
+
+    Raises:
+        RuntimeError: if neither is set and this user has no home.
+    """
+    if "M2D_EMBED_CACHE" in os.environ:
+        return Path(os.environ["M2D_EMBED_CACHE"]).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "m2d-embed"
+
+
 def _sync_all(files: Sequence[Path]) -> None:
     """Wait until files of one file system are on the disk."""
     if len(files) < _MANY or _LIBC is None:

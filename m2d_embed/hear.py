@@ -28,6 +28,7 @@ def load_model(
     layer_pooling: LayerPooling | None = None,
     flat: bool | None = None,
     scene_pooling: ScenePooling | None = None,
+    threads: int | None = None,
     compile: bool = False,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -54,6 +55,10 @@ def load_model(
             model's own choice, mostly False.
         scene_pooling: how a scene embedding is made of those of its time columns: "mean" over time, or "mean_std",
             followed by the standard deviation, twice as many values. None is the model's own choice.
+        threads: how many threads compute on the CPU, for the whole process, as with ``torch.set_num_threads``. None
+            leaves what ``OMP_NUM_THREADS`` or an earlier ``torch.set_num_threads`` chose; else it is torch's own
+            number, mostly one a core, but no more than the cores that this process may use by its affinity and its
+            container's CPU quota.
         compile: run the encoder through ``torch.compile``; for GPUs. The first clips of a new length take long.
         revision, token, cache_dir: as in huggingface_hub, for a Hub repository.
         force_download, local_files_only: as in huggingface_hub, for a Hub repository or an official release.
@@ -82,6 +87,7 @@ def load_model(
         device=device,
         dtype=dtype,
         features=features,
+        threads=threads,
         compile=compile,
         revision=revision,
         token=token,

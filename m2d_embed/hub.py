@@ -25,7 +25,7 @@ from filelock import FileLock
 
 from m2d_embed.config import CONFIG_FILE
 from m2d_embed.errors import CheckpointError, ConfigError, ModelNotFoundError
-from m2d_embed.files import sync
+from m2d_embed.files import cache_folder, sync
 from m2d_embed.registry import BUNDLED_NAME, LICENSE_NOTICE, RELEASE_URL, RELEASES, Release
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
@@ -115,9 +115,7 @@ def bundled_folder() -> Path:
 
 def release_cache() -> Path:
     """The folder that keeps converted official releases."""
-    if "M2D_EMBED_CACHE" in os.environ:
-        return Path(os.environ["M2D_EMBED_CACHE"]).expanduser() / "releases"
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "m2d-embed" / "releases"
+    return cache_folder() / "releases"
 
 
 def _locate_on_hub(

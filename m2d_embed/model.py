@@ -21,7 +21,7 @@ from huggingface_hub import ModelCard, ModelHubMixin
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from m2d_embed import backends, batching, hub, native, threads
+from m2d_embed import backends, batching, hub, native
 from m2d_embed.audio import Clip, ClipLike, open_clip
 from m2d_embed.batching import Timestamps
 from m2d_embed.checkpoints import (
@@ -42,6 +42,7 @@ from m2d_embed.frontend import LogMel
 from m2d_embed.heads.clap import TEXT_ENCODER_FILE, ClapHead, TextEncoder
 from m2d_embed.heads.tagging import TaggingHead
 from m2d_embed.resample import resample
+from m2d_embed.threads import choose_threads
 from m2d_embed.windows import column_times, cut, interleave, pad_to_patch
 
 log = logging.getLogger("m2d_embed")
@@ -438,6 +439,7 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         features: FeatureConfig | None = None,
+        threads: int | None = None,
         compile: bool = False,
         revision: str | None = None,
         token: str | bool | None = None,
@@ -455,6 +457,11 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
             dtype: of the matrices: "fp32", "bf16", "fp16", "int8" (CPU only) or a torch.dtype; None is float32. A
                 half-precision file is read where it has what is asked for, and with a warning where there is no other.
             features: which features it returns; None is what it was saved with.
+            threads: how many threads compute on the CPU, for the whole process, as with ``torch.set_num_threads``:
+                other models, and torch elsewhere, compute with as many; only threads of Python that have computed
+                before keep their number. None leaves what ``OMP_NUM_THREADS`` or an earlier ``torch.set_num_threads``
+                chose; else it is torch's own number, mostly one a core, but no more than the cores that this process
+                may use by its affinity and its container's CPU quota.
             compile: run the encoder through ``torch.compile`` (see ``compile_encoder``); for GPUs.
             revision, token, cache_dir: as in huggingface_hub, for a Hub repository.
             force_download, local_files_only: as in huggingface_hub, for a Hub repository or an official release.
@@ -466,7 +473,7 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
             UnsupportedError: if this machine cannot multiply in the dtype.
         """
         native.isa_limit()  # an impossible value ends here, and not in the middle of a run
-        threads.fit_threads_to_quota()
+        choose_threads(threads)
         compute_dtype = torch.float32 if dtype is None else parse_dtype(dtype)
         target = _parse_device(best_device() if device is None else device)
         if compute_dtype == torch.int8:
@@ -687,7 +694,8 @@ def _check_int8(device: torch.device) -> None:
         raise ConfigError(f"int8 is for CPUs; on {device} take bf16 or fp16.")
     if not backends.supports_int8():
         raise UnsupportedError(
-            f"int8 needs an x86 CPU with AVX-512 VNNI or AMX; on this one take {backends.fastest_float()}."
+            "int8 needs kernels of this package, of which none runs here, or an x86 CPU with AVX-512 VNNI; "
+            f"on this one take {backends.fastest_float()}."
         )
 
 

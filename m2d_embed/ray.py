@@ -178,9 +178,8 @@ class _Job:
     root: str = ""  # the folder from which relative paths lead to files
 
     def load_model(self) -> M2D:
-        torch.set_num_threads(self.actors.cpus)
-        device = "cuda" if self.actors.gpus else "cpu"
-        return M2D.from_pretrained(self.model, device=device, dtype=self.dtype, features=self.features)
+        device, threads = "cuda" if self.actors.gpus else "cpu", self.actors.cpus
+        return M2D.from_pretrained(self.model, device=device, dtype=self.dtype, features=self.features, threads=threads)
 
 
 @dataclass

@@ -1,4 +1,7 @@
-"""Threads: how many a process may use, by its affinity and its container's CPU quota, and what is left after a fork."""
+"""Threads: how many a process computes with and may use, by its affinity and its container's CPU quota; and forks.
+
+``choose_threads`` decides for a model on the CPU; ``describe`` says what came of it, and why.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,9 @@ from functools import cache
 from pathlib import Path
 
 import torch
+
+from m2d_embed.config import is_whole
+from m2d_embed.errors import ConfigError
 
 log = logging.getLogger("m2d_embed")
 
@@ -70,19 +76,83 @@ def _quota_1(group: Path) -> float | None:
         return None
 
 
-@cache
-def fit_threads_to_quota() -> None:
-    """Once in a process: let torch have no more threads than the container's CPU quota, if nobody has chosen otherwise.
+class _Choice:
+    """What this module has set torch's number of threads to, and who wanted it so."""
 
-    Torch counts cores, and its threads wait for one another: those beyond the quota are what makes the system stop all
-    of them for most of the time.
+    number = 0
+    reason = ""
+
+    @classmethod
+    def make(cls, number: int, reason: str) -> None:
+        """Set it."""
+        torch.set_num_threads(number)
+        cls.number, cls.reason = number, reason
+
+
+def choose_threads(number: int | None) -> None:
+    """Let torch, and with it the kernels, compute with so many threads on the CPU; None leaves it to ``fit_threads``.
+
+    The number is the whole process's, until it is set again; only threads of Python that have computed before keep
+    theirs.
+
+    Raises:
+        ConfigError: if it is no whole number from 1 on.
     """
-    quota = cpu_quota()
-    if quota is None or any(os.environ.get(name) for name in _CHOSEN_BY):
+    if number is None:
+        fit_threads()
         return
-    if usable_cores() < torch.get_num_threads() == _cores():
-        log.info("this container's CPU quota is %.1f cores, so torch takes %d threads", quota, usable_cores())
-        torch.set_num_threads(usable_cores())
+    if not is_whole(number) or number < 1:
+        raise ConfigError(f"threads must be a whole number from 1 on, or None, not {number!r}.")
+    _Choice.make(int(number), "as asked for")
+
+
+@cache
+def fit_threads() -> None:
+    """Once in a process: let torch have no more threads than it has cores, if nobody has chosen otherwise.
+
+    Torch may count the machine's cores, and its threads wait for one another: those beyond the cores of this process,
+    or beyond its container's CPU quota, are what makes the system stop all of them for most of the time. Whoever sets
+    ``OMP_NUM_THREADS`` or the like has chosen, and so has who called ``torch.set_num_threads`` with another number than
+    those that torch begins with.
+    """
+    if _Choice.number or _variable():
+        return
+    usable, quota = usable_cores(), cpu_quota()
+    if usable < torch.get_num_threads() and torch.get_num_threads() in _defaults():
+        is_quota = quota is not None and usable < _cores()
+        why = f"this container's CPU quota is {quota:.1f} cores" if is_quota else "this process may use no more cores"
+        log.info("%s, so torch takes %d threads", why, usable)
+        _Choice.make(usable, why)
+
+
+def describe() -> str:
+    """How many threads compute on the CPU in this process, and why, in words."""
+    number, variable = torch.get_num_threads(), _variable()
+    if number == _Choice.number:
+        why = _Choice.reason
+    elif variable:
+        why = f"{variable}={os.environ[variable]}"
+    elif number == usable_cores():
+        why = "one for each core that this process may use"
+    else:
+        why = "torch's own number, or one that was given to torch.set_num_threads"
+    return f"{number}: {why}"
+
+
+def _variable() -> str:
+    """The first variable that chooses a number of threads, or ""."""
+    return next((name for name in _CHOSEN_BY if os.environ.get(name)), "")
+
+
+def _defaults() -> set[int]:
+    """Numbers that torch may begin with: cores of the machine or of the process, each of them or its hyperthreads."""
+    return {os.cpu_count() or 1, _cores(), _cores_without_hyperthreads()}
+
+
+def _cores_without_hyperthreads(root: Path = _ROOT) -> int:
+    """Cores of the machine, as far as the system tells which of its processors share one."""
+    files = (root / "sys/devices/system/cpu").glob("cpu[0-9]*/topology/thread_siblings_list")
+    return len({file.read_text() for file in files}) or os.cpu_count() or 1
 
 
 @cache

@@ -1,7 +1,10 @@
 // Intel's tile instructions in plain vectors, so that amx.c is tested on processors without a matrix unit:
 // compile it with `-include` this, in real or generic vectors. Sums of bf16 are added in another order than the unit does.
 
-#include "vectors.h"
+#include "vec.h"
+#ifdef M2D_GENERIC
+#include "generic.h"
+#endif
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>

@@ -7,9 +7,11 @@ import sys
 import pytest
 import torch
 from conftest import TINY, random_model
+from generic_kernels import units_here
 
-from m2d_embed import backends
+from m2d_embed import backends, native
 from m2d_embed.backends import Capabilities, TorchFacts, Traits, capabilities_of, choose
+from m2d_embed.config import ModelConfig
 from m2d_embed.native import Shape
 
 WIDE, ODD = Shape(768, 3072, 12), Shape(40, 160, 2)  # the second fits no kernel
@@ -129,6 +131,44 @@ def test_what_is_described():
     assert all(facts.values())
 
 
+@pytest.mark.parametrize(
+    ("kernels", "facts", "expected"),
+    [
+        (
+            dict.fromkeys(("fp32", "bf16", "int8"), "avx2"),
+            AVX2,
+            {
+                "CPU kernels": "fp32 (avx2), bf16 (avx2), int8 (avx2)",
+                "fp32": "fp32 kernels (avx2) run on this processor",
+                "bf16": "bf16 kernels (avx2, weights of 16 bits, products in float32) run on this processor",
+                "int8": "int8 kernels (avx2) run on this processor",
+            },
+        ),
+        (
+            {"fp32": "avx512", "bf16": "amx", "int8": "amx"},
+            ZEN_4,
+            {"bf16": "in bf16: bf16 kernels (amx) run on this processor", "fp16": "in fp32: fp32 kernels (avx512) run"},
+        ),
+        ({}, AVX2, {"fp32": "oneDNN", "int8": "not possible: no int8 kernel runs here, nor has oneDNN AVX-512 VNNI"}),
+        ({}, CASCADE_LAKE, {"int8": "oneDNN, weights laid out once, in int8"}),
+    ],
+)
+def test_what_is_described_of_a_machine(monkeypatch, kernels, facts, expected):
+    monkeypatch.setattr(backends, "capabilities", lambda: capabilities_of(kernels, facts))
+    found = backends.describe(random_model(ModelConfig(embed_dim=64, depth=1, num_heads=2)).encoder)
+    for name, text in expected.items():
+        assert text in found[name if name in found else f"{name} on this CPU"]
+
+
+@pytest.mark.parametrize("why", ["The kernels were not compiled when this package was installed", ""])
+def test_why_there_are_no_kernels_is_said_once(monkeypatch, why):
+    monkeypatch.setattr(backends, "capabilities", lambda: capabilities_of({}, AVX2))
+    monkeypatch.setattr(native, "why_no_kernels", lambda: why)
+    found = "\n".join(backends.describe(random_model(TINY).encoder).values())
+    assert found.count("none: ") == 1 and found.count("not compiled") == bool(why)
+    assert ("they need AVX2, AVX-512 or NEON" in found) == (not why)
+
+
 CAPPED = """
 import torch, m2d_embed
 from m2d_embed import backends, native
@@ -136,13 +176,16 @@ model = m2d_embed.load_model(device="cpu", dtype="bf16")
 print(dict(native.available()), sorted(backends.capabilities().onednn), *model.encode([torch.ones(8000)]).shape)
 """
 
+#: The kernels for AVX2, if it is there.
+ON_AVX2 = {kind: "avx2" for kind, units in units_here().items() if "avx2" in units}
+
 
 @pytest.mark.parametrize(
     ("settings", "kernels", "onednn"),
     [
         ({"M2D_EMBED_ISA": "off"}, "{}", None),
         ({"M2D_EMBED_ISA": "off", "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}, "{}", "['fp32']"),
-        ({"M2D_EMBED_ISA": "avx2", "ATEN_CPU_CAPABILITY": "avx2"}, "{}", "['fp32']"),
+        ({"M2D_EMBED_ISA": "avx2", "ATEN_CPU_CAPABILITY": "avx2"}, str(ON_AVX2), "['fp32']"),
     ],
 )
 @pytest.mark.skipif("fp32" not in backends.capabilities().onednn, reason="oneDNN packs on x86 CPUs")

@@ -17,7 +17,7 @@ import soundfile
 import torch
 from conftest import DATA, TINY, WORDS, random_model
 
-from m2d_embed import backends
+from m2d_embed import backends, threads
 from m2d_embed.audio import load_audio
 from m2d_embed.cli import main
 from m2d_embed.config import CheckpointName, ClapConfig, HeadConfig
@@ -294,6 +294,7 @@ def test_info_of_the_bundled_model():
         *backends.describe(M2D.from_pretrained().encoder).values(),
         "bundled with m2d-embed",
         "16000 Hz",
+        threads.describe(),
         "6, 7, 8, 9",
         "960",
         "Apache-2.0",

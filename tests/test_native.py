@@ -1,6 +1,7 @@
 """Compiled kernels: the numbers of the blocks they stand for, for all shapes, batches and numbers of threads.
 
-Each runs as compiled for this processor or, if that lacks the instructions, in generic vectors.
+Each runs in all units of this processor, in generic vectors, and those of tiles, if the processor lacks their
+instructions, in generic vectors too.
 """
 
 import copy
@@ -19,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DATA, random_model
-from generic_kernels import COMPILER, run_sanitized, use
+from generic_kernels import COMPILER, GENERIC, run_sanitized, units_here, use
 from torch import Tensor
 
 import m2d_embed
@@ -34,32 +35,60 @@ from m2d_embed.native import NativeBlocks, NativeLogMel, Shape, library
 from m2d_embed.packed import PackedBlocks
 
 KINDS = ("fp32", "bf16", "int8")
-UNITS = {"fp32": ("avx512",), "bf16": ("amx", "avx512"), "int8": ("amx", "avx512")}
+HERE = units_here()
+UNITS = [(kind, unit) for kind in KINDS for unit in dict.fromkeys([*HERE[kind], *GENERIC[kind]])]
+#: Units whose int8 products have levels of A in 16 bits.
+SIXTEEN_BITS = {"neon", "generic"}
 #: How far a block may be from float32, as a share of what it adds.
 CLOSE = {"fp32": 2e-6, "bf16": 6e-3, "int8": 2.5e-2}
 ONE = range(1)
 SHAPES = [(64, 2, 256), (192, 3, 768), (128, 1, 192), (768, 12, 3072)]  # width, heads, MLP
 
 
-@pytest.fixture(params=[f"{kind} {unit}" for kind in KINDS for unit in UNITS[kind]])
-def kind(request, monkeypatch):
-    """Each kind of products in each unit, that of the processor or, if it is not there, in generic vectors."""
-    kind, unit = request.param.split()
-    is_here = native.available().get(kind) == unit
+def units(*kinds: native.Kind, but: frozenset[native.Unit] = frozenset()):
+    """A fixture's parameters: all units of some kinds."""
+    chosen = [(kind, unit) for kind, unit in UNITS if kind in kinds and unit not in but]
+    return {"params": chosen, "ids": [" ".join(pair) for pair in chosen]}
+
+
+def use_unit(request, monkeypatch) -> native.Kind:
+    """Have a fixture's unit compute its kind: as compiled for this processor, or in generic vectors."""
+    kind, unit = request.param
+    is_here = unit in HERE[kind]
     use(monkeypatch, {kind: unit}, native.kernels() if is_here else request.getfixturevalue("generic_kernels"))
     return kind
+
+
+@pytest.fixture(**units(*KINDS))
+def kind(request, monkeypatch):
+    """Each kind of products in each unit."""
+    return use_unit(request, monkeypatch)
+
+
+@pytest.fixture(**units("fp32"))
+def fp32(request, monkeypatch):
+    return use_unit(request, monkeypatch)
+
+
+@pytest.fixture(**units("int8"))
+def int8(request, monkeypatch):
+    return use_unit(request, monkeypatch)
+
+
+@pytest.fixture(**units("fp32", "bf16", but=library.TILED))
+def on_vectors(request, monkeypatch):
+    """Products of float32, whatever the weights are stored in."""
+    return use_unit(request, monkeypatch)
+
+
+def unit_of(kind: native.Kind) -> native.Unit:
+    """What computes it in this test."""
+    return native.blocks.available()[kind]
 
 
 def is_slow() -> bool:
     """Whether kernels run in generic vectors."""
     return native.blocks.kernels() is not native.kernels()
-
-
-@pytest.fixture
-def fp32(request, monkeypatch):
-    """The kernels for float32, in generic vectors if need be."""
-    is_here = "fp32" in native.available()
-    use(monkeypatch, {"fp32": "avx512"}, native.kernels() if is_here else request.getfixturevalue("generic_kernels"))
 
 
 def random_block(dim: int, heads: int, hidden: int, seed: int = 0) -> Block:
@@ -105,10 +134,17 @@ def threads(request):
 
 
 @pytest.mark.skipif(
-    sys.platform != "linux" or platform.machine() != "x86_64" or COMPILER is None, reason="no kernels for this system"
+    (sys.platform, platform.machine()) not in (("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64"))
+    or COMPILER is None,
+    reason="no kernels for this system",
 )
 def test_the_kernels_were_built():
     assert native.kernels() is not None
+
+
+def test_generic_vectors_are_for_tests_alone():
+    assert not {unit for units in library._FEATURES.values() for unit in units if unit.startswith("generic")}
+    assert set(native.available().values()) <= {unit for units in HERE.values() for unit in units}
 
 
 @pytest.mark.parametrize("shape", SHAPES[:3])
@@ -126,6 +162,78 @@ def test_a_block_of_odd_widths(kind, count, threads):
         pytest.skip("int8 tiles are 64 values long")
     block = random_block(96, 3, 160)
     assert error(block, kernel(kind, block), tokens(3, count, 96)) < CLOSE[kind]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_half_precision_are_read_as_they_are(on_vectors, dtype):
+    """And multiplied in float32; float16 has values below its smallest normal one, too."""
+    block = random_block(*SHAPES[1])
+    block.mlp.fc1.weight[::7] *= 1e-5
+    for layer in filter(lambda module: isinstance(module, torch.nn.Linear), block.modules()):
+        layer.to(dtype)
+    rounded = copy.deepcopy(block).float()
+    as_kernel = kernel(on_vectors, block)
+    assert error(rounded, as_kernel, tokens(3, 33, 192)) < CLOSE["fp32"]
+    assert not as_kernel._matrices
+    x = tokens(2, 20, 192)
+    expected = kernel(on_vectors, rounded)(x.clone(), ONE)
+    torch.testing.assert_close(as_kernel(x.clone(), ONE), expected, atol=0, rtol=0)
+
+
+def test_int8_of_bfloat16_weights(int8):
+    block = random_block(*SHAPES[1])
+    for layer in filter(lambda module: isinstance(module, torch.nn.Linear), block.modules()):
+        layer.to(torch.bfloat16)
+    x = tokens(2, 20, 192)
+    expected = kernel(int8, copy.deepcopy(block).float())(x.clone(), ONE)
+    torch.testing.assert_close(kernel(int8, block)(x.clone(), ONE), expected, atol=0, rtol=0)
+
+
+LARGEST_WEIGHTS = {
+    "all positive": lambda signs: np.ones_like(signs),
+    "all negative": lambda signs: -np.ones_like(signs),
+    "alternating": lambda signs: np.where(np.arange(signs.size) % 2, 1, -1),
+    "in pairs": lambda signs: np.where(np.arange(signs.size) // 2 % 2, 1, -1),
+    "in fours": lambda signs: np.where(np.arange(signs.size) // 4 % 2, 1, -1),
+    "of any signs": lambda signs: signs,
+}
+
+
+@pytest.mark.parametrize("dim", [64, 192, 768, 3072])
+def test_sums_of_the_largest_levels_are_exact(int8, dim):
+    """Weights of the largest levels, and inputs of the largest magnitude: sums of products that saturate would show.
+
+    What the second layer of attention multiplies are the biases of the first one; all other weights are 0.
+    """
+    generator = np.random.default_rng(0)
+    signs = generator.choice([-1, 1], (40, dim))
+    most = 63 if unit_of(int8) == "avx2" else 127
+    weights = most * np.array([make(signs[0]) for make in LARGEST_WEIGHTS.values()] + [*signs[1:20]])
+    any_sizes = generator.integers(-most, most + 1, (dim - len(weights), dim))
+    any_sizes[:, 0] = most  # so that a step of each row is worth 1
+    weights = np.concatenate([weights, any_sizes])
+    block = Block(dim, dim // 64, 64, 1e-6)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.zero_()
+        block.attn.proj.weight.copy_(torch.from_numpy(weights))
+    as_kernel = kernel(int8, block.requires_grad_(False))
+    largest = np.float32(min(2047, (2**31 - 1) // (128 * dim)) if unit_of(int8) in SIXTEEN_BITS else 127)
+    small = torch.from_numpy(generator.uniform(-1, 1, dim)).bfloat16().float().numpy()
+    small[1] = 1
+    patterns = [make(signs[20]).astype(np.float32) for make in LARGEST_WEIGHTS.values()]
+    if not (is_slow() and dim == 3072):
+        patterns += [*signs[21:30].astype(np.float32)]
+    for inputs in [*patterns, small]:
+        block.attn.qkv.bias[2 * dim :] = torch.from_numpy(inputs)
+        step = np.float32(1) / largest
+        levels = np.rint(inputs * (np.float32(1) / step)).astype(np.int64)
+        assert np.abs(levels).max() == largest
+        sums = weights.astype(np.int64) @ levels
+        assert np.abs(sums).max() < 2**31
+        found = as_kernel(torch.zeros(2, 8, dim), ONE)
+        expected = torch.from_numpy(sums.astype(np.float32) * step).expand(2, 8, dim)
+        torch.testing.assert_close(found, expected, atol=0, rtol=0)
 
 
 def test_a_block_of_the_size_of_a_base_model(kind):
@@ -181,7 +289,7 @@ def test_what_is_not_finite_stays_in_its_window(kind, value):
     x[1, 3, 5] = value
     found = kernel(kind, block)(x.clone(), ONE)
     torch.testing.assert_close(found[[0, 2]], expected[[0, 2]], atol=0, rtol=0)
-    assert kind == "int8" or not found[1].isfinite().all()
+    assert (kind == "int8" and unit_of(kind) in library.TILED) or not found[1].isfinite().all()
 
 
 def test_memory_that_held_something_else(kind):
@@ -195,7 +303,7 @@ def test_memory_that_held_something_else(kind):
 
 @pytest.mark.parametrize("shape", [SHAPES[1], (128, 2, 3072)])  # the second one's MLP goes in parts
 def test_a_window_does_not_depend_on_the_others(kind, shape, threads):
-    """Not even in the last bit: neither its rounding nor the order of its sums."""
+    """Not even in the last bit, in any unit: neither its rounding nor the order of its sums."""
     block = random_block(*shape)
     as_kernel = kernel(kind, block)
     x = tokens(7, 50, shape[0])
@@ -353,13 +461,17 @@ def test_tokens_that_no_kernel_makes(fp32):
         assert not small._has_kernel(log_mel)
 
 
-@pytest.mark.parametrize("dtype", KINDS)
-def test_embeddings_do_not_depend_on_the_batch(request, monkeypatch, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "unit"), [(kind, unit) for kind, unit in UNITS if unit in HERE[kind] or unit == "generic"]
+)
+def test_embeddings_do_not_depend_on_the_batch(request, monkeypatch, dtype, unit):
     """Not in the last bit, from files to embeddings, whatever the lengths of the clips beside one."""
     clips = [*sorted((DATA / "digits").glob("*.opus"))[:5], *sorted((DATA / "sounds").glob("*.oga"))]
-    if dtype not in native.available():  # generic vectors take their time
-        use(monkeypatch, dict.fromkeys({"fp32", dtype}, "avx512"), request.getfixturevalue("generic_kernels"))
+    if unit == "generic":  # which take their time
+        use(monkeypatch, dict.fromkeys({"fp32", dtype}, "generic"), request.getfixturevalue("generic_kernels"))
         clips = clips[:6]
+    else:
+        use(monkeypatch, {kind: HERE[kind][0] for kind in {"fp32", dtype}} | {dtype: unit}, native.kernels())
     model = m2d_embed.load_model(device="cpu", dtype=dtype)
     together = model.encode(clips, batch_size=32)
     assert model.encoder._packed.kernel is not None and model.frontend._kernel is not None
@@ -417,7 +529,6 @@ def test_without_the_library_onednn_does_it(monkeypatch, tmp_path):
     monkeypatch.setattr(library, "_LIBRARY", tmp_path / "kernels.so")
     assert "not compiled when" in str(library._attempt.__wrapped__())
     monkeypatch.setattr(library, "kernels", lambda: None)
-    monkeypatch.setattr(library, "_processor_flags", lambda: set(AMX.split()))
     assert library.available.__wrapped__() == {}
     modules = torch.nn.ModuleList([random_block(64, 2, 256)])
     x = tokens(2, 20, 64)
@@ -437,11 +548,11 @@ def test_what_is_no_library_is_said_once(monkeypatch, tmp_path, caplog):
 @pytest.mark.parametrize(
     ("header", "was", "becomes"),
     [
-        ("blocks.h", "int32_t bias_is_bf16;", "int64_t bias_is_bf16;"),  # where there was a gap
+        ("blocks.h", "  float eps;\n", "  double eps;\n"),  # where there was a gap
         ("blocks.h", "int64_t windows, tokens;", "int64_t tokens, windows;"),  # exchanged: the same size
         ("log_mel.h", "float eps, mean, std;", "float eps, mean, std, gain, floor;"),
         ("parallel.h", "int (*num_threads)(void);\n", "int (*num_threads)(void);\n  void* more;\n"),
-        ("abi.c", "enum { MEANING = 1 };", "enum { MEANING = 2 };"),
+        ("abi.c", "enum { MEANING = 2 };", "enum { MEANING = 3 };"),
     ],
 )
 def test_a_library_of_other_sources_is_never_called(monkeypatch, tmp_path, caplog, header, was, becomes):
@@ -456,7 +567,6 @@ def test_a_library_of_other_sources_is_never_called(monkeypatch, tmp_path, caplo
         library.load(stale)
     monkeypatch.setattr(library, "_LIBRARY", stale)
     monkeypatch.setattr(library, "_attempt", functools.cache(library._attempt.__wrapped__))
-    monkeypatch.setattr(library, "_processor_flags", lambda: set(AMX.split()))
     assert native.kernels() is None and library.available.__wrapped__() == {}
     assert "install m2d-embed again" in native.why_no_kernels()
     assert caplog.text.count("is not of these sources") == 1
@@ -476,59 +586,10 @@ def test_the_number_is_that_of_these_sources(generic_kernels):
 
 def test_impossible_limits_are_refused(monkeypatch):
     monkeypatch.setenv("M2D_EMBED_ISA", "sse9")
-    with pytest.raises(ConfigError, match="M2D_EMBED_ISA=sse9 is not possible; choose one of off, avx2, avx512,"):
+    with pytest.raises(
+        ConfigError, match="M2D_EMBED_ISA=sse9 is not possible; choose one of off, avx2, avx_vnni, avx512,"
+    ):
         m2d_embed.load_model(device="cpu")
-
-
-AVX512 = "fma avx512f avx512bw avx512vl avx512dq"
-AMX = f"{AVX512} avx512_bf16 amx_tile amx_bf16 amx_int8"
-
-
-EVERYTHING = f"{AMX} avx512_vnni avx2"
-
-
-@pytest.mark.parametrize(
-    ("limit", "expected"),
-    [
-        ("", {"fp32": "avx512", "bf16": "amx", "int8": "amx"}),
-        ("amx", {"fp32": "avx512", "bf16": "amx", "int8": "amx"}),
-        ("avx512_bf16", {"fp32": "avx512", "bf16": "avx512", "int8": "avx512"}),
-        ("AVX512", {"fp32": "avx512"}),
-        ("avx2", {}),
-        ("off", {}),
-    ],
-)
-def test_a_variable_limits_what_is_used_of_the_processor(monkeypatch, tmp_path, generic_kernels, limit, expected):
-    (tmp_path / "cpuinfo").write_text(f"flags\t\t: {EVERYTHING}\n")
-    monkeypatch.setattr(library, "_CPUINFO", tmp_path / "cpuinfo")
-    monkeypatch.setattr(library, "kernels", lambda: generic_kernels)
-    monkeypatch.setattr(generic_kernels, "request_amx", lambda: True)
-    monkeypatch.setenv("M2D_EMBED_ISA", limit)
-    assert library.available.__wrapped__() == expected
-
-
-@pytest.mark.parametrize(
-    ("flags", "granted", "expected"),
-    [
-        ("", False, {}),
-        ("fma avx2", False, {}),
-        (AVX512, False, {"fp32": "avx512"}),
-        (f"{AVX512} avx512_vnni", False, {"fp32": "avx512"}),
-        (f"{AVX512} avx512_bf16", False, {"fp32": "avx512", "bf16": "avx512"}),
-        (f"{AVX512} avx512_bf16 avx512_vnni", False, {"fp32": "avx512", "bf16": "avx512", "int8": "avx512"}),
-        (f"{AMX} avx512_vnni", True, {"fp32": "avx512", "bf16": "amx", "int8": "amx"}),
-        (f"{AMX} avx512_vnni", False, {"fp32": "avx512", "bf16": "avx512", "int8": "avx512"}),
-        (AMX, False, {"fp32": "avx512", "bf16": "avx512"}),
-    ],
-)
-def test_what_computes_on_which_processor(monkeypatch, tmp_path, generic_kernels, flags, granted, expected):
-    """The system may not grant the use of the matrix unit."""
-    monkeypatch.delenv("M2D_EMBED_ISA", raising=False)
-    monkeypatch.setattr(library, "kernels", lambda: generic_kernels)
-    (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags\t\t: {flags}\n")
-    monkeypatch.setattr(library, "_CPUINFO", tmp_path / "cpuinfo")
-    monkeypatch.setattr(generic_kernels, "request_amx", lambda: granted)
-    assert library.available.__wrapped__() == expected
 
 
 @pytest.fixture
@@ -541,29 +602,76 @@ def sources(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(native.kernels() is None, reason="no kernels were built")
-def test_the_build_hook_compiles_what_the_package_loads(sources):
+def test_the_build_hook_compiles_what_the_package_loads(sources, monkeypatch):
+    """Without a warning."""
     import hatch_build
 
-    assert hatch_build.compile_kernels(sources.parents[1])
-    library = ctypes.CDLL(str(sources / "kernels.so"))
-    assert library.m2d_abi
-    assert all(hasattr(library, f"m2d_{name}_run") for name in ("fp32", "amx", "avx512", "log_mel"))
+    monkeypatch.setenv("CC", f"{COMPILER} -Wall -Wextra -Werror")
+    target = hatch_build.compile_kernels(sources.parents[1])
+    assert target is not None
+    compiled = ctypes.CDLL(str(sources / "kernels.so"))
+    assert compiled.m2d_abi() == library.abi_number()
+    is_arm = target.machine == "aarch64"
+    assert_has_all(
+        compiled, {unit for units in library._FEATURES.values() for unit in units if ("neon" in unit) == is_arm}
+    )
+
+
+def assert_has_all(compiled: ctypes.CDLL, of: set[native.Unit]) -> None:
+    """Every function that the package calls by the names of these units."""
+    for kind, units in library._FEATURES.items():
+        for unit in of & units.keys():
+            assert hasattr(compiled, f"m2d_{library.functions_of(kind, unit)}_run")
+    for unit in of & library._FEATURES["fp32"].keys():
+        assert hasattr(compiled, f"m2d_{unit}_float_tokens_run") and hasattr(compiled, f"m2d_{unit}_log_mel_run")
 
 
 @pytest.mark.parametrize(
-    ("symbols", "expected"),
+    ("target", "symbols", "expected"),
     [
-        (b"\0libc.so.6\0GLIBC_2.2.5\0GLIBC_2.14\0", "manylinux_2_17_x86_64"),
-        (b"\0GLIBC_2.2.5\0GLIBC_2.34\0GLIBC_2.4\0", "manylinux_2_34_x86_64"),
-        (b"\0libc.musl-x86_64.so.1\0", sysconfig.get_platform().replace("-", "_").replace(".", "_")),
+        (("x86_64", "linux"), b"\0libc.so.6\0GLIBC_2.2.5\0GLIBC_2.14\0", "manylinux_2_17_x86_64"),
+        (("x86_64", "linux"), b"\0GLIBC_2.2.5\0GLIBC_2.34\0GLIBC_2.4\0", "manylinux_2_34_x86_64"),
+        (("aarch64", "linux"), b"\0GLIBC_2.17\0", "manylinux_2_17_aarch64"),
+        (("aarch64", "darwin"), b"\0libSystem\0", "macosx_11_0_arm64"),
+        (
+            ("x86_64", "linux"),
+            b"\0libc.musl-x86_64.so.1\0",
+            sysconfig.get_platform().replace("-", "_").replace(".", "_"),
+        ),
     ],
 )
-def test_a_wheel_names_the_systems_that_it_runs_on(symbols, expected, tmp_path, monkeypatch):
+def test_a_wheel_names_the_systems_that_it_runs_on(target, symbols, expected, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
     import hatch_build
 
     (tmp_path / "kernels.so").write_bytes(symbols)
-    assert hatch_build.platform_tag(tmp_path / "kernels.so") == expected
+    assert hatch_build.platform_tag(tmp_path / "kernels.so", hatch_build.Target(*target)) == expected
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a shell")
+@pytest.mark.parametrize(
+    ("triple", "expected"),
+    [
+        ("x86_64-linux-gnu", ("x86_64", "linux")),
+        ("x86_64-pc-linux-musl", ("x86_64", "linux")),
+        ("aarch64-linux-gnu", ("aarch64", "linux")),
+        ("arm64-apple-darwin23.6.0", ("aarch64", "darwin")),
+        ("x86_64-apple-darwin23.6.0", None),
+        ("x86_64-w64-mingw32", None),
+        ("riscv64-linux-gnu", None),
+    ],
+)
+def test_the_compiler_says_what_it_compiles_for(sources, triple, expected, monkeypatch, tmp_path, capfd):
+    import hatch_build
+
+    compiler = tmp_path / "cc"
+    compiler.write_text(f"#!/bin/sh\necho {triple}\n")
+    compiler.chmod(0o755)
+    assert hatch_build.target_of([str(compiler)]) == expected
+    if expected is None:
+        monkeypatch.setenv("CC", str(compiler))
+        assert hatch_build.compile_kernels(sources.parents[1]) is None
+        assert "no kernels for what this compiler compiles for" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("compiler", ["false", "no-such-compiler"])
@@ -573,7 +681,7 @@ def test_a_compiler_that_fails_leaves_no_library(sources, compiler, monkeypatch,
     (sources / "kernels.so").write_text("of other sources")
     monkeypatch.setenv("CC", compiler)
     assert not hatch_build.compile_kernels(sources.parents[1])
-    assert "the kernels do not compile, oneDNN takes their place" in capfd.readouterr().err
+    assert "the kernels do not compile, PyTorch takes their place" in capfd.readouterr().err
     assert not (sources / "kernels.so").exists()
 
 

@@ -5,7 +5,7 @@
 #include "blocks.h"
 #include "log_mel.h"
 
-enum { MEANING = 1 };  // raise it when a field changes its meaning and not its place
+enum { MEANING = 2 };  // raise it when a field changes its meaning and not its place
 
 // Sizes of all structures, each followed by offset and size of its fields, in their order; native/structures.py has the
 // same.
@@ -16,7 +16,7 @@ static const uint32_t layout[] = {
     sizeof(STRUCTURE), AT(parallel), AT(thread_number), AT(num_threads),
 #undef STRUCTURE
 #define STRUCTURE Linear
-    sizeof(STRUCTURE), AT(weight), AT(scales), AT(bias), AT(bias_is_bf16),
+    sizeof(STRUCTURE), AT(weight), AT(scales), AT(bias), AT(bias_format), AT(weight_format),
 #undef STRUCTURE
 #define STRUCTURE Norm
     sizeof(STRUCTURE), AT(weight), AT(bias), AT(eps),

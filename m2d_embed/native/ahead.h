@@ -6,7 +6,7 @@
 
 #include <stdint.h>
 
-#include "vectors.h"
+#include "vec.h"
 
 enum { LINE = 64 };  // bytes of a cache line
 
@@ -20,7 +20,7 @@ typedef struct {
 
 INLINE void fetch(Ahead* ahead) {
   for (int64_t i = 0; i < ahead->at_once && ahead->runs; i++) {
-    _mm_prefetch(ahead->next, _MM_HINT_T1);
+    __builtin_prefetch(ahead->next, 0, 2);
     ahead->next += LINE;
     if (--ahead->lines == 0) {
       ahead->lines = ahead->lines_per_run, ahead->runs--;

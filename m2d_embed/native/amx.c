@@ -1,7 +1,9 @@
 // The blocks of tiles.h on Intel's matrix unit (AMX).
 
+#ifdef __linux__
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
 
 enum {
   HIDDEN_BYTES = 640 << 10,
@@ -19,7 +21,7 @@ typedef struct {
 
 INLINE void begin_products(void) {
   TileConfig config = {.palette = 1};
-  for (int i = 0; i < 8; i++) config.bytes_per_row[i] = 64, config.rows[i] = ROWS;
+  for (int i = 0; i < 8; i++) config.bytes_per_row[i] = 64, config.rows[i] = TILE_ROWS;
   __asm__ volatile("" ::"r"(&config) : "memory");  // GCC takes it to read no more than 8 bytes
   _tile_loadconfig(&config);
 }
@@ -70,11 +72,14 @@ INLINE void multiply(Factors f, int row_tiles, int is_int8, Sums sums, const Bes
   }
 }
 
+#ifdef SYS_arch_prctl  // not where generic vectors stand for the unit
 // Ask the system for the use of tiles, for the whole process; 0 if it is granted.
 int m2d_request_amx(void) {
   enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
   return (int)syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA);
 }
+#endif
 
-int64_t m2d_amx_scratch(const Call* call) { return bytes_of_scratch(call); }
-void m2d_amx_run(const Call* call) { run_blocks(call); }
+int64_t m2d_amx_tiles_scratch(const Call* call) { return bytes_of_scratch(call); }
+void m2d_amx_tiles_run(const Call* call) { run_blocks(call); }
+int m2d_amx_tiles_probe(int bytes) { return probe_blocks(m2d_amx_tiles_scratch, m2d_amx_tiles_run, bytes); }

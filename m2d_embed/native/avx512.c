@@ -15,7 +15,7 @@ typedef int32_t __attribute__((may_alias)) Group;  // of the values that a dot p
 
 // Half of a row tile of A times two column tiles of B: 16 vectors of sums leave room for the factors, and for what is
 // done beside it. Of what is beyond a window's tokens, a quarter of a tile is computed at most.
-enum { HALF = ROWS / 2, QUARTER = ROWS / 4 };
+enum { HALF = TILE_ROWS / 2, QUARTER = TILE_ROWS / 4 };
 
 #define ADD_PRODUCT(sums, a, b)                                                              \
   sums = is_int8 ? _mm512_castsi512_ps(_mm512_dpbusd_epi32(_mm512_castps_si512(sums), a, b)) \
@@ -30,7 +30,7 @@ INLINE void multiply_rows(const uint8_t* a, const Factors* f, int rows, int is_i
   for (const uint8_t *b = f->b, *stop = b + f->steps * TILE; b < stop; a += TILE, b += TILE) {
     if (beside) fetch(beside->ahead), finish_some(beside);
 #pragma GCC unroll 4
-    for (int i = 0; i < ROWS; i++) {
+    for (int i = 0; i < TILE_ROWS; i++) {
       __m512i b0 = _mm512_load_si512(b + 64 * i), b1 = _mm512_load_si512(b + to_second + 64 * i);
 #pragma GCC unroll 8
       for (int r = 0; r < rows; r++) {
@@ -116,9 +116,10 @@ INLINE void multiply(Factors f, int row_tiles, int is_int8, Sums sums, const Bes
 // 128 times the sum of each column.
 INLINE __m512i surplus_of(const uint8_t* b, int64_t steps) {
   __m512i sums = _mm512_setzero_si512(), levels = _mm512_set1_epi8((char)0x80);
-  for (int64_t i = 0; i < steps * ROWS; i++) sums = _mm512_dpbusd_epi32(sums, levels, _mm512_load_si512(b + 64 * i));
+  for (int64_t i = 0; i < steps * TILE_ROWS; i++) sums = _mm512_dpbusd_epi32(sums, levels, _mm512_load_si512(b + 64 * i));
   return sums;
 }
 
-int64_t m2d_avx512_scratch(const Call* call) { return bytes_of_scratch(call); }
-void m2d_avx512_run(const Call* call) { run_blocks(call); }
+int64_t m2d_avx512_tiles_scratch(const Call* call) { return bytes_of_scratch(call); }
+void m2d_avx512_tiles_run(const Call* call) { run_blocks(call); }
+int m2d_avx512_tiles_probe(int bytes) { return probe_blocks(m2d_avx512_tiles_scratch, m2d_avx512_tiles_run, bytes); }

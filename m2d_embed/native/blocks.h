@@ -7,11 +7,14 @@
 
 #include "parallel.h"
 
+// What a matrix or a bias is stored in; int8 matrices have scales.
+enum { FLOAT32, BFLOAT16, FLOAT16 };
+
 typedef struct {
-  const void* weight;   // packed: see the file that reads it
+  const void* weight;   // (outputs, inputs), or tiles: see the file that reads it
   const float* scales;  // int8: what a step of each output's weights is worth
   const void* bias;     // or NULL
-  int32_t bias_is_bf16;
+  int32_t bias_format, weight_format;
 } Linear;
 
 typedef struct {

@@ -1,4 +1,4 @@
-"""Transformer blocks as kernels: ``amx.c`` or ``avx512.c`` for bfloat16 and int8, ``fp32.c`` for float32."""
+"""Transformer blocks as kernels: ``amx.c`` or ``avx512.c`` where weights are tiles, else ``blocks.c``."""
 
 from __future__ import annotations
 
@@ -11,12 +11,25 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from m2d_embed.native.library import Kernels, Kind, Scratch, available, in_large_pages, kernels
+from m2d_embed.native.library import (
+    TILED,
+    Kernels,
+    Kind,
+    Scratch,
+    Unit,
+    available,
+    functions_of,
+    in_large_pages,
+    kernels,
+)
 from m2d_embed.native.structures import Block, Call, Linear, Norm
 
 #: Widths must be multiples of these: of a block's vectors, of those of one head.
 _MULTIPLES: dict[Kind, tuple[int, int]] = {"fp32": (32, 32), "bf16": (32, 32), "int8": (64, 32)}
+#: What vector kernels read matrices and biases in, as ``blocks.h`` numbers it.
+_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _INT8_LARGEST = 127
+_AVX2_LARGEST = 63  # 7 bits, as AVX2's sums of two products saturate (``vec_avx2.h``)
 _SMALLEST_SCALE = 1e-12
 
 
@@ -118,8 +131,8 @@ class NativeBlocks:
     def __init__(self, blocks: Sequence[BlockLike], norm: nn.LayerNorm | None, kind: Kind):
         self.kind = kind
         self.scratch = Scratch()
-        compiled = cast(Kernels, kernels())
-        self._functions = _functions(compiled.library, "fp32" if kind == "fp32" else available()[kind])
+        compiled, unit = cast(Kernels, kernels()), available()[kind]
+        self._functions = _functions(compiled.library, functions_of(kind, unit))
         self._runtime = ctypes.pointer(compiled.runtime)
         self._norm = norm
         self._shape = Shape.of(blocks[0])
@@ -128,7 +141,8 @@ class NativeBlocks:
             for block in blocks
         ]
         self._norms = [*([] if norm is None else [norm]), *(norm for norms, _ in self._parts for norm in norms)]
-        self._matrices = _lay_out([layer.weight for _, layers in self._parts for layer in layers], kind)
+        self._bias_dtypes = {torch.float32, torch.bfloat16} if unit in TILED else _FORMATS.keys()
+        self._matrices = _lay_out([layer.weight for _, layers in self._parts for layer in layers], kind, unit)
         self._pointed = _Pointed([], (Block * 0)(), Norm(), [])  # replaced as a whole: threads may exchange it
 
     def __call__(self, x: Tensor, blocks: range) -> Tensor:
@@ -201,14 +215,15 @@ class NativeBlocks:
             return kept[-1].data_ptr()
 
         def linear(layer: nn.Linear) -> Linear:
-            tiles, scales = next(matrices) if self._matrices else (None, None)
-            if self.kind == "fp32":
-                weight = readable(layer.weight) if tiles is None else tiles.data_ptr()
-                return Linear(weight, None, readable(layer.bias), False)
-            assert tiles is not None
-            is_bf16 = layer.bias is not None and layer.bias.dtype == torch.bfloat16
-            bias = readable(layer.bias, torch.bfloat16 if is_bf16 else torch.float32)
-            return Linear(tiles.data_ptr(), None if scales is None else scales.data_ptr(), bias, is_bf16)
+            stored = torch.float32 if layer.bias is None else layer.bias.dtype
+            bias_dtype = stored if stored in self._bias_dtypes else torch.float32
+            bias = readable(layer.bias, bias_dtype), _FORMATS[bias_dtype]
+            if not self._matrices:
+                weight = readable(layer.weight, layer.weight.dtype)
+                return Linear(weight, None, *bias, _FORMATS[layer.weight.dtype])
+            matrix, scales = next(matrices)
+            steps = None if scales is None else scales.data_ptr()
+            return Linear(matrix.data_ptr(), steps, *bias, _FORMATS.get(matrix.dtype, 0))
 
         def structure(norm: nn.LayerNorm) -> Norm:
             return Norm(readable(norm.weight), readable(norm.bias), norm.eps)
@@ -223,34 +238,35 @@ class NativeBlocks:
 
 
 class _Matrix(NamedTuple):
-    tiles: Tensor  # as ``tiles.h`` describes them, or float32 (out, in)
+    weight: Tensor  # (out, in), or tiles, as ``tiles.h`` describes them
     scales: Tensor | None  # int8: what a step of each row is worth
 
 
-def _lay_out(weights: list[Tensor], kind: Kind) -> list[_Matrix]:
-    """Matrices, (out, in), as a kernel reads them: float32 ones as they are, and so there is nothing here."""
-    if kind == "fp32":
-        own = all(weight.dtype == torch.float32 for weight in weights)
-        return [] if own else [_Matrix(weight.detach().float(), None) for weight in weights]
-    dtype = torch.bfloat16 if kind == "bf16" else torch.int8
+def _lay_out(weights: list[Tensor], kind: Kind, unit: Unit) -> list[_Matrix]:
+    """Matrices, (out, in), as a kernel reads them; nothing if it reads them as they are."""
+    in_tiles = unit in TILED
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}[kind]
+    if not in_tiles and kind != "int8" and {weight.dtype for weight in weights} <= _FORMATS.keys():
+        return []
     sizes = [weight.numel() * dtype.itemsize for weight in weights]
     outputs = [len(weight) for weight in weights]
     # All in one piece each: small ones between large ones would keep those from being given back to the system.
     memories, kept = in_large_pages(sum(sizes)).split(sizes), torch.empty(sum(outputs), device="cpu").split(outputs)
+    largest = _AVX2_LARGEST if unit == "avx2" else _INT8_LARGEST
     found = []
     for weight, memory, scales in zip(weights, memories, kept, strict=True):
-        rounded, steps = (weight.detach().to(dtype), None) if kind == "bf16" else rounded_to_int8(weight)
-        tiles = _as_tiles(rounded)
-        laid_out = memory.view(dtype).view(tiles.shape).copy_(tiles)
+        rounded, steps = (weight.detach().to(dtype), None) if kind != "int8" else rounded_to_int8(weight, largest)
+        arranged = _as_tiles(rounded) if in_tiles else rounded
+        laid_out = memory.view(dtype).view(arranged.shape).copy_(arranged)
         found.append(_Matrix(laid_out, None if steps is None else scales.copy_(steps)))
     return found
 
 
-def rounded_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A matrix, (out, in), in int8, and what a step of each of its rows is worth, (out,) float32."""
+def rounded_to_int8(weight: Tensor, levels: int = _INT8_LARGEST) -> tuple[Tensor, Tensor]:
+    """A matrix, (out, in), in int8, from -levels to levels, and what a step of each row is worth, (out,) float32."""
     values = weight.detach().to(torch.float32, copy=True)  # changed in place, for memory's sake
     largest = torch.maximum(values.amax(dim=1), -values.amin(dim=1))
-    scales = (largest / _INT8_LARGEST).clamp_min(_SMALLEST_SCALE)
+    scales = (largest / levels).clamp_min(_SMALLEST_SCALE)
     return values.div_(scales[:, None]).round_().to(torch.int8), scales
 
 

@@ -1,6 +1,6 @@
 // The AVX-512 instructions that the kernels are written in, in the compiler's own vectors (GCC 12, Clang): the kernels
-// compile for any processor; vectors.h includes it. Far from fast, as no register is this wide; it is what tests run where there is no
-// AVX-512, and under sanitizers.
+// compile for any processor. Far from fast, as no register is this wide; it is what tests run where there is no AVX-512, and
+// under sanitizers.
 
 #ifndef M2D_GENERIC_H
 #define M2D_GENERIC_H
@@ -25,7 +25,7 @@ typedef VECTOR(uint16_t, 64) Halves;
 
 // --- memory, constants, casts --------------------------------------------------------------------------------------
 
-enum { _MM_HINT_T0, _MM_HINT_T1 };
+enum { _MM_HINT_T0 };
 #define _mm_prefetch(address, hint) ((void)(hint), __builtin_prefetch(address))
 
 #define LOAD(type, name)                 \
@@ -44,9 +44,6 @@ INLINE void _mm512_storeu_ps(void* to, __m512 v) { memcpy(to, &v, sizeof v); }
 INLINE void _mm512_store_ps(void* to, __m512 v) { memcpy(to, &v, sizeof v); }
 INLINE void _mm512_store_si512(void* to, __m512i v) { memcpy(to, &v, sizeof v); }
 INLINE void _mm_store_si128(void* to, __m128i v) { memcpy(to, &v, sizeof v); }
-INLINE void _mm512_mask_storeu_ps(float* to, __mmask16 mask, __m512 v) {
-  EACH(i) if (mask >> i & 1) to[i] = v[i];
-}
 
 #define ALL_16(x) {x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}
 INLINE __m512 _mm512_set1_ps(float x) { return (__m512)ALL_16(x); }
@@ -74,14 +71,6 @@ INLINE __m512 blend(__m512i lanes, __m512 yes, __m512 no) {
   return (__m512)((lanes & (__m512i)yes) | (~lanes & (__m512i)no));
 }
 
-enum { _CMP_GT_OQ };
-INLINE __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int greater) {
-  (void)greater;
-  __m512i lanes = a > b;
-  unsigned mask = 0;
-  EACH(i) mask |= (lanes[i] & 1u) << i;
-  return (__mmask16)mask;
-}
 
 // --- arithmetic ----------------------------------------------------------------------------------------------------
 
@@ -91,7 +80,6 @@ INLINE __m512 _mm512_mul_ps(__m512 a, __m512 b) { return a * b; }
 INLINE __m512 _mm512_div_ps(__m512 a, __m512 b) { return a / b; }
 INLINE __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) { return a * b + c; }
 INLINE __m512 _mm512_fmsub_ps(__m512 a, __m512 b, __m512 c) { return a * b - c; }
-INLINE __m512 _mm512_fnmadd_ps(__m512 a, __m512 b, __m512 c) { return c - a * b; }
 INLINE __m512 _mm512_max_ps(__m512 a, __m512 b) { return blend(a > b, a, b); }
 INLINE __m512 _mm512_min_ps(__m512 a, __m512 b) { return blend(a < b, a, b); }
 INLINE __m512 _mm512_abs_ps(__m512 a) { return (__m512)((__m512i)a & 0x7fffffff); }
@@ -99,29 +87,10 @@ INLINE __m512 _mm512_sqrt_ps(__m512 a) {
   EACH(i) a[i] = __builtin_sqrtf(a[i]);
   return a;
 }
-INLINE __m512 _mm512_mask_add_ps(__m512 from, __mmask16 m, __m512 a, __m512 b) {
-  return blend(lanes_of(m), a + b, from);
-}
-INLINE __m512 _mm512_mask_sub_ps(__m512 from, __mmask16 m, __m512 a, __m512 b) {
-  return blend(lanes_of(m), a - b, from);
-}
-INLINE __m512 _mm512_mask_mul_ps(__m512 from, __mmask16 m, __m512 a, __m512 b) {
-  return blend(lanes_of(m), a * b, from);
-}
 INLINE __m512 _mm512_mask_max_ps(__m512 from, __mmask16 m, __m512 a, __m512 b) {
   return blend(lanes_of(m), _mm512_max_ps(a, b), from);
 }
 INLINE __m512 _mm512_maskz_mov_ps(__mmask16 m, __m512 a) { return blend(lanes_of(m), a, _mm512_setzero_ps()); }
-INLINE float _mm512_reduce_add_ps(__m512 a) {
-  for (int half = 8; half; half /= 2) {
-    for (int i = 0; i < half; i++) a[i] += a[i + half];
-  }
-  return a[0];
-}
-INLINE float _mm512_reduce_max_ps(__m512 a) {
-  for (int i = 1; i < 16; i++) a[0] = a[0] > a[i] ? a[0] : a[i];
-  return a[0];
-}
 
 INLINE __m512i _mm512_and_si512(__m512i a, __m512i b) { return a & b; }
 INLINE __m512i _mm512_sub_epi32(__m512i a, __m512i b) { return (__m512i)((Unsigned)a - (Unsigned)b); }
@@ -168,16 +137,6 @@ INLINE __m512 _mm512_scalef_ps(__m512 a, __m512 whole) {
   __m512i power = _mm512_cvtps_epi32(limited), half = power >> 1;
   __m512 scaled = a * (__m512)((half + 127) << 23) * (__m512)((power - half + 127) << 23);
   return blend(whole == whole, scaled, whole);
-}
-INLINE __m512i is_finite(__m512 a) { return _mm512_abs_ps(a) < __builtin_inff(); }
-INLINE __m512 _mm512_getexp_ps(__m512 a) {  // of positive numbers
-  return blend(is_finite(a), _mm512_cvtepi32_ps(((__m512i)a >> 23) - 127), a);
-}
-enum { _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src };
-INLINE __m512 _mm512_getmant_ps(__m512 a, int interval, int sign) {
-  (void)interval, (void)sign;
-  __m512 mantissa = (__m512)(((__m512i)a & 0x7fffff) | 0x3f800000);
-  return blend(a == a, blend(is_finite(a), mantissa, _mm512_set1_ps(1)), a);
 }
 
 // --- the order of values -------------------------------------------------------------------------------------------

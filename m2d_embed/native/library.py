@@ -1,4 +1,7 @@
-"""The compiled library: whether it is there, what of it this processor can run, and whose threads it runs in."""
+"""The compiled library: whether it is there, what of it this processor can run, and whose threads it runs in.
+
+What the processor says that it can do is asked in C (``processor.c``), and tried before it is used (``probe.py``).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import os
 import sys
 import threading
 from collections.abc import Mapping
-from ctypes import c_size_t, c_uint32, c_void_p
+from ctypes import c_int64, c_size_t, c_uint32, c_void_p
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -19,48 +22,87 @@ import torch
 from torch import Tensor
 
 from m2d_embed.errors import ConfigError
+from m2d_embed.native.probe import Trial, faults
 from m2d_embed.native.structures import Runtime, abi_number
 
 log = logging.getLogger("m2d_embed")
 
 #: What a block's products are computed in.
 Kind = Literal["fp32", "bf16", "int8"]
-#: What of the processor computes them: the matrix unit, or vectors.
-Unit = Literal["amx", "avx512"]
+#: What of the processor computes them: a matrix unit, or vectors.
+Unit = Literal["amx", "avx512_bf16", "avx512", "avx_vnni", "avx2", "neon_dot", "neon"]
 
 ISA_VARIABLE = "M2D_EMBED_ISA"
 _LARGE_PAGE = 2 << 20
 _LIBRARY = Path(__file__).with_name("kernels.so")
-_CPUINFO = Path("/proc/cpuinfo")
-_AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma"}
+_NAMES = 512  # bytes of the names of all features
+_BYTES: dict[Kind, int] = {"fp32": 4, "bf16": 2, "int8": 1}  # of a weight
+_AVX2 = {"avx2", "fma", "f16c"}
+_AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
 _AVX512_BF16 = _AVX512 | {"avx512_bf16"}
 _AMX = _AVX512_BF16 | {"amx_tile", "amx_bf16"}
-#: What of the processor each kind needs in which unit, the faster unit first.
+#: What of the processor each kind needs in which unit, the fastest unit first.
 _FEATURES: dict[Kind, dict[Unit, set[str]]] = {
-    "fp32": {"avx512": _AVX512},
-    "bf16": {"amx": _AMX, "avx512": _AVX512_BF16},
-    "int8": {"amx": _AMX | {"amx_int8"}, "avx512": _AVX512_BF16 | {"avx512_vnni"}},
+    "fp32": {"avx512": _AVX512, "avx2": _AVX2, "neon": {"asimd"}},
+    "bf16": {"amx": _AMX, "avx512_bf16": _AVX512_BF16, "avx512": _AVX512, "avx2": _AVX2, "neon": {"asimd"}},
+    "int8": {
+        "amx": _AMX | {"amx_int8"},
+        "avx512_bf16": _AVX512_BF16 | {"avx512_vnni"},
+        "avx512": _AVX512 | {"avx512_vnni"},
+        "avx_vnni": _AVX2 | {"avx_vnni"},
+        "avx2": _AVX2,
+        "neon_dot": {"asimd", "asimddp"},
+        "neon": {"asimd"},
+    },
 }
-#: What of the processor the kernels may use, by the value of ``M2D_EMBED_ISA``. There are none for AVX2 so far.
+#: What of the processor the kernels may use, by the value of ``M2D_EMBED_ISA``.
 _LIMITS: dict[str, set[str]] = {
     "off": set(),
-    "avx2": {"avx2", "fma"},
+    "avx2": _AVX2,
+    "avx_vnni": _AVX2 | {"avx_vnni"},
     "avx512": _AVX512,
+    "avx512_vnni": _AVX512 | {"avx512_vnni"},
     "avx512_bf16": _AVX512_BF16 | {"avx512_vnni"},
     "amx": _AMX | {"amx_int8", "avx512_vnni"},
+    "neon": {"asimd"},
+    "neon_dot": {"asimd", "asimddp"},
 }
+
+
+#: Units whose kernels read matrices as tiles.
+TILED: frozenset[Unit] = frozenset({"amx", "avx512_bf16"})
+
+
+def functions_of(kind: Kind, unit: Unit) -> str:
+    """What the functions are called by that compute blocks."""
+    if unit in TILED:
+        return f"{unit.removesuffix('_bf16')}_tiles"
+    return f"{unit}_{'int8' if kind == 'int8' else 'float'}"
 
 
 class Kernels:
     """The library, and the runtime whose threads it runs in."""
 
-    def __init__(self, library: ctypes.CDLL, runtime: Runtime):
+    def __init__(self, library: ctypes.CDLL, runtime: Runtime, file: Path):
         self.library = library
         self.runtime = runtime
+        self.file = file
+
+    def features(self) -> set[str]:
+        """What the processor says that it has and the system lets programs use, by Linux's names."""
+        names = ctypes.create_string_buffer(_NAMES)
+        self.library.m2d_processor(names, c_int64(len(names)))
+        return set(names.value.decode().split())
 
     def request_amx(self) -> bool:
         """Ask the system for the use of the matrix unit, which is granted to whole processes."""
         return bool(self.library.m2d_request_amx() == 0)
+
+    def faults(self, products: Mapping[Kind, Unit]) -> dict[Kind, str]:
+        """What is wrong with kernels for kinds of products in units, in words, as tried in a child process."""
+        trials = {kind: Trial(f"m2d_{functions_of(kind, unit)}_probe", _BYTES[kind]) for kind, unit in products.items()}
+        found = faults(self.file, self.features(), [*trials.values()])
+        return {kind: found[trial] for kind, trial in trials.items() if trial in found}
 
 
 class LoadError(Exception):
@@ -96,7 +138,7 @@ def load(file: Path) -> Kernels:
         LoadError: if it is not there, is no library, or was built of other sources than these; or torch has no OpenMP.
     """
     if not file.exists():
-        raise LoadError("The kernels were not compiled when this package was installed.")
+        raise LoadError("The kernels were not compiled when this package was installed; with a C compiler they are.")
     again = "install m2d-embed again to compile its kernels."
     try:
         library = ctypes.CDLL(str(file))
@@ -108,7 +150,7 @@ def load(file: Path) -> Kernels:
     if library.m2d_abi() != abi_number():
         numbers = f"its ABI number is {library.m2d_abi():08x}, not {abi_number():08x}"
         raise LoadError(f"{file} is not of these sources, {numbers}; {again}")
-    return Kernels(library, openmp())
+    return Kernels(library, openmp(), file)
 
 
 def openmp() -> Runtime:
@@ -117,11 +159,13 @@ def openmp() -> Runtime:
     Raises:
         LoadError: if there is none that speaks GNU's interface.
     """
-    everything = ctypes.CDLL(None)
     names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
-    if not all(hasattr(everything, name) for name in names):
-        raise LoadError("torch runs without an OpenMP runtime of an interface known to the kernels.")
-    return Runtime(*(ctypes.cast(getattr(everything, name), c_void_p).value for name in names))
+    # On macOS what it has loaded may not be seen from everywhere.
+    for place in (None, *map(str, Path(torch.__file__).parent.glob("lib/lib*omp.dylib"))):
+        loaded = ctypes.CDLL(place)
+        if all(hasattr(loaded, name) for name in names):
+            return Runtime(*(ctypes.cast(getattr(loaded, name), c_void_p).value for name in names))
+    raise LoadError("torch runs without an OpenMP runtime of an interface known to the kernels.")
 
 
 def isa_limit() -> str | None:
@@ -143,21 +187,42 @@ def isa_limit() -> str | None:
 def available() -> Mapping[Kind, Unit]:
     """The kinds of products that there are kernels for on this machine, and what computes them.
 
+    The first time on a machine, a child process tries them.
+
     Raises:
         ConfigError: as ``isa_limit``.
     """
     limit = isa_limit()
-    flags = _processor_flags() if limit is None else _processor_flags() & _LIMITS[limit]
-    library = kernels() if flags >= _AVX512 else None
-    if library is None:
+    allowed = None if limit is None else _LIMITS[limit]
+    compiled = kernels() if allowed is None or allowed else None
+    if compiled is None:
         return MappingProxyType({})
-    missing = set() if flags >= _AMX and library.request_amx() else {"amx"}
-    found: dict[Kind, Unit] = {}
-    for kind, units in _FEATURES.items():
-        possible = [unit for unit, features in units.items() if features <= flags and unit not in missing]
-        if possible:
-            found[kind] = possible[0]
-    return MappingProxyType(found)
+    flags = compiled.features() if allowed is None else compiled.features() & allowed
+    missing = set() if flags >= _AMX and compiled.request_amx() else {"amx"}
+    possible: dict[Kind, list[Unit]] = {
+        kind: [unit for unit, features in units.items() if features <= flags and unit not in missing]
+        for kind, units in _FEATURES.items()
+    }
+    return MappingProxyType(_working(compiled, possible))
+
+
+def _working(compiled: Kernels, possible: Mapping[Kind, list[Unit]]) -> dict[Kind, Unit]:
+    """The first unit of each kind whose kernels work; what is wrong with those before is said, once."""
+    excluded: list[str] = []
+    while True:
+        chosen = {kind: units[0] for kind, units in possible.items() if units}
+        wrong = compiled.faults(chosen)
+        if not wrong:
+            break
+        for kind, fault in wrong.items():
+            excluded.append(f"{kind} {possible[kind].pop(0)} {fault}")
+    if excluded:
+        log.warning(
+            "This processor does not do all that it says it can; kernels that are not used: %s. %s caps what is tried.",
+            "; ".join(excluded),
+            ISA_VARIABLE,
+        )
+    return chosen
 
 
 def in_large_pages(size: int) -> Tensor:
@@ -184,8 +249,3 @@ class Scratch(threading.local):
         if len(self.memory) < size:
             self.memory = in_large_pages(size)
         return self.memory.data_ptr()
-
-
-def _processor_flags() -> set[str]:
-    lines = _CPUINFO.read_text().splitlines() if _CPUINFO.exists() else []
-    return next((set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), set())

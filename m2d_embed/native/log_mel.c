@@ -1,5 +1,5 @@
-// Log-mel spectrogram in float32 on AVX-512, 16 frames at a time: each vector holds one sample, bin or band of 16
-// frames.
+// Log-mel spectrogram in float32, LANES frames at a time: each vector holds one sample, bin or band of so many frames.
+// Compiled once for each instruction set, with M2D_NAME in its functions' names.
 //
 // The spectrum of n real samples is that of n / 2 complex ones, even samples real and odd ones imaginary, taken apart
 // again (Press et al., Numerical Recipes, section 12.3). That one is Stockham's, which needs no bit reversal, with
@@ -8,28 +8,25 @@
 #include "log_mel.h"
 
 #include "memory.h"
-#include "vectors.h"
-
-enum { LANES = 16 };
+#include "vec.h"
 
 typedef struct {
-  __m512 re, im;
+  V re, im;
 } Complex;
 
-INLINE Complex plus(Complex a, Complex b) { return (Complex){_mm512_add_ps(a.re, b.re), _mm512_add_ps(a.im, b.im)}; }
-INLINE Complex minus(Complex a, Complex b) { return (Complex){_mm512_sub_ps(a.re, b.re), _mm512_sub_ps(a.im, b.im)}; }
-INLINE Complex times_i(Complex a) { return (Complex){_mm512_sub_ps(_mm512_setzero_ps(), a.im), a.re}; }
+INLINE Complex plus(Complex a, Complex b) { return (Complex){a.re + b.re, a.im + b.im}; }
+INLINE Complex minus(Complex a, Complex b) { return (Complex){a.re - b.re, a.im - b.im}; }
+INLINE Complex times_i(Complex a) { return (Complex){v_zero() - a.im, a.re}; }
 INLINE Complex scaled(Complex a, float by) {
-  return (Complex){_mm512_mul_ps(a.re, _mm512_set1_ps(by)), _mm512_mul_ps(a.im, _mm512_set1_ps(by))};
+  return (Complex){a.re * v_set1(by), a.im * v_set1(by)};
 }
 // a + b * by
 INLINE Complex plus_scaled(Complex a, Complex b, float by) {
-  return (Complex){_mm512_fmadd_ps(b.re, _mm512_set1_ps(by), a.re), _mm512_fmadd_ps(b.im, _mm512_set1_ps(by), a.im)};
+  return (Complex){v_fma(b.re, v_set1(by), a.re), v_fma(b.im, v_set1(by), a.im)};
 }
 INLINE Complex times(Complex a, const float* w) {
-  __m512 re = _mm512_set1_ps(w[0]), im = _mm512_set1_ps(w[1]);
-  return (Complex){_mm512_fmsub_ps(a.re, re, _mm512_mul_ps(a.im, im)),
-                   _mm512_fmadd_ps(a.re, im, _mm512_mul_ps(a.im, re))};
+  V re = v_set1(w[0]), im = v_set1(w[1]);
+  return (Complex){v_fnma(a.im, im, a.re * re), v_fma(a.re, im, a.im * re)};
 }
 
 // The discrete Fourier transform of 2 to 5 values, in place.
@@ -88,26 +85,13 @@ static Complex* transform(const LogMel* s, Complex* x, Complex* y) {
   return x;
 }
 
-// The natural logarithm of positive numbers, to 1e-7.
-INLINE __m512 log_of(__m512 x) {
-  __m512 exponent = _mm512_getexp_ps(x), mantissa = _mm512_getmant_ps(x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
-  __mmask16 large = _mm512_cmp_ps_mask(mantissa, _mm512_set1_ps(1.41421356f), _CMP_GT_OQ);  // so that it is around 1
-  mantissa = _mm512_mask_mul_ps(mantissa, large, mantissa, _mm512_set1_ps(0.5f));
-  exponent = _mm512_mask_add_ps(exponent, large, exponent, _mm512_set1_ps(1.0f));
-  __m512 one = _mm512_set1_ps(1.0f);
-  __m512 z = _mm512_div_ps(_mm512_sub_ps(mantissa, one), _mm512_add_ps(mantissa, one)), z2 = _mm512_mul_ps(z, z);
-  __m512 p = _mm512_set1_ps(2.0f / 9);  // log m = 2 artanh z
-  p = _mm512_fmadd_ps(p, z2, _mm512_set1_ps(2.0f / 7));
-  p = _mm512_fmadd_ps(p, z2, _mm512_set1_ps(2.0f / 5));
-  p = _mm512_fmadd_ps(p, z2, _mm512_set1_ps(2.0f / 3));
-  p = _mm512_fmadd_ps(p, z2, _mm512_set1_ps(2.0f));
-  return _mm512_fmadd_ps(exponent, _mm512_set1_ps(0.693147181f), _mm512_mul_ps(p, z));
-}
-
 // What is between the stages of a transform, for one thread: its scratch is as large as two of these.
 static int64_t bytes_of_buffer(const LogMel* s) { return (s->n_fft / 2 + 1) * (int64_t)sizeof(Complex); }
 
-int64_t m2d_log_mel_scratch(const LogMelCall* call) { return 2 * call->threads * bytes_of_buffer(call->settings); }
+#define JOINED(a, b, c) a##b##c
+#define NAMED(name, what) JOINED(m2d_, name, what)
+
+int64_t NAMED(M2D_NAME, _log_mel_scratch)(const LogMelCall* call) { return 2 * call->threads * bytes_of_buffer(call->settings); }
 
 // Up to 16 frames; the missing ones are the last one again.
 static void log_mel_of(const LogMel* s, const float* samples, int64_t frames, float* out, int64_t out_stride,
@@ -116,35 +100,34 @@ static void log_mel_of(const LogMel* s, const float* samples, int64_t frames, fl
   const float* from[LANES];
   for (int i = 0; i < LANES; i++) from[i] = samples + (i < frames ? i : frames - 1) * s->hop;
   for (int64_t n = 0; n < s->n_fft; n += LANES) {
-    __m512 r[LANES];
-    for (int i = 0; i < LANES; i++) r[i] = _mm512_loadu_ps(from[i] + n);
-    transpose(r);
+    V r[LANES];
+    for (int i = 0; i < LANES; i++) r[i] = v_load(from[i] + n);
+    v_transpose(r);
     for (int i = 0; i < LANES; i += 2) {
       Complex* x = &first[(n + i) / 2];
-      x->re = _mm512_mul_ps(r[i], _mm512_set1_ps(s->window[n + i]));
-      x->im = _mm512_mul_ps(r[i + 1], _mm512_set1_ps(s->window[n + i + 1]));
+      x->re = r[i] * v_set1(s->window[n + i]);
+      x->im = r[i + 1] * v_set1(s->window[n + i + 1]);
     }
   }
   Complex* z = transform(s, first, second);
-  __m512* power = (__m512*)(z == first ? second : first);
+  V* power = (V*)(z == first ? second : first);
   int64_t half = s->n_fft / 2;
   z[half] = z[0];
   for (int64_t k = 0; k <= half; k++) {
     Complex a = z[k], b = z[half - k];
-    Complex even = {_mm512_add_ps(a.re, b.re), _mm512_sub_ps(a.im, b.im)};  // twice what it should be, as is odd
-    Complex odd = {_mm512_add_ps(a.im, b.im), _mm512_sub_ps(b.re, a.re)};
+    Complex even = {a.re + b.re, a.im - b.im};  // twice what it should be, as is odd
+    Complex odd = {a.im + b.im, b.re - a.re};
     Complex x = plus(even, times(odd, s->split + 2 * k));
-    power[k] = _mm512_mul_ps(_mm512_fmadd_ps(x.re, x.re, _mm512_mul_ps(x.im, x.im)), _mm512_set1_ps(0.25f));
+    power[k] = v_fma(x.re, x.re, x.im * x.im) * v_set1(0.25f);
   }
-  __mmask16 valid = (__mmask16)((1u << frames) - 1);
   const float* weight = s->weights;
   for (int64_t mel = 0; mel < s->mels; mel++) {
-    __m512 sum = _mm512_setzero_ps();
-    const __m512* bins = power + s->first_bins[mel];
-    for (int64_t i = 0; i < s->num_bins[mel]; i++) sum = _mm512_fmadd_ps(bins[i], _mm512_set1_ps(*weight++), sum);
-    __m512 log_mel = log_of(_mm512_add_ps(sum, _mm512_set1_ps(s->eps)));
-    log_mel = _mm512_div_ps(_mm512_sub_ps(log_mel, _mm512_set1_ps(s->mean)), _mm512_set1_ps(s->std));
-    _mm512_mask_storeu_ps(out + mel * out_stride, valid, log_mel);
+    V sum = v_zero();
+    const V* bins = power + s->first_bins[mel];
+    for (int64_t i = 0; i < s->num_bins[mel]; i++) sum = v_fma(bins[i], v_set1(*weight++), sum);
+    V log_mel = v_log(sum + v_set1(s->eps));
+    log_mel = (log_mel - v_set1(s->mean)) / v_set1(s->std);
+    v_store_first(out + mel * out_stride, log_mel, frames);
   }
 }
 
@@ -163,4 +146,4 @@ static void run_member(void* pointer) {
   }
 }
 
-void m2d_log_mel_run(const LogMelCall* call) { call->runtime->parallel(run_member, (void*)call, call->threads, 0); }
+void NAMED(M2D_NAME, _log_mel_run)(const LogMelCall* call) { call->runtime->parallel(run_member, (void*)call, call->threads, 0); }

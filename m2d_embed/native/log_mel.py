@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from m2d_embed.native.blocks import Functions
-from m2d_embed.native.library import Kernels, Scratch, kernels
+from m2d_embed.native.library import Kernels, Scratch, available, kernels
 from m2d_embed.native.structures import LogMel, LogMelCall
 
 _RADICES = (5, 4, 3, 2)
@@ -54,7 +54,7 @@ class NativeLogMel:
         self._mels = mels
         compiled = cast(Kernels, kernels())
         self._runtime = ctypes.pointer(compiled.runtime)
-        self._functions = Functions.of(compiled.library, "log_mel", LogMelCall)
+        self._functions = Functions.of(compiled.library, f"{available()['fp32']}_log_mel", LogMelCall)
 
     def is_of(self, window: Tensor, filterbank: Tensor, hop: int, eps: float, norm_stats: tuple[float, float]) -> bool:
         """Whether its tables were made of these, which nobody has written to."""

@@ -4,22 +4,22 @@
 #define M2D_OUTPUTS_H
 
 #include "blocks.h"
-#include "vectors.h"
+#include "vec.h"
 
 INLINE void norm_row(const float* x, const Norm* norm, int64_t dim, float* to) {
-  __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
-  for (int64_t i = 0; i < dim; i += 16) sum = _mm512_add_ps(sum, _mm512_loadu_ps(x + i));
-  __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / dim);
-  for (int64_t i = 0; i < dim; i += 16) {
-    __m512 centred = _mm512_sub_ps(_mm512_loadu_ps(x + i), mean);
-    squares = _mm512_fmadd_ps(centred, centred, squares);
+  V sum = v_zero(), squares = v_zero();
+  for (int64_t i = 0; i < dim; i += LANES) sum += v_load(x + i);
+  V mean = v_set1(v_sum(sum) / dim);
+  for (int64_t i = 0; i < dim; i += LANES) {
+    V centred = v_load(x + i) - mean;
+    squares = v_fma(centred, centred, squares);
   }
-  __m512 factor = _mm512_set1_ps(1.0f / __builtin_sqrtf(_mm512_reduce_add_ps(squares) / dim + norm->eps));
-  for (int64_t i = 0; i < dim; i += 16) {
-    __m512 v = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(x + i), mean), factor);
-    if (norm->weight) v = _mm512_mul_ps(v, _mm512_loadu_ps(norm->weight + i));
-    if (norm->bias) v = _mm512_add_ps(v, _mm512_loadu_ps(norm->bias + i));
-    _mm512_storeu_ps(to + i, v);
+  V factor = v_set1(1.0f / __builtin_sqrtf(v_sum(squares) / dim + norm->eps));
+  for (int64_t i = 0; i < dim; i += LANES) {
+    V v = (v_load(x + i) - mean) * factor;
+    if (norm->weight) v *= v_load(norm->weight + i);
+    if (norm->bias) v += v_load(norm->bias + i);
+    v_store(to + i, v);
   }
 }
 

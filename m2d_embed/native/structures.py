@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p, sizeof
 
-_MEANING = 1  # as in abi.c
+_MEANING = 2  # as in abi.c
 
 
 class Runtime(Structure):
@@ -20,7 +20,13 @@ class Runtime(Structure):
 class Linear(Structure):
     """A layer, laid out as its kernel reads it."""
 
-    _fields_ = (("weight", c_void_p), ("scales", c_void_p), ("bias", c_void_p), ("bias_is_bf16", c_int32))
+    _fields_ = (
+        ("weight", c_void_p),
+        ("scales", c_void_p),
+        ("bias", c_void_p),
+        ("bias_format", c_int32),
+        ("weight_format", c_int32),
+    )
 
 
 class Norm(Structure):

@@ -18,6 +18,7 @@ typedef struct {
 
 static inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline float at_least_float(float a, float b) { return a > b ? a : b; }
 static inline int64_t rounded_up(int64_t a, int64_t to) { return (a + to - 1) / to * to; }
 
 // As many teams as make the one with the most to do finish first; the members of a team wait for one another now and

@@ -22,12 +22,17 @@
 #include "ahead.h"
 #include "memory.h"
 #include "outputs.h"
+#include "probe.h"
 #include "teams.h"
-#include "vectors.h"
+#include "vec.h"
+
+#ifdef M2D_GENERIC
+#include "generic.h"
+#endif
 
 enum {
   TILE = 1024,  // bytes
-  ROWS = 16,    // of a tile
+  TILE_ROWS = 16,    // of a tile
   PAIR = 32,    // columns that are computed together, two tiles
 };
 
@@ -85,11 +90,11 @@ INLINE __m512 gelu(__m512 x) {
 }
 
 // A tile of 16 x 16 values of 4 bytes, transposed.
-INLINE void transpose_tile(const uint8_t from[ROWS][64], uint8_t* to) {
-  __m512 r[ROWS];
-  for (int i = 0; i < ROWS; i++) r[i] = _mm512_load_ps(from[i]);
-  transpose(r);
-  for (int i = 0; i < ROWS; i++) _mm512_store_ps(to + 64 * i, r[i]);
+INLINE void transpose_tile(const uint8_t from[TILE_ROWS][64], uint8_t* to) {
+  __m512 r[TILE_ROWS];
+  for (int i = 0; i < TILE_ROWS; i++) r[i] = _mm512_load_ps(from[i]);
+  v_transpose(r);
+  for (int i = 0; i < TILE_ROWS; i++) _mm512_store_ps(to + 64 * i, r[i]);
 }
 
 // The sum or the greatest of each of 16 vectors, as one vector. It changes v.
@@ -140,17 +145,17 @@ static Shape shape_of(const Call* call) {
   Shape s = {.dim = block->dim, .hidden = block->hidden, .heads = block->heads, .quantized = block->quantized};
   s.head_dim = s.dim / s.heads;
   s.tokens = call->tokens;
-  s.token_tiles = rounded_up(s.tokens, ROWS) / ROWS;
+  s.token_tiles = rounded_up(s.tokens, TILE_ROWS) / TILE_ROWS;
   s.token_steps = (s.token_tiles + 1) / 2;
-  s.windows = at_least(1, CHUNK_ROWS / (s.token_tiles * ROWS));
+  s.windows = at_least(1, CHUNK_ROWS / (s.token_tiles * TILE_ROWS));
   int64_t teams = num_teams(call->windows, call->threads);
   s.windows = at_most(s.windows, (call->windows + teams - 1) / teams);
   s.members = (call->threads + teams - 1) / teams;
-  s.rows = s.windows * s.token_tiles * ROWS;
+  s.rows = s.windows * s.token_tiles * TILE_ROWS;
   // Whatever the number of windows, so that a window's values do not depend on the others, not even in their rounding.
   int64_t parts = (CHUNK_ROWS * s.hidden * 2 + HIDDEN_BYTES - 1) / HIDDEN_BYTES;
   s.part = rounded_up((s.hidden + parts - 1) / parts, 64);
-  s.attention_bytes = 2 * ROWS * s.token_steps * PAIR * (4 + 2);
+  s.attention_bytes = 2 * TILE_ROWS * s.token_steps * PAIR * (4 + 2);
   return s;
 }
 
@@ -160,7 +165,7 @@ static int64_t lay_out(const Shape* s, uint8_t* base, Scratch* scratch) {
   scratch->rounded = take(&memory, s->rows * s->dim * 2);
   scratch->q = take(&memory, s->rows * s->dim * 2);
   scratch->k = take(&memory, s->rows * s->dim * 2);
-  scratch->v = take(&memory, s->windows * s->token_steps * 2 * ROWS * s->dim * 2);
+  scratch->v = take(&memory, s->windows * s->token_steps * 2 * TILE_ROWS * s->dim * 2);
   scratch->hidden = take(&memory, s->rows * s->part * 2);
   scratch->unquantized = take(&memory, s->quantized ? s->rows * at_least(s->dim, s->part) * 2 : 0);
   scratch->row_scales = take(&memory, s->quantized ? s->rows * 4 : 0);
@@ -189,7 +194,7 @@ typedef struct {
   int64_t windows;  // of this chunk
 } Chunk;
 
-enum { ROW_PAIRS = ROWS / 2 };
+enum { ROW_PAIRS = TILE_ROWS / 2 };
 
 // What a layer multiplies with: all of its matrix, or what has to do with some of its inputs or outputs.
 typedef struct {
@@ -201,7 +206,7 @@ typedef struct {
 
 INLINE Matrix matrix_of(const Linear* linear, int64_t inputs, int64_t outputs, int is_int8) {
   int64_t steps = inputs / (is_int8 ? 64 : 32);
-  return (Matrix){linear->weight, steps * TILE, steps, outputs, linear->scales, linear->bias, linear->bias_is_bf16};
+  return (Matrix){linear->weight, steps * TILE, steps, outputs, linear->scales, linear->bias, linear->bias_format == BFLOAT16};
 }
 
 // Those from one on, if there are any: int8 alone has them.
@@ -257,8 +262,8 @@ INLINE void choose_columns(Columns* c, const Shape* s, const Matrix* m, Destinat
 // A product of 32 rows and 32 columns whose sums are known, and which is finished bit by bit beside the next product:
 // the matrix unit and the vector units work at the same time.
 typedef struct {
-  float c[2][2][ROWS][16];  // [row tile][column tile], float32 or int32
-  uint8_t keys[ROWS][64];   // before they are transposed
+  float c[2][2][TILE_ROWS][16];  // [row tile][column tile], float32 or int32
+  uint8_t keys[TILE_ROWS][64];   // before they are transposed
   Columns columns;
   const float* row_scales;  // int8: of the first row
   int done, total;          // pairs of rows
@@ -283,11 +288,11 @@ INLINE Rows next_tile(Rows rows, const Shape* s) {
 }
 
 // Those of the window in this row tile and those after it.
-INLINE int64_t tokens_from(Rows rows, const Shape* s) { return s->tokens - rows.token_tile * ROWS; }
+INLINE int64_t tokens_from(Rows rows, const Shape* s) { return s->tokens - rows.token_tile * TILE_ROWS; }
 
 INLINE float* residual_of(const Chunk* chunk, Rows rows, int64_t pair) {
   const Shape* s = chunk->shape;
-  return chunk->x + (rows.window * s->tokens + rows.token_tile * ROWS) * s->dim + pair * PAIR;
+  return chunk->x + (rows.window * s->tokens + rows.token_tile * TILE_ROWS) * s->dim + pair * PAIR;
 }
 
 INLINE void prepare(Pending* p, const Chunk* chunk, const Columns* columns, Destination destination, Rows rows,
@@ -296,11 +301,11 @@ INLINE void prepare(Pending* p, const Chunk* chunk, const Columns* columns, Dest
   const Scratch* scratch = chunk->scratch;
   p->done = 0, p->total = row_tiles * ROW_PAIRS;
   p->columns = *columns;
-  p->row_scales = scales_from(row_scales, rows.tile * ROWS);
+  p->row_scales = scales_from(row_scales, rows.tile * TILE_ROWS);
   for (int i = 0; i < row_tiles; i++, rows = next_tile(rows, s)) {
     if (destination == TO_RESIDUAL) {
       p->halves[i].x = residual_of(chunk, rows, columns->pair);
-      p->halves[i].valid = (int)at_most(ROWS, tokens_from(rows, s));
+      p->halves[i].valid = (int)at_most(TILE_ROWS, tokens_from(rows, s));
     } else if (destination == TO_HIDDEN) {
       uint8_t* hidden = s->quantized ? scratch->unquantized : scratch->hidden;
       p->halves[i].to = hidden + (rows.tile * (outputs / PAIR) + columns->pair) * TILE;
@@ -311,7 +316,7 @@ INLINE void prepare(Pending* p, const Chunk* chunk, const Columns* columns, Dest
         p->halves[i].to = to + ((head * s->token_tiles + rows.token_tile) * steps + columns->step) * TILE;
       } else {
         int64_t to_next = s->token_steps * TILE;
-        p->halves[i].to = scratch->v + (head * (s->head_dim / ROWS) + 2 * columns->step) * to_next +
+        p->halves[i].to = scratch->v + (head * (s->head_dim / TILE_ROWS) + 2 * columns->step) * to_next +
                           rows.token_tile / 2 * TILE + rows.token_tile % 2 * (TILE / 2);
         p->halves[i].to_high = p->halves[i].to + to_next;
         p->halves[i].ends = rows.token_tile % 2 == 0 && rows.token_tile == s->token_tiles - 1;
@@ -328,7 +333,7 @@ INLINE void finish_heads(Pending* p, int i, int r, const __m512 low[2], const __
   } else if (p->columns.part == 1) {
     _mm512_store_si512(p->keys[r], as_bf16(low[0], high[0]));
     _mm512_store_si512(p->keys[r + 1], as_bf16(low[1], high[1]));
-    if (r + 2 == ROWS) transpose_tile(p->keys, to);
+    if (r + 2 == TILE_ROWS) transpose_tile(p->keys, to);
   } else {
     const __m512i interleaved = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
                                                  23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
@@ -368,7 +373,7 @@ INLINE void finish_rows(Pending* p, int64_t dim, Destination destination, int is
   for (int j = 0; j < 2; j++) {
     low[j] = _mm512_load_ps(p->c[i][0][r + j]), high[j] = _mm512_load_ps(p->c[i][1][r + j]);
     if (is_int8) {
-      __m512 scale = _mm512_set1_ps(p->row_scales[ROWS * i + r + j]);
+      __m512 scale = _mm512_set1_ps(p->row_scales[TILE_ROWS * i + r + j]);
       low[j] = _mm512_mul_ps(sums_of_levels(low[j], p->columns.surplus), scale);
       high[j] = _mm512_mul_ps(sums_of_levels(high[j], p->columns.surplus + 16), scale);
       low[j] = _mm512_fmadd_ps(low[j], _mm512_loadu_ps(p->columns.scales), bias_low);
@@ -398,7 +403,7 @@ INLINE Ahead ahead_of(const Matrix* m, Share pairs, const Matrix* then, Team tea
 INLINE void fetch_residual(const Chunk* chunk, Rows rows, int row_tiles, int64_t pair) {
   for (int i = 0; i < row_tiles; i++, rows = next_tile(rows, chunk->shape)) {
     const float* x = residual_of(chunk, rows, pair);
-    for (int r = 0; r < ROWS; r++, x += chunk->shape->dim) {  // beyond the last token it asks in vain
+    for (int r = 0; r < TILE_ROWS; r++, x += chunk->shape->dim) {  // beyond the last token it asks in vain
       _mm_prefetch(x, _MM_HINT_T0);
       _mm_prefetch(x + 16, _MM_HINT_T0);
     }
@@ -503,16 +508,16 @@ INLINE __m512 normalized(__m512 x, const Norm* norm, int64_t column, __m512 mean
 // Up to 16 rows of x, normalised, as a row tile of A; what is missing is 0.
 INLINE void norm_tile(const float* x, int64_t rows, const Norm* norm, int64_t dim, uint8_t* to, int is_int8,
                       float* scales) {
-  float means[ROWS], factors[ROWS], reciprocals[ROWS];
-  __m512 v[ROWS];
-  for (int r = 0; r < ROWS; r++) {
+  float means[TILE_ROWS], factors[TILE_ROWS], reciprocals[TILE_ROWS];
+  __m512 v[TILE_ROWS];
+  for (int r = 0; r < TILE_ROWS; r++) {
     v[r] = _mm512_setzero_ps();
     if (r >= rows) continue;
     for (int64_t i = 0; i < dim; i += 16) v[r] = _mm512_add_ps(v[r], _mm512_loadu_ps(x + r * dim + i));
   }
   __m512 share = _mm512_set1_ps(1.0f / dim);
   _mm512_storeu_ps(means, _mm512_mul_ps(reduce(v, 0), share));
-  for (int r = 0; r < ROWS; r++) {
+  for (int r = 0; r < TILE_ROWS; r++) {
     v[r] = _mm512_setzero_ps();
     if (r >= rows) continue;
     __m512 mean = _mm512_set1_ps(means[r]);
@@ -524,7 +529,7 @@ INLINE void norm_tile(const float* x, int64_t rows, const Norm* norm, int64_t di
   __m512 deviation = _mm512_sqrt_ps(_mm512_fmadd_ps(reduce(v, 0), share, _mm512_set1_ps(norm->eps)));
   _mm512_storeu_ps(factors, _mm512_div_ps(_mm512_set1_ps(1.0f), deviation));
   if (is_int8) {
-    for (int r = 0; r < ROWS; r++) {
+    for (int r = 0; r < TILE_ROWS; r++) {
       v[r] = _mm512_setzero_ps();
       if (r >= rows) continue;
       __m512 mean = _mm512_set1_ps(means[r]), factor = _mm512_set1_ps(factors[r]);
@@ -536,7 +541,7 @@ INLINE void norm_tile(const float* x, int64_t rows, const Norm* norm, int64_t di
     _mm512_storeu_ps(scales, steps);
     _mm512_storeu_ps(reciprocals, _mm512_div_ps(_mm512_set1_ps(1.0f), steps));
   }
-  for (int r = 0; r < ROWS; r++) {
+  for (int r = 0; r < TILE_ROWS; r++) {
     uint8_t* tile_row = to + 64 * r;
     if (r >= rows) {
       int64_t steps = dim / (is_int8 ? 64 : 32);
@@ -562,9 +567,9 @@ INLINE void norm_rows(const Chunk* chunk, const Norm* norm, int is_int8) {
   int64_t steps = s->dim / (is_int8 ? 64 : 32);
   Share tiles = share_of(chunk->team, chunk->windows * s->token_tiles);
   for (int64_t tile = tiles.first; tile < tiles.stop; tile++) {
-    int64_t token = tile % s->token_tiles * ROWS;
+    int64_t token = tile % s->token_tiles * TILE_ROWS;
     const float* x = chunk->x + (tile / s->token_tiles * s->tokens + token) * s->dim;
-    float* scales = is_int8 ? chunk->scratch->row_scales + tile * ROWS : NULL;
+    float* scales = is_int8 ? chunk->scratch->row_scales + tile * TILE_ROWS : NULL;
     norm_tile(x, s->tokens - token, norm, s->dim, chunk->scratch->rounded + tile * steps * TILE, is_int8, scales);
   }
 }
@@ -576,9 +581,9 @@ static void quantize_rows(const Chunk* chunk, int64_t columns, uint8_t* to, floa
   for (int64_t tile = share.first; tile < share.stop; tile++) {
     const uint8_t* from = chunk->scratch->unquantized + tile * steps * TILE;
     uint8_t* out = to + tile * (steps / 2) * TILE;
-    float reciprocals[ROWS];
-    __m512 v[ROWS];
-    for (int r = 0; r < ROWS; r++) {
+    float reciprocals[TILE_ROWS];
+    __m512 v[TILE_ROWS];
+    for (int r = 0; r < TILE_ROWS; r++) {
       __m512i largest = _mm512_setzero_si512();  // without their signs, bf16 are in the order of whole numbers
       for (int64_t k = 0; k < steps; k++) {
         __m512i magnitudes = _mm512_and_si512(_mm512_load_si512(from + k * TILE + 64 * r), _mm512_set1_epi16(0x7fff));
@@ -588,9 +593,9 @@ static void quantize_rows(const Chunk* chunk, int64_t columns, uint8_t* to, floa
       v[r] = _mm512_castsi512_ps(_mm512_max_epu32(even, odd));
     }
     __m512 worth = steps_of(reduce(v, 1));
-    _mm512_storeu_ps(scales + tile * ROWS, worth);
+    _mm512_storeu_ps(scales + tile * TILE_ROWS, worth);
     _mm512_storeu_ps(reciprocals, _mm512_div_ps(_mm512_set1_ps(1.0f), worth));
-    for (int r = 0; r < ROWS; r++) {
+    for (int r = 0; r < TILE_ROWS; r++) {
       __m512 reciprocal = _mm512_set1_ps(reciprocals[r]), values[4];
       for (int64_t k = 0; k < steps; k += 2) {
         for (int j = 0; j < 4; j++) {
@@ -609,9 +614,9 @@ INLINE void softmax(const float* scores, int64_t tokens, int64_t width, float fa
   int64_t whole = tokens / PAIR, steps = width / PAIR;
   __mmask16 low = (__mmask16)((1u << at_most(16, tokens % PAIR)) - 1);
   __mmask16 high = (__mmask16)((1u << at_least(0, tokens % PAIR - 16)) - 1);
-  float offsets[ROWS];
-  __m512 v[ROWS];
-  for (int r = 0; r < ROWS; r++) {
+  float offsets[TILE_ROWS];
+  __m512 v[TILE_ROWS];
+  for (int r = 0; r < TILE_ROWS; r++) {
     const float* row = scores + r * width;
     __m512 greatest[2] = {_mm512_set1_ps(-__builtin_inff()), _mm512_set1_ps(-__builtin_inff())};
     for (int64_t i = 0; i < whole; i++) {
@@ -626,7 +631,7 @@ INLINE void softmax(const float* scores, int64_t tokens, int64_t width, float fa
   }
   __m512 scale = _mm512_set1_ps(factor);
   _mm512_storeu_ps(offsets, _mm512_mul_ps(reduce(v, 1), scale));
-  for (int r = 0; r < ROWS; r++) {
+  for (int r = 0; r < TILE_ROWS; r++) {
     const float* row = scores + r * width;
     __m512 offset = _mm512_set1_ps(offsets[r]), e[2], sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
     for (int64_t i = 0; i < steps; i++) {
@@ -649,31 +654,31 @@ INLINE void attend(const Chunk* chunk, int64_t head, int64_t query_tile, int row
   int64_t steps = s->head_dim / PAIR, width = s->token_steps * PAIR;
   const uint8_t* q = chunk->scratch->q + (head * s->token_tiles + query_tile) * steps * TILE;
   const uint8_t* k = chunk->scratch->k + head * s->token_tiles * steps * TILE;
-  const uint8_t* v = chunk->scratch->v + head * (s->head_dim / ROWS) * s->token_steps * TILE;
-  int64_t tokens = s->tokens - query_tile * ROWS, below = tokens - ROWS;
+  const uint8_t* v = chunk->scratch->v + head * (s->head_dim / TILE_ROWS) * s->token_steps * TILE;
+  int64_t tokens = s->tokens - query_tile * TILE_ROWS, below = tokens - TILE_ROWS;
   for (int64_t step = 0; step < s->token_steps; step++) {
     Factors factors = {q, k + 2 * step * steps * TILE, steps * TILE, steps, {tokens, below}};
-    multiply(factors, row_tiles, 0, (Sums){scores + step * PAIR, 4 * width, 64, 4 * ROWS * width}, NULL);
+    multiply(factors, row_tiles, 0, (Sums){scores + step * PAIR, 4 * width, 64, 4 * TILE_ROWS * width}, NULL);
   }
-  float reciprocals[2 * ROWS], factor = 1.44269504f / __builtin_sqrtf(s->head_dim);
+  float reciprocals[2 * TILE_ROWS], factor = 1.44269504f / __builtin_sqrtf(s->head_dim);
   for (int i = 0; i < row_tiles; i++) {
-    softmax(scores + i * ROWS * width, s->tokens, width, factor, weights + i * s->token_steps * TILE,
-            reciprocals + i * ROWS);
+    softmax(scores + i * TILE_ROWS * width, s->tokens, width, factor, weights + i * s->token_steps * TILE,
+            reciprocals + i * TILE_ROWS);
   }
-  float c[2][2][ROWS][16] __attribute__((aligned(64)));
+  float c[2][2][TILE_ROWS][16] __attribute__((aligned(64)));
   int64_t window = head / s->heads, first = head % s->heads * steps, all_steps = s->dim / PAIR;
   for (int64_t step = 0; step < steps; step++) {
     const uint8_t* columns = v + 2 * step * s->token_steps * TILE;
     Factors factors = {weights, columns, s->token_steps * TILE, s->token_steps, {tokens, below}};
     multiply(factors, row_tiles, 0, one_by_one(c), NULL);
     for (int i = 0; i < row_tiles; i++) {
-      int64_t row = window * s->tokens + (query_tile + i) * ROWS;
-      for (int r = 0; r < at_most(ROWS, tokens - i * ROWS); r++, row++) {
-        __m512 factor = _mm512_set1_ps(reciprocals[i * ROWS + r]);
+      int64_t row = window * s->tokens + (query_tile + i) * TILE_ROWS;
+      for (int r = 0; r < at_most(TILE_ROWS, tokens - i * TILE_ROWS); r++, row++) {
+        __m512 factor = _mm512_set1_ps(reciprocals[i * TILE_ROWS + r]);
         __m512 low = _mm512_mul_ps(_mm512_load_ps(c[i][0][r]), factor);
         __m512 high = _mm512_mul_ps(_mm512_load_ps(c[i][1][r]), factor);
-        uint8_t* tile = to + (row / ROWS * all_steps + first + step) * TILE;
-        _mm512_store_si512(tile + row % ROWS * 64, as_bf16(low, high));
+        uint8_t* tile = to + (row / TILE_ROWS * all_steps + first + step) * TILE;
+        _mm512_store_si512(tile + row % TILE_ROWS * 64, as_bf16(low, high));
       }
     }
   }
@@ -683,7 +688,7 @@ static void attention(const Chunk* chunk, uint8_t* to) {
   const Shape* s = chunk->shape;
   uint8_t* own = chunk->scratch->attention + chunk->team.rank * s->attention_bytes;
   float* scores = (float*)own;
-  uint8_t* weights = own + 2 * ROWS * s->token_steps * PAIR * 4;
+  uint8_t* weights = own + 2 * TILE_ROWS * s->token_steps * PAIR * 4;
   int64_t query_pairs = (s->token_tiles + 1) / 2;
   Share tasks = share_of(chunk->team, chunk->windows * s->heads * query_pairs);
   for (int64_t task = tasks.first; task < tasks.stop; task++) {
@@ -702,7 +707,7 @@ static void attention(const Chunk* chunk, uint8_t* to) {
 INLINE Shape joined(const Chunk* chunk) {
   Shape s = *chunk->shape;
   s.tokens *= chunk->windows;
-  s.token_tiles = rounded_up(s.tokens, ROWS) / ROWS;
+  s.token_tiles = rounded_up(s.tokens, TILE_ROWS) / TILE_ROWS;
   return s;
 }
 

@@ -1,4 +1,4 @@
-"""Tokens as a kernel: patches cut, embedded and given their positions in one pass (``fp32.c``)."""
+"""Tokens as a kernel: patches cut, embedded and given their positions in one pass (``blocks.c``)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from m2d_embed.native.blocks import Functions
-from m2d_embed.native.library import Kernels, Scratch, kernels
+from m2d_embed.native.library import Kernels, Scratch, Unit, available, functions_of, kernels
 from m2d_embed.native.structures import Call, Linear, TokensCall
 
 _OUTPUTS, _INPUTS = 32, 16  # a width, and the values of a patch, must be multiples of these
@@ -19,8 +19,8 @@ _SCRATCH = Scratch()
 
 
 @cache
-def _functions(library: ctypes.CDLL) -> Functions:
-    return Functions.of(library, "tokens", TokensCall)
+def _functions(library: ctypes.CDLL, unit: Unit) -> Functions:
+    return Functions.of(library, f"{functions_of('fp32', unit)}_tokens", TokensCall)
 
 
 def fits_tokens(projection: nn.Conv2d) -> bool:
@@ -70,7 +70,7 @@ def make_tokens(
         Linear(weight, None, bias, False),
         *(first.data_ptr(), added.data_ptr()),
     )
-    functions = _functions(compiled.library)
+    functions = _functions(compiled.library, available()["fp32"])
     call.call.scratch = _SCRATCH.address(functions.scratch(byref(call)))
     functions.run(byref(call))
     return x
