@@ -151,8 +151,14 @@ def _from_mapping(clip: Mapping[str, Any], name: str) -> _Given:
         if clip.get("sampling_rate") is None:
             raise AudioError(f"{name}: a dict with an 'array' needs its 'sampling_rate'.")
         array = clip["array"]
-        samples = array if isinstance(array, np.ndarray | Tensor) else np.asarray(array, dtype=np.float32)
-        return _Given(name, _unpacked(samples, name).content, _rate(clip["sampling_rate"], name))
+        if not isinstance(array, np.ndarray | Tensor):
+            array = np.asarray(array)
+            if array.dtype.kind in "iu":
+                raise AudioError(
+                    f"{name}: whole numbers in a list do not say what 1 is; give an array, maybe of int16."
+                )
+            array = array.astype(np.float32)
+        return _Given(name, _unpacked(array, name).content, _rate(clip["sampling_rate"], name))
     if clip.get("bytes") is not None:
         return _Given(f"{name} ({path})" if path else name, bytes(clip["bytes"]))
     if path:
@@ -164,9 +170,13 @@ def _from_mapping(clip: Mapping[str, Any], name: str) -> _Given:
 
 
 def _rate(rate: Any, name: str) -> int:
-    if int(rate) != rate or int(rate) not in _POSSIBLE_RATES:
+    try:
+        whole = int(rate)
+    except (TypeError, ValueError, OverflowError):
+        whole = -1
+    if whole != rate or whole not in _POSSIBLE_RATES:
         raise AudioError(f"{name}: sampling_rate={rate!r} is not a rate in Hz.")
-    return int(rate)
+    return whole
 
 
 def _rest_of(file: BinaryIO, name: str) -> bytes:

@@ -29,6 +29,7 @@ _HEADER_LENGTH = 256  # bytes, at most
 _LARGEST = 0xFFFF_FF00  # from here on a 32-bit size is a placeholder, too
 _SURELY_LARGER = 0.9  # a placeholder is believed to be one if the file is no longer than so much of it
 _MOST_CHUNKS = 1_000  # looked at before the samples; more are no chunks
+_BEGINNINGS = frozenset({b"RIFF", b"RIFX", b"RF64", b"BW64", b"data"})  # what does not follow samples in a whole file
 _CHUNK_NAME = re.compile(rb"[A-Za-z0-9][A-Za-z0-9 _.\-\xa9]{3}")
 _WAVES = (b"RIFF", b"RIFX", b"RF64", b"BW64")
 _LIBSNDFILE_TOO = ("wav", "nistsphere")
@@ -161,6 +162,12 @@ def _real_size(content: Content, data: _Data, order: str, per_second: int, name:
     if behind <= 1:
         _refuse_if_truncated(data.size, available, name)
         return data.size, ""
+    follows = content.at(data.start + data.size + data.size % 2, 4)
+    if follows in _BEGINNINGS:
+        raise AudioError(
+            f"{name}: another file or more samples follow those that its header states, as where files were joined "
+            "byte by byte; take them apart, or join them with an audio program."
+        )
     if _chunk_follows(content, data.start + data.size, order):
         return data.size, ""
     if data.size == 0:

@@ -52,6 +52,7 @@ class FFmpegSound:
         self._track = self._container.streams.audio[0]
         self.rate = int(self._track.rate or 0)
         self.seconds = self._stated_seconds()
+        self._reached = 0.0  # seconds, by packets of all streams
 
     def blocks(self) -> Iterator[Samples]:
         """Yield all samples, averaged over the channels, without those that the encoder put before and after.
@@ -70,8 +71,10 @@ class FFmpegSound:
                 waiting, given = [], total
         if waiting:
             yield np.concatenate(waiting)[: None if limit is None else max(0, limit - given)]
-        lacks = self.seconds - total / self.rate
-        if lacks > _MAY_LACK and self._format in _STATING and len(self._container.streams) == 1:
+        # Of several streams sound may end first, and Matroska states only when the last one does.
+        states_sound = len(self._container.streams) == 1 or bool(self._track.duration)
+        lacks = self.seconds - (total / self.rate if states_sound else self._reached)
+        if lacks > _MAY_LACK and self._format in _STATING:
             raise AudioError(f"{self._name}: truncated, {lacks:.2f} of {self.seconds:.2f} s are missing.")
 
     def close(self) -> None:
@@ -84,12 +87,20 @@ class FFmpegSound:
             return float(self._track.duration * self._track.time_base)
         return self._container.duration / 1e6 if self._container.duration else 0.0
 
+    def _frames(self) -> Iterator[Any]:
+        for packet in self._container.demux():
+            if packet.pts is not None and packet.time_base:
+                end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
+                self._reached = max(self._reached, end)
+            if packet.stream.index == self._track.index:
+                yield from packet.decode()
+
     def _decoded(self) -> Iterator[Samples]:
         import av
 
         to_float = av.AudioResampler(format="fltp")
         try:
-            for frame in self._container.decode(self._track):
+            for frame in self._frames():
                 for part in to_float.resample(frame):
                     samples = part.to_ndarray().astype(np.float32, copy=False)
                     yield samples[0] if len(samples) == 1 else samples.mean(axis=0, dtype=np.float32)

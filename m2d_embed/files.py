@@ -50,7 +50,7 @@ def atomic_writes(within: Path) -> Iterator[Callable[[Path], Path]]:
     modes: dict[Path, int] = {}
 
     def new_file(path: Path) -> Path:
-        partial = within / f".{path.name}.{uuid.uuid4().hex[:12]}.partial"
+        partial = within / f".{uuid.uuid4().hex}.partial"  # of any length that a name may have
         partial.touch(exist_ok=False)
         paths[partial], modes[partial] = path, partial.stat().st_mode
         return partial
@@ -77,7 +77,12 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """``content`` as JSON, by ``atomic_write``."""
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # names of files need not be UTF-8
+        text = json.dumps(content, indent=1) + "\n"
+    write_text(path, text)
 
 
 def cache_folder() -> Path:

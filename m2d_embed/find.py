@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import logging
 import os
+import stat
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -33,14 +34,15 @@ def find_audio(paths: list[Path]) -> list[Path]:
     found: dict[str, Path] = {}
     left_out: Counter[str] = Counter()
     for path in paths:
-        if path.is_dir():
+        mode = _mode(path)
+        if mode is None:
+            files = _matching(path)
+        elif stat.S_ISDIR(mode):
             files = sorted(_audio_below(path, left_out))
             if not files:
                 raise AudioError(f"{path}: no audio files in this folder ({_endings()}).{_left_out(left_out)}")
-        elif path.exists():
-            files = [path]
         else:
-            files = _matching(path)
+            files = [path]
         for file in files:
             found.setdefault(os.path.abspath(file), file)  # noqa: PTH100  (Path.absolute keeps "..")
     if left_out:
@@ -94,10 +96,21 @@ def find_inputs(inputs: Sequence[Path], listing: Path | None = None) -> list[Pat
     for path in inputs:
         if str(path) == "-":
             raise ConfigError("To read names from standard input, give --list -.")
-        (lists if is_table(path) and path.is_file() else others).append(path)
+        # A file that cannot be looked at is left to find_audio, which says so.
+        (lists if is_table(path) and os.path.isfile(path) else others).append(path)  # noqa: PTH113
     for file in [*(find_audio(others) if others else []), *(file for one in lists for file in find_listed(one))]:
         found.setdefault(os.path.abspath(file), file)  # noqa: PTH100  (Path.absolute keeps "..")
     return list(found.values())
+
+
+def _mode(path: Path) -> int | None:
+    """What ``stat`` says that a path is; None if there is none."""
+    try:
+        return path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise AudioError(f"{path}: cannot be looked at ({error.strerror}).") from error
 
 
 def _lines(listing: Path) -> list[str]:
@@ -113,7 +126,7 @@ def _lines(listing: Path) -> list[str]:
 def _beside(folder: Path, name: str) -> Path:
     """A file as a list in ``folder`` names it: seen from the current folder, or if it is only there from the list."""
     file, beside = Path(name), folder / name
-    return beside if beside.is_file() and not file.is_file() else file
+    return beside if os.path.isfile(beside) and not os.path.isfile(file) else file  # noqa: PTH113
 
 
 def is_hidden(name: str) -> bool:
@@ -151,7 +164,7 @@ def _matching(pattern: Path) -> list[Path]:
     # An absolute pattern is split at its root, as Path.glob only takes relative ones.
     root = Path(pattern.anchor)
     try:
-        files = sorted(f for f in root.glob(str(pattern.relative_to(root))) if f.is_file())
+        files = sorted(f for f in root.glob(str(pattern.relative_to(root))) if os.path.isfile(f))  # noqa: PTH113
     except ValueError as error:
         raise AudioError(f"{pattern}: no such file, and not a glob pattern ({error}).") from error
     named = any(part.startswith(".") for part in pattern.parts if "*" in part or "?" in part or "[" in part)

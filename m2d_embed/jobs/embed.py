@@ -44,6 +44,7 @@ STORE_IN_FOLDER = "_m2d_embed"  # readers of folders of Parquet files pass over 
 _CLIPS_AT_A_TIME = 2048  # looked at and sorted together
 _SECONDS_A_PART = 5.0  # at most this much work is lost when a run is killed
 _BYTES_A_PART = 64 << 20
+_LONGEST_NAME = 255  # bytes, on most file systems
 _MOST_READS = 2  # of a file that changes while it is read
 
 
@@ -349,17 +350,20 @@ class FolderOutput(Output):
     def join(self, settings: dict[str, Any]) -> None:
         recorded = self.store.open(settings | {"_root": _common_folder(self._files)})
         self._root = recorded["_root"]
-        self._refuse_shared_names()
+        self._refuse_impossible_names()
         self.store.check()
 
-    def _refuse_shared_names(self) -> None:
-        taken: dict[Path, Path] = {}
-        for file in {key_of(file): file for file in self._files}.values():
+    def _refuse_impossible_names(self) -> None:
+        taken = {self.output / name: Path(key) for name, key in self.store.owners().items()}
+        for key, file in {key_of(file): file for file in self._files}.items():
             for target in self._targets(file):
-                if (other := taken.setdefault(target, file)) != file:
+                other = taken.setdefault(target, file)
+                if key_of(other) != key:
                     raise ConfigError(
                         f"{other} and {file} would both be {target}; rename one of them, or take a .parquet or .npz."
                     )
+                if len(os.fsencode(target.name)) > _LONGEST_NAME:
+                    raise ConfigError(f"{file}: {target.name} is too long for a name; take a .parquet or .npz.")
 
     def _targets(self, file: Path) -> list[Path]:
         folder = os.path.relpath(os.path.dirname(key_of(file)), self._root)  # noqa: PTH120
@@ -380,6 +384,9 @@ class FolderOutput(Output):
                 names = tuple(target.relative_to(self.output).as_posix() for target in targets)
                 entries.append(_entry(file, stamp, result)._replace(files=names))
                 written += targets
+                if isinstance(result, AudioError) and self.store.has(key_of(file)):
+                    for target in self._targets(file):  # of what the file was before
+                        target.unlink(missing_ok=True)
         self.store.commit(self.store.new_name(), entries, written)
 
     def finish(self, files: Sequence[Path]) -> None:
@@ -401,7 +408,7 @@ def _entry(file: Path, stamp: Stamp, result: Result | AudioError) -> Entry:
 
 def _common_folder(files: Sequence[Path]) -> str:
     """The deepest folder that holds all files, without ``..``."""
-    folders = {os.path.dirname(key_of(file)) for file in files}  # noqa: PTH120
+    folders = {os.path.dirname(key_of(file)) for file in files} or {os.getcwd()}  # noqa: PTH109, PTH120
     try:
         return os.path.commonpath(folders)
     except ValueError:  # on several drives of Windows

@@ -24,7 +24,7 @@ from m2d_embed.files import write_json
 from m2d_embed.jobs.embed import FileOutput, OnProgress, Options, Output, Summary, embed_missing, open_output
 from m2d_embed.jobs.outputs import names_in
 from m2d_embed.jobs.settings import Kind, job_settings
-from m2d_embed.jobs.store import compare_settings, key_of, stamp_of
+from m2d_embed.jobs.store import compare_settings, key_of, stamp_of, stamps_number
 from m2d_embed.model import M2D
 
 _SHARD = re.compile(r"(\d+)/(\d+)")
@@ -196,12 +196,17 @@ class _Job:
         output = self.made.output
         if not isinstance(self.made, FileOutput) or not output.exists():
             return None
+        if self.store.any_at_work():  # a run that is to replace it
+            return None
         self.made.tidy_finished()
         names, settings = names_in(output)
         compare_settings(output, {key: settings.get(key) for key in self.settings}, self.settings)
         # Names are compared by the files that they lead to, from the folder where that run was.
         held = {key_of(Path(settings.get("root", ""), name)) for name in names}
         wanted = {key_of(file): file for file in self.files}
+        now = stamps_number((key, stamp_of(wanted[key])) for key in sorted(held & wanted.keys()))
+        if not held - wanted.keys() and settings.get("stamps", now) != now:
+            raise ConfigError(f"{output} exists, and files have changed since; remove it to embed them anew.")
         if held - wanted.keys():
             raise ConfigError(
                 f"{output} exists and holds other files, e.g. {min(held - wanted.keys())}; choose another name, or "
@@ -222,9 +227,10 @@ class _Job:
         keys = [key_of(file) for file in self.files]
         plan_file = self.store.folder / f"part-plan-of-{self.count}.plan"
         with self.store.exclusively():
-            if not plan_file.exists():
-                write_json(plan_file, {"files": keys, "sizes": [max(0, stamp_of(file)[0]) for file in self.files]})
-        plan = json.loads(plan_file.read_text(encoding="utf-8"))
+            plan = _read_plan(plan_file)
+            if plan is None:
+                plan = {"files": keys, "sizes": [max(0, stamp_of(file)[0]) for file in self.files]}
+                write_json(plan_file, plan)
         if plan["files"] != keys:
             other = set(plan["files"]).symmetric_difference(keys)
             what = f"other files ({len(other)}, e.g. {min(other)})" if other else "the same files in another order"
@@ -251,10 +257,23 @@ class _Job:
             errors = {file: self.store.error_of(key_of(file)) for file in self.files}
             failed = {file: AudioError(error) for file, error in errors.items() if error is not None}
             good = [file for file in self.files if file not in failed]
+            stamps = stamps_number((key, self.store.stamp(key)) for key in sorted({*map(key_of, good)}))
+            self.made.settings = self.made.settings | {"stamps": stamps}
             self.made.finish(good)
-            for leftover in (*self.store.folder.glob("part-*.plan"), *self.store.folder.glob("part-*.done")):
-                leftover.unlink(missing_ok=True)
+            if self.store.is_begun:
+                self.store.remove_unfinished()  # and what was agreed on
             return ShardSummary(share, [], Summary(0, len(good), failed))
 
     def _is_done(self, number: int, files: Sequence[Path]) -> bool:
-        return self.record_of(number).exists() and all(self.store.has(key_of(file)) for file in files)
+        done = (self.store.attempted(key_of(file), stamp_of(file)) for file in files)
+        return self.record_of(number).exists() and all(done)
+
+
+def _read_plan(file: Path) -> dict[str, Any] | None:
+    """A plan; None if there is none, or it is damaged, and so to be made anew."""
+    try:
+        plan = json.loads(file.read_text(encoding="utf-8"))
+        whole = len(plan["files"]) == len(plan["sizes"]) and all(isinstance(size, int) for size in plan["sizes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return plan if whole else None

@@ -19,6 +19,7 @@ was read. ``done`` is asked with the stamp of now: another size, time or inode m
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -119,6 +120,7 @@ class PartStore:
         self._parts: list[_Part] = []
         self._index = Index()  # key -> number of its part << 32 | its place there
         self._names: set[str] = set()  # of parts
+        self._latest_ns = 0  # when the last of them was made
 
     # --- who is at work ---------------------------------------------------------------------------------------------
 
@@ -203,6 +205,8 @@ class PartStore:
                 for name in (_CLAIMS, _EVERYTHING):  # made by us
                     self._lock_file(name).unlink(missing_ok=True)
                 raise ConfigError(f"{self.folder}: holds other things, e.g. {min(foreign)}; choose another name.")
+            for name in self.names():  # of which settings nobody knows
+                self.drop(name)
             recorded = dict(settings)
             write_json(file, recorded)
         self.refresh()
@@ -231,6 +235,7 @@ class PartStore:
             found.append((record.made_ns, file.stem, _as_part(file.stem, record), hashes))
         found.sort(key=lambda one: one[:2])
         if found:
+            self._latest_ns = max(self._latest_ns, found[-1][0])
             values = np.concatenate([self._register(part) for _, _, part, _ in found])
             hashes = np.concatenate([hashes for *_, hashes in found])
             found.clear()  # of a million results these are 16 MB
@@ -276,6 +281,8 @@ class PartStore:
 
     def remove(self) -> None:
         """Remove the store; with everything claimed, or exclusively. Whoever waits for a lock of it begins anew."""
+        for file in self.folder.glob("part-*.json"):  # first: a run of other settings must not find them
+            file.unlink(missing_ok=True)
         (self.folder / _SETTINGS).unlink(missing_ok=True)
         rmtree(self.folder, ignore_errors=True)
 
@@ -304,6 +311,11 @@ class PartStore:
         """The names of all parts that have records, of whatever run."""
         return sorted(file.stem for file in self.folder.glob("part-*.json"))
 
+    def owners(self) -> dict[str, str]:
+        """The files of parts that hold one result alone, and whose results these are."""
+        records = sorted(filter(None, map(self.record, self.names())), key=lambda record: record.made_ns)
+        return {name: entry.key for record in records for entry in record.entries for name in entry.files}
+
     # --- looking up -------------------------------------------------------------------------------------------------
 
     def has(self, key: str) -> bool:
@@ -325,6 +337,11 @@ class PartStore:
             return False
         part, place = self._find(key)
         return tuple(part.stamps[place].tolist()) == (stamp or _NO_STAMP)
+
+    def stamp(self, key: str) -> Stamp:
+        """What the file of a result that is there had before it was read."""
+        part, place = self._find(key)
+        return tuple(part.stamps[place].tolist())
 
     def _find(self, key: str) -> tuple[_Part, int]:
         where = self._index.get(key)
@@ -351,7 +368,9 @@ class PartStore:
     def commit(self, name: str, entries: Sequence[Entry], files: Iterable[Path]) -> None:
         """Record a part, ``part-*``, whose files are on the disk and below ``data``; from now on it counts."""
         sums = {file.relative_to(self.data).as_posix(): _size_and_crc(file) for file in files}
-        record = Record(self.run, time.time_ns(), list(entries), sums)
+        # After those that are known, whatever the clocks of other machines say.
+        made_ns = self._latest_ns = max(time.time_ns(), self._latest_ns + 1)
+        record = Record(self.run, made_ns, list(entries), sums)
         with atomic_write(self.folder / f"{name}.json") as partial:
             partial.write_bytes(_encode_record(record))
         for entry, value in zip(entries, self._register(_as_part(name, record)).tolist(), strict=True):
@@ -435,6 +454,14 @@ def stamp_of(path: str | os.PathLike[str]) -> Stamp:
     return status.st_size, status.st_mtime_ns, status.st_ino & 0x7FFF_FFFF_FFFF_FFFF
 
 
+def stamps_number(stamps: Iterable[tuple[str, Stamp]]) -> str:
+    """A hash of keys and their stamps."""
+    digest = hashlib.blake2b(digest_size=16)
+    for key, stamp in stamps:
+        digest.update(f"{key}\0{stamp}\0".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
 def key_of(path: str | os.PathLike[str]) -> str:
     """The absolute path without ``..``: a run that is resumed from another folder finds its results."""
     return os.path.abspath(path)  # noqa: PTH100  (Path.absolute keeps "..")
@@ -460,6 +487,8 @@ def _read_settings(file: Path) -> dict[str, Any]:
         settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{file}: damaged ({error}); remove the folder, or overwrite it, to begin anew.") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{file}: damaged (it holds no settings); remove the folder, or overwrite it, to begin anew.")
     return settings
 
 
