@@ -32,7 +32,7 @@ from m2d_embed.files import atomic_write, atomic_writes
 from m2d_embed.jobs.arrays import write_array
 from m2d_embed.jobs.outputs import EMBEDDINGS, ENDINGS, TIMES, write_output
 from m2d_embed.jobs.settings import Kind, job_settings
-from m2d_embed.jobs.store import Entry, PartStore, Stamp, key_of, stamp_of
+from m2d_embed.jobs.store import Entry, PartStore, Stamp, key_of, stamp_of, stamps_number
 from m2d_embed.model import M2D
 from m2d_embed.profiling import OPENING, WRITING
 
@@ -321,8 +321,9 @@ class FileOutput(Output):
     def finish(self, files: Sequence[Path]) -> None:
         """Put the parts together in the files' order, and remove them. Of no files at all nothing is left."""
         if files:
+            stamps = stamps_number((key, self.store.stamp(key)) for key in map(key_of, files))
             with atomic_write(self.output, within=self.store.folder) as partial:
-                write_output(partial, self.output.suffix, self.store, files, self.settings)
+                write_output(partial, self.output.suffix, self.store, files, self.settings | {"stamps": stamps})
                 self._finished.touch()
         else:
             self.output.unlink(missing_ok=True)
@@ -348,9 +349,9 @@ class FolderOutput(Output):
         self.store.remove_unfinished()
 
     def join(self, settings: dict[str, Any]) -> None:
-        recorded = self.store.open(settings | {"_root": _common_folder(self._files)})
-        self._root = recorded["_root"]
-        self._refuse_impossible_names()
+        self._root = self.store.settings().get("_root") or _common_folder(self._files)
+        self._refuse_impossible_names()  # before anything is recorded
+        self.store.open(settings | {"_root": self._root})
         self.store.check()
 
     def _refuse_impossible_names(self) -> None:

@@ -146,10 +146,8 @@ def embed_shard(
     with made.store.claim(str(shard)):
         made.join(job.settings)
         dealt = job.agree_on_shares()
-        job.record_of(shard.number).unlink(missing_ok=True)
         share = dealt[shard.number - 1]
         summary = embed_missing(made, model, share, Options(batch_size, on_progress, pipeline))
-        write_json(job.record_of(shard.number), {"files": len(share)})
     return job.put_together(summary, dealt)
 
 
@@ -204,7 +202,7 @@ class _Job:
         # Names are compared by the files that they lead to, from the folder where that run was.
         held = {key_of(Path(settings.get("root", ""), name)) for name in names}
         wanted = {key_of(file): file for file in self.files}
-        now = stamps_number((key, stamp_of(wanted[key])) for key in sorted(held & wanted.keys()))
+        now = stamps_number((key, stamp_of(wanted[key])) for key in held & wanted.keys())
         if not held - wanted.keys() and settings.get("stamps", now) != now:
             raise ConfigError(f"{output} exists, and files have changed since; remove it to embed them anew.")
         if held - wanted.keys():
@@ -240,10 +238,6 @@ class _Job:
             )
         return [[self.files[i] for i in share] for share in shares(plan["sizes"], self.count)]
 
-    def record_of(self, number: int) -> Path:
-        """Says that a share is done. It does not say that its results are still there."""
-        return self.store.folder / f"part-done-{number}-of-{self.count}.done"
-
     def put_together(self, share: Summary, dealt: Sequence[Sequence[Path]]) -> ShardSummary:
         """Make the output, unless a share is not done yet, or another process is still at work, and will do it."""
         with self.store.exclusively():
@@ -251,22 +245,19 @@ class _Job:
                 self.store.remove()
                 return ShardSummary(share, [], None)
             self.store.refresh()
-            missing = [number for number, files in enumerate(dealt, 1) if not self._is_done(number, files)]
+            missing = [number for number, files in enumerate(dealt, 1) if not self._is_done(files)]
             if missing or self.store.any_at_work():
                 return ShardSummary(share, missing, None)
             errors = {file: self.store.error_of(key_of(file)) for file in self.files}
             failed = {file: AudioError(error) for file, error in errors.items() if error is not None}
             good = [file for file in self.files if file not in failed]
-            stamps = stamps_number((key, self.store.stamp(key)) for key in sorted({*map(key_of, good)}))
-            self.made.settings = self.made.settings | {"stamps": stamps}
             self.made.finish(good)
             if self.store.is_begun:
                 self.store.remove_unfinished()  # and what was agreed on
             return ShardSummary(share, [], Summary(0, len(good), failed))
 
-    def _is_done(self, number: int, files: Sequence[Path]) -> bool:
-        done = (self.store.attempted(key_of(file), stamp_of(file)) for file in files)
-        return self.record_of(number).exists() and all(done)
+    def _is_done(self, files: Sequence[Path]) -> bool:
+        return all(self.store.attempted(key_of(file), stamp_of(file)) for file in files)
 
 
 def _read_plan(file: Path) -> dict[str, Any] | None:

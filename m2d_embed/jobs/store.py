@@ -195,9 +195,8 @@ class PartStore:
         Raises:
             ConfigError: if the store is of other settings, or the folder holds something else.
         """
-        file = self.folder / _SETTINGS
-        if file.exists():
-            recorded = _read_settings(file)
+        recorded = self.settings()
+        if recorded:
             compare_settings(self.output, recorded, settings)
         else:
             foreign = [path.name for path in self.folder.iterdir() if not _is_ours(path.name)]
@@ -208,9 +207,13 @@ class PartStore:
             for name in self.names():  # of which settings nobody knows
                 self.drop(name)
             recorded = dict(settings)
-            write_json(file, recorded)
+            write_json(self.folder / _SETTINGS, recorded)
         self.refresh()
         return recorded
+
+    def settings(self) -> dict[str, Any]:
+        """What the first run recorded; nothing if there was none."""
+        return _read_settings(self.folder / _SETTINGS) if self.is_begun else {}
 
     @property
     def is_begun(self) -> bool:
@@ -455,11 +458,10 @@ def stamp_of(path: str | os.PathLike[str]) -> Stamp:
 
 
 def stamps_number(stamps: Iterable[tuple[str, Stamp]]) -> str:
-    """A hash of keys and their stamps."""
-    digest = hashlib.blake2b(digest_size=16)
-    for key, stamp in stamps:
-        digest.update(f"{key}\0{stamp}\0".encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
+    """A hash of files' keys and stamps, in whatever order, and however often one is given."""
+    each = (hashlib.blake2b(os.fsencode(f"{key}\0{stamp}"), digest_size=8).digest() for key, stamp in stamps)
+    numbers = np.unique(np.fromiter((int.from_bytes(digest, "little") for digest in each), dtype="<u8"))
+    return hashlib.blake2b(numbers.tobytes(), digest_size=16).hexdigest()
 
 
 def key_of(path: str | os.PathLike[str]) -> str:
@@ -487,7 +489,7 @@ def _read_settings(file: Path) -> dict[str, Any]:
         settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{file}: damaged ({error}); remove the folder, or overwrite it, to begin anew.") from error
-    if not isinstance(settings, dict):
+    if not isinstance(settings, dict) or not settings:
         raise ConfigError(f"{file}: damaged (it holds no settings); remove the folder, or overwrite it, to begin anew.")
     return settings
 
