@@ -110,6 +110,39 @@ def test_bad_files_are_skipped_and_the_rest_kept(tmp_path, model, output):
         assert read_scenes(tmp_path / output)[0] == [str(FILES[0]), str(FILES[1])]
 
 
+def test_a_sound_that_went_bad_leaves_no_vector_of_before(tmp_path, model):
+    file = Path(shutil.copy(FILES[0], tmp_path / "a.opus"))
+    embed_files(model, [file, FILES[1]], tmp_path / "out", "timestamps")
+    assert len(list((tmp_path / "out").rglob("a.opus*"))) == 2
+    file.write_text("not audio")
+    assert set(embed_files(model, [file, FILES[1]], tmp_path / "out", "timestamps").failed) == {file}
+    assert len(list((tmp_path / "out").rglob("*.npy"))) == 2
+    assert not list((tmp_path / "out").rglob("a.opus*"))
+
+
+def test_a_folder_takes_no_second_sound_of_a_name(tmp_path, model):
+    """Of a later run: ``..`` is left out of places, so that both would be ``a/x.opus.npy``."""
+    for place in ("in/x", "a", "in/a"):
+        (tmp_path / place).mkdir(parents=True)
+    files = [Path(shutil.copy(FILES[n], tmp_path / place / "x.opus")) for n, place in enumerate(("a", "in/a"))]
+    first = [Path(shutil.copy(FILES[2], tmp_path / "in" / "x" / "b.opus")), files[1]]
+    embed_files(model, first, tmp_path / "out")
+    before = np.load(tmp_path / "out" / "a" / "x.opus.npy")
+    with pytest.raises(ConfigError, match=r"would both be .*x\.opus\.npy"):
+        embed_files(model, [files[0]], tmp_path / "out")
+    assert np.array_equal(np.load(tmp_path / "out" / "a" / "x.opus.npy"), before)
+
+
+def test_a_folder_refuses_a_name_that_gets_too_long(tmp_path, model):
+    file = Path(shutil.copy(FILES[0], tmp_path / ("n" * 248 + ".opus")))
+    with pytest.raises(ConfigError, match=r"is too long for a name; take a \.parquet or \.npz"):
+        embed_files(model, [file], tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("*.json"))  # nothing that a run with other files would have to agree with
+    embed_files(model, [FILES[0]], tmp_path / "out")
+    embed_files(model, [file], tmp_path / "out.npz")
+    assert read_scenes(tmp_path / "out.npz").names == [str(file)]
+
+
 def test_nothing_is_written_if_every_file_is_bad(tmp_path, model):
     (tmp_path / "bad.wav").write_text("not audio")
     embed_files(model, [tmp_path / "bad.wav"], tmp_path / "out.npz")

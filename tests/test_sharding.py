@@ -152,12 +152,14 @@ def test_bad_files_of_all_shards_are_told_at_the_end(tmp_path, model):
     for i, file in enumerate(bad):
         file.write_text("not audio" * (i + 1))
     files = [bad[0], FILES[0], bad[1], FILES[1]]
-    found = {}
+    found, ends = {}, []
     for number in range(1, 7):  # more shards than files: two have nothing to do, two nothing to write
         done = take(model, files, tmp_path / "out.parquet", f"{number}/6")
         found |= done.share.failed
-    assert set(found) == set(done.whole.failed) == set(bad)
-    assert "not audio" in str(done.whole.failed[bad[0]])
+        ends += [done.whole] if done.whole else []
+    assert set(found) == set(bad)
+    assert all(set(end.failed) == set(bad) for end in ends)
+    assert "not audio" in str(ends[0].failed[bad[0]])
     assert read_scenes(tmp_path / "out.parquet")[0] == [str(FILES[0]), str(FILES[1])]
 
 
@@ -254,6 +256,50 @@ def test_a_finished_job_is_left_as_it_is(tmp_path, model):
     output.write_text("something else")
     with pytest.raises(ConfigError, match="not of this job"):
         take(model, FILES[:4], output, "1/2")
+
+
+@pytest.mark.parametrize("by_shards", [True, False])
+def test_a_finished_job_whose_audio_changed_is_told(tmp_path, model, by_shards):
+    files = [Path(shutil.copy(file, tmp_path / file.name)) for file in FILES[:2]]
+    output = tmp_path / "out.npz"
+    if by_shards:
+        for shard in ("1/2", "2/2"):
+            take(model, files, output, shard)
+    else:
+        embed_files(model, files, output)
+    assert take(model, files[::-1], output, "1/2").whole.resumed == 2  # in whatever order they are named
+    shutil.copy(FILES[5], files[0])
+    with pytest.raises(ConfigError, match=r"out\.npz exists, and files have changed since"):
+        take(model, files, output, "1/2")
+
+
+def test_shards_of_a_folder_find_it_whole(tmp_path, model):
+    for shard in ("1/2", "2/2"):
+        take(model, FILES, tmp_path / "out", shard)
+    for shard in ("1/2", "2/2"):
+        again = take(model, FILES, tmp_path / "out", shard)
+        assert (again.share.embedded, again.whole.resumed) == (0, len(FILES))
+
+
+@pytest.mark.parametrize("damaged", ["", "{", "{}", '{"files": ["/a.wav"], "sizes": []}'])
+def test_a_damaged_plan_is_made_again(tmp_path, model, damaged):
+    output = tmp_path / "out.npz"
+    take(model, FILES, output, "1/2")
+    next((tmp_path / "out.npz.partial").glob("*.plan")).write_text(damaged)
+    assert take(model, FILES, output, "2/2").whole.resumed == len(FILES)
+
+
+def test_a_part_that_was_damaged_while_others_worked_is_made_again(tmp_path, model):
+    output = tmp_path / "out.npz"
+
+    def damage(file, error):
+        if not list((tmp_path / "out.npz.partial").glob("part-*.npy")):
+            take(random_model(TINY), FILES, output, "1/2")
+            part = next((tmp_path / "out.npz.partial").glob("part-*.npy"))
+            part.write_bytes(part.read_bytes()[:-1] + b"?")
+
+    assert embed_shard(model, FILES, output, Shard.parse("2/2"), on_progress=damage).missing == [1]
+    assert take(model, FILES, output, "1/2").whole.resumed == len(FILES)
 
 
 def test_processes_that_disagree_are_refused(tmp_path, model):

@@ -54,6 +54,10 @@ def add(store, *numbers, rows=1):
     store.add([Entry(f"k{n}", rows, (n, 1, 1)) for n in numbers], {"x": [rows_like(n, rows) for n in numbers]})
 
 
+def contents(folder):
+    return {file.name for file in folder.iterdir()}
+
+
 def values(store, *numbers):
     with closing(ArrayReader()) as reader:
         return store.read("x", store.locate(f"k{n}" for n in numbers), reader)[:, 0].tolist()
@@ -77,6 +81,25 @@ def test_the_last_result_of_a_key_counts(tmp_path):
     for seen in (store, opened(tmp_path / "s")):
         assert values(seen, 1) == [7]
         assert seen.done("k1", (9, 9, 9)) and not seen.done("k1", (1, 1, 1))
+
+
+def test_the_last_result_counts_whatever_the_clocks_say(tmp_path, monkeypatch):
+    add(opened(tmp_path / "s"), 1)
+    monkeypatch.setattr(module.time, "time_ns", lambda: 1)  # a machine whose clock is behind
+    opened(tmp_path / "s").add([Entry("k1", 1, (2, 2, 2))], {"x": [rows_like(5)]})
+    assert values(opened(tmp_path / "s"), 1) == [5]
+
+
+def test_only_what_others_have_made_since_is_read_again(tmp_path, caplog):
+    mine, other = opened(tmp_path / "s"), opened(tmp_path / "s")
+    add(mine, 1)
+    mine.check()
+    add(other, 2)
+    for file in (tmp_path / "s").glob("*.npy"):
+        harm(file, "bit")
+    mine.check(known=mine.refresh())
+    assert mine.has("k1") and not mine.has("k2")
+    assert caplog.text.count("lost or damaged") == 1
 
 
 def test_errors_are_kept_with_their_stamp(tmp_path):
@@ -157,9 +180,26 @@ def test_other_settings_are_refused(tmp_path):
     for other in (SETTINGS | {"fingerprint": "f01"}, SETTINGS | {"new": 1}, {"model": "tiny"}):
         with pytest.raises(ConfigError, match="other settings"):
             opened(tmp_path / "s", other)
-    (tmp_path / "s" / "settings.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"settings\.json: damaged"):
-        opened(tmp_path / "s")
+    for damaged in ("{", "{}", "[1]", ""):
+        (tmp_path / "s" / "settings.json").write_text(damaged)
+        with pytest.raises(ConfigError, match=r"settings\.json: damaged"):
+            opened(tmp_path / "s")
+
+
+def test_parts_of_unknown_settings_do_not_count(tmp_path):
+    """As where a store was removed halfway: a run of other settings finds nothing of it."""
+    add(opened(tmp_path / "s"), 1)
+    (tmp_path / "s" / "settings.json").unlink()
+    assert not opened(tmp_path / "s", SETTINGS | {"fingerprint": "f01"}).has("k1")
+    assert contents(tmp_path / "s") == {"settings.json"}
+
+
+def test_records_are_removed_before_anything_else(tmp_path, monkeypatch):
+    store = opened(tmp_path / "s")
+    add(store, 1)
+    monkeypatch.setattr(module, "rmtree", lambda folder, ignore_errors: None)  # killed before it has begun
+    store.remove()
+    assert not [name for name in contents(tmp_path / "s") if name.endswith(".json")]
 
 
 def test_folders_of_others_are_left_alone(tmp_path):
@@ -364,6 +404,17 @@ def test_a_file_is_there_when_it_is_whole(tmp_path):
         raise RuntimeError
     assert json.loads(file.read_text(encoding="utf-8")) == {"ä": 1}
     assert [f.name for f in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_name_that_is_no_utf_8_is_written(tmp_path):
+    names = {"files": [os.fsdecode(b"/caf\xe9.wav"), "ä.wav"]}
+    write_json(tmp_path / "a.json", names)
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == names
+
+
+def test_the_longest_name_is_written(tmp_path):
+    write_json(tmp_path / ("a" * 255), 1)
+    assert contents(tmp_path) == {"a" * 255}
 
 
 def test_it_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):

@@ -1,10 +1,10 @@
 """One job of ``embed`` for several processes, on one machine or many, that share a file system and nothing else.
 
-Each takes a fixed share of the files, and all keep their results in the one store of the output. Whoever finds every
-share done puts the output together. What they have to agree on is in the store: ``plan-of-8.json``, the files and their
-sizes, from which the shares follow, and ``done-3-of-8.json`` for each share that is done. No process waits for another
-but while the output is put together, so a lost one hangs nobody: give its command again. A job that lost its machines
-goes on with another number of shares, too.
+Each takes a fixed share of the files, and all keep their results in the one store of the output. A share is done when
+all its files are; whoever finds every share done puts the output together. What the processes have to agree on is in
+the store, ``part-plan-of-8.plan``: the files and their sizes, from which the shares follow. No process waits for
+another but while the output is put together, so a lost one hangs nobody: give its command again. A job that lost its
+machines goes on with another number of shares, too.
 """
 
 from __future__ import annotations
@@ -244,7 +244,7 @@ class _Job:
             if not self.store.is_begun:  # another process has done so meanwhile, and our lock made the folder again
                 self.store.remove()
                 return ShardSummary(share, [], None)
-            self.store.refresh()
+            self.store.check(known=self.store.refresh())  # hours may lie between the writing of a part and this
             missing = [number for number, files in enumerate(dealt, 1) if not self._is_done(files)]
             if missing or self.store.any_at_work():
                 return ShardSummary(share, missing, None)

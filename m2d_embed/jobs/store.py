@@ -220,8 +220,9 @@ class PartStore:
         """Whether a run has recorded its settings, and so there is something to go on with."""
         return (self.folder / _SETTINGS).exists()
 
-    def refresh(self) -> None:
-        """Take up the parts that others have made since."""
+    def refresh(self) -> int:
+        """Take up the parts that others have made since; return the number of those that were known before."""
+        known = len(self._parts)
         found: list[tuple[int, str, _Part, Hashes]] = []
         for file in self.folder.glob("part-*.json"):
             if file.stem in self._names:
@@ -243,6 +244,7 @@ class PartStore:
             hashes = np.concatenate([hashes for *_, hashes in found])
             found.clear()  # of a million results these are 16 MB
             self._index.set_many(hashes, values)
+        return known
 
     def remove_unfinished(self) -> None:
         """Remove what killed runs left half done in the folder; only with everything claimed."""
@@ -253,10 +255,15 @@ class PartStore:
             if file.name.partition(".")[0] not in recorded:
                 file.unlink(missing_ok=True)
 
-    def check(self, keys: Iterable[str] | None = None) -> None:
-        """Forget results, of all keys or of some, whose files are not as recorded; said in a warning."""
+    def check(self, keys: Iterable[str] | None = None, known: int = 0) -> None:
+        """Forget results, of all keys or of some, whose files are not as recorded; said in a warning.
+
+        Args:
+            keys: whose results to look at; by default all.
+            known: as ``refresh`` returned it, to look only at what is new.
+        """
         wanted = None if keys is None else {*(self._index.find(keys) >> 32).tolist()}
-        for number, part in enumerate(self._parts):
+        for number, part in enumerate(self._parts[known:], known):
             if wanted is not None and number not in wanted:
                 continue
             record_file = self.folder / f"{part.name}.json"
