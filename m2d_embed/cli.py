@@ -126,8 +126,12 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Windows encoded at a time, 
 Layers = Annotated[
     str | None, typer.Option(help="Transformer blocks to read, e.g. -1 or 6,9,11.", show_default="the model's own")
 ]
-Concat = Annotated[bool, typer.Option("--concat", help="Concatenate several layers; else they are averaged.")]
-Flat = Annotated[bool, typer.Option("--flat", help="Average the patches of a column instead of stacking.")]
+Concat = Annotated[
+    bool | None, typer.Option("--concat/--no-concat", help="Concatenate several layers; else they are averaged.")
+]
+Flat = Annotated[
+    bool | None, typer.Option("--flat/--no-flat", help="Average the patches of a column; else they are stacked.")
+]
 Scenes = Annotated[
     Pooling | None,
     typer.Option(help="Scenes: the mean over time, or also the standard deviation.", show_default="the model's own"),
@@ -147,8 +151,8 @@ def embed(
     model: Model = "",
     hop_ms: Annotated[float | None, typer.Option(help="Step of timestamps; the model's own by default.")] = None,
     layers: Layers = None,
-    concat: Concat = False,
-    flat: Flat = False,
+    concat: Concat = None,
+    flat: Flat = None,
     scene_pooling: Scenes = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -402,8 +406,8 @@ def export(
     model: Model = "",
     hop_ms: Annotated[float | None, typer.Option(help="Step of timestamps; the model's own by default.")] = None,
     layers: Layers = None,
-    concat: Concat = False,
-    flat: Flat = False,
+    concat: Concat = None,
+    flat: Flat = None,
     scene_pooling: Scenes = None,
     opset: Annotated[int | None, typer.Option(help="Of ONNX, 18 (the default) to 25.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
@@ -470,8 +474,8 @@ def probe(
     draw_map: Annotated[bool, typer.Option("--map", help="Also write map.html: all clips to see and hear.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of what is drawn: folds, if the data has none, the MLP ...")] = 0,
     layers: Layers = None,
-    concat: Concat = False,
-    flat: Flat = False,
+    concat: Concat = None,
+    flat: Flat = None,
     scene_pooling: Scenes = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -747,12 +751,16 @@ def _facts(model: M2D) -> dict[str, Any]:
 
 
 def _features(
-    layers: str | None, concat: bool, flat: bool, scene_pooling: Pooling | None, hop_ms: float | None = None
+    layers: str | None,
+    concat: bool | None,
+    flat: bool | None,
+    scene_pooling: Pooling | None,
+    hop_ms: float | None = None,
 ) -> FeatureConfig:
     return FeatureConfig(
         layers=_parse_layers(layers) if layers is not None else None,
-        layer_pooling="concat" if concat else None,
-        flat=flat or None,
+        layer_pooling=None if concat is None else ("concat" if concat else "mean"),
+        flat=flat,
         hop_ms=hop_ms,
         scene_pooling=scene_pooling.value if scene_pooling else None,
     )

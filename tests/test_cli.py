@@ -180,6 +180,17 @@ def test_similar_in_a_folder_and_in_an_index(tmp_path):
     assert "other settings" in refused.stderr
 
 
+def test_features_of_a_model_are_switched_off(tmp_path):
+    random_model(replace(TINY, flat=True, layers=(0, 1), layer_pooling="concat")).save_pretrained(tmp_path / "model")
+    sizes = {}
+    for options in ((), ("--no-flat",), ("--no-concat",), ("--no-flat", "--no-concat"), ("--flat", "--concat")):
+        output = tmp_path / f"out{len(sizes)}.npz"
+        assert run("embed", ALARM, "-o", output, "--model", tmp_path / "model", *options).returncode == 0
+        sizes[options] = read_scenes(output).embeddings.shape[1]
+    size, rows = TINY.embed_dim, TINY.grid_size[0]
+    assert list(sizes.values()) == [2 * size, 2 * size * rows, size, size * rows, 2 * size]
+
+
 @pytest.fixture(scope="module")
 def tagger(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tagger")
