@@ -158,7 +158,7 @@ def add_lora(network: Classifier, section: LoraSection, seed: int) -> None:
     try:
         from peft import inject_adapter_in_model
     except ImportError as error:
-        raise UnsupportedError("lora needs peft: pip install 'm2d-embed[eval]'") from error
+        raise UnsupportedError("lora needs peft: pip install 'm2d-embed[finetune]'") from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(_lora_config(section), network.encoder, adapter_name=_ADAPTER)

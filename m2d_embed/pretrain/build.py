@@ -71,7 +71,7 @@ def build_optimizers(objective: nn.Module, recipe: Recipe) -> list[torch.optim.O
     Raises:
         UnsupportedError: if this PyTorch has no Muon.
     """
-    training, rate = recipe.training, peak_rate(recipe)
+    training, rate = recipe.training, recipe.training.peak_lr
     trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
     by_muon = {}
     if training.optimizer == "muon":
@@ -85,11 +85,6 @@ def build_optimizers(objective: nn.Module, recipe: Recipe) -> list[torch.optim.O
     if by_muon:
         optimizers.append(_muon(list(by_muon.values()), rate, training.weight_decay))
     return optimizers
-
-
-def peak_rate(recipe: Recipe) -> float:
-    """The learning rate after the warm-up."""
-    return recipe.training.base_lr * recipe.training.effective_batch / 256
 
 
 def _muon(matrices: list[nn.Parameter], rate: float, weight_decay: float) -> torch.optim.Optimizer:
