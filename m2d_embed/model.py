@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeGuard, get_args, overload
 
@@ -35,7 +36,7 @@ from m2d_embed.checkpoints import (
 )
 from m2d_embed.collectors import pool_scene
 from m2d_embed.compiled import CompiledEncoder
-from m2d_embed.config import FeatureConfig, ModelConfig
+from m2d_embed.config import FeatureConfig, HeadConfig, ModelConfig, ScenePooling
 from m2d_embed.encoder import Encoder
 from m2d_embed.errors import AudioError, ConfigError, UnsupportedError
 from m2d_embed.frontend import LogMel
@@ -227,6 +228,58 @@ class M2D(nn.Module, ModelHubMixin, library_name="m2d-embed", tags=["audio", "em
             return _GPU_WINDOWS
         patches = self.config.grid_size[0] * (frames // self.config.patch_size[1])
         return max(1, int(_CPU_ACTIVATIONS / (patches * self.config.embed_dim * self.config.mlp_ratio)))
+
+    # --- training -----------------------------------------------------------------------------------------------
+
+    def with_head(
+        self,
+        labels: Iterable[str],
+        *,
+        multi_label: bool = False,
+        features: Literal["stacked", "flat"] = "stacked",
+        scene_pooling: ScenePooling | None = None,
+    ) -> M2D:
+        """Give the model a tagging head for labels of your own, with random weights, in place of one it may have.
+
+        ``logits`` and ``frame_logits`` then are of these labels, and ``save_pretrained`` keeps the head with the model.
+
+        Args:
+            labels: names of the outputs, in order.
+            multi_label: any number of labels at once (sigmoid), else exactly one (softmax).
+            features: what the head sees: "stacked" patches of a time column, or their mean, "flat".
+            scene_pooling: what it sees of a clip: the "mean" over time, or "mean_std"; None is the model's own.
+
+        Returns:
+            This model.
+
+        Raises:
+            ConfigError: if there are no labels, one is there twice, or they are a single string.
+
+        Example::
+
+            model = M2D.from_pretrained().with_head(["dog", "cat"])
+            loss = F.cross_entropy(model.train().logits(audio), targets)
+        """
+        names = () if isinstance(labels, str) else tuple(labels)
+        if not names or len(set(names)) < len(names):
+            raise ConfigError(f"labels are one or more different names, not {labels!r}.")
+        head = HeadConfig(names, features, multi_label, scene_pooling or self.config.scene_pooling)
+        self.config = replace(self.config, head=head)
+        self.head = TaggingHead(self.config.head_dim, head).to(self.device).train(self.training)
+        self.head.init_weights()
+        return self
+
+    def set_drop_path(self, rate: float) -> None:
+        """Stochastic depth of the encoder in training; see ``Encoder.set_drop_path``."""
+        self.encoder.set_drop_path(rate)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Less memory for more computation in training; see ``Encoder.set_grad_checkpointing``."""
+        self.encoder.set_grad_checkpointing(enable)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters and buffers with more than one dimension that optimisers should not decay."""
+        return {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
 
     # --- heads --------------------------------------------------------------------------------------------------
 

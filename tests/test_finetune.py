@@ -525,7 +525,7 @@ def test_steps_follow_the_recipe(recipe, monkeypatch):
         ),
         ("lora.rank=2", "training.patience=5"),
         ("training.average_decay=0.5", "model.freeze_patch_embed=true", "data.crop_seconds=0.3"),
-        ("training.micro_batch=4", "training.average_decay=0", "training.save_every=1"),
+        ("training.micro_batch=4", "training.average_decay=0", "training.save_every=1", "training.drop_path=0.5"),
     ],
 )
 def test_resuming_changes_nothing(overrides, recipe, tones, monkeypatch):
@@ -654,6 +654,20 @@ def test_the_probe_is_kept_if_fine_tuning_is_no_better(recipe, tones, monkeypatc
     finetune(untouched)
     for row, expected in zip(predictions(run), predictions(untouched), strict=True):
         assert float(row["high"]) == pytest.approx(float(expected["high"]), abs=1e-3)
+
+
+def test_the_last_weights_are_exported_if_asked_for(recipe, tones, monkeypatch):
+    said = iter([0.9, 0.5, 0.4])
+    monkeypatch.setattr(evaluate, "main_score", lambda *_: ("accuracy", next(said)))
+    run = recipe("training.export=last", "training.average_decay=0", data=tones / "split.csv")
+    finetune(run)
+    assert results(run)["best"] == {}
+    assert not list((run.folder / "checkpoints").glob("best-*"))
+    last = final_state(run.folder)
+    assert last.best["step"] == 0
+    exported_weights = exported(run).state_dict()
+    for name, tensor in last.model.items():
+        assert "running" in name or "num_batches" in name or torch.equal(exported_weights[name], tensor), name
 
 
 def test_patience_without_a_validation_part_holds_some_out(recipe):

@@ -281,6 +281,30 @@ def test_accumulated_micro_batches_are_one_batch(recipe):
     assert losses(pieces.folder) == pytest.approx(losses(at_once.folder), abs=1e-5)
 
 
+def test_drop_path_is_resumed_exactly(recipe, monkeypatch):
+    settings = ["training.drop_path=0.5", "training.micro_batch=2"]
+    whole, broken, plain = recipe(*settings, output="whole"), recipe(*settings, output="broken"), recipe(output="plain")
+    state = torch.get_rng_state()
+    for run in (whole, plain):
+        pretrain(run)
+    assert torch.equal(torch.get_rng_state(), state)  # that of the process is left alone
+    with monkeypatch.context() as patched:
+        stop_at(patched, 3)
+        assert pretrain(broken) is None
+    pretrain(broken)
+    assert losses(broken.folder) == losses(whole.folder)
+    assert losses(whole.folder) != pytest.approx(losses(plain.folder), abs=1e-3)
+    with pytest.raises(ConfigError, match=r"training\.micro_batch: 2 -> 4"):
+        pretrain(recipe("training.drop_path=0.5", output="whole"))
+
+
+def test_gradient_checkpointing_changes_nothing(recipe):
+    usual, saving = recipe(output="usual"), recipe("training.grad_checkpointing=true", output="saving")
+    pretrain(usual)
+    pretrain(saving)
+    assert losses(saving.folder) == losses(usual.folder)
+
+
 def test_workers_change_nothing(recipe):
     none, two = recipe(output="none"), recipe("data.workers=2", output="two")
     pretrain(none)

@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Self, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -64,23 +65,17 @@ class Batch:
     def __len__(self) -> int:
         return len(self.log_mel)
 
-    def to(self, device: torch.device | str) -> Batch:
+    def to(self, device: torch.device | str) -> Self:
         """The same batch on a device."""
         return self._mapped(lambda tensor: tensor.to(device))
 
-    def rows(self, start: int, stop: int) -> Batch:
+    def rows(self, start: int, stop: int) -> Self:
         """Some of the crops."""
         return dataclasses.replace(self._mapped(lambda tensor: tensor[start:stop]), names=self.names[start:stop])
 
-    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        return Batch(
-            change(self.log_mel),
-            change(self.targets),
-            change(self.mask),
-            change(self.valid_frames),
-            self.names,
-            self.bad,
-        )
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Self:
+        tensors = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return dataclasses.replace(self, **cast(dict[str, Any], tensors))
 
 
 class TrainingClips:

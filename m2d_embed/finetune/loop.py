@@ -115,29 +115,16 @@ def _finish(trainer: Trainer, recipe: FinetuneRecipe) -> Outcome:
     return outcome
 
 
-@dataclasses.dataclass
-class Share:
-    """This process's share of a step, or a micro-batch of it.
+@dataclasses.dataclass(frozen=True)
+class MicroBatch(Batch):
+    """This process's part of a step, as it is trained on: augmented.
 
-    ``rows`` is what the sum of the losses of the whole step is divided by.
+    ``kept`` are the patches that are encoded, None means all; ``counted`` is what the sum of the losses of the whole
+    step is divided by, the clips or columns in it.
     """
 
-    batch: Batch
-    kept: KeptPatches | None
-    rows: float
-
-    def __len__(self) -> int:
-        return len(self.batch)
-
-    @property
-    def names(self) -> list[str]:
-        """Of the files."""
-        return self.batch.names
-
-    @property
-    def bad(self) -> dict[str, str]:
-        """Files that could not be read, and why."""
-        return self.batch.bad
+    kept: KeptPatches | None = None
+    counted: float = 1.0
 
 
 class Finetuning(Task):
@@ -176,18 +163,18 @@ class Finetuning(Task):
 
     # --- training -------------------------------------------------------------------------------------------------
 
-    def batches(self, first_step: int) -> Generator[Share, None, None]:
+    def batches(self, first_step: int) -> Generator[MicroBatch, None, None]:
         """The next step's are made while the last one's are trained on."""
         with ThreadPoolExecutor(max_workers=1) as worker:
-            following = worker.submit(self._shares, first_step)
+            following = worker.submit(self._micro_batches, first_step)
             for step in range(first_step + 1, self.total + 1):
-                shares = following.result()
+                made = following.result()
                 if step < self.total:
-                    following = worker.submit(self._shares, step)
-                yield from shares
+                    following = worker.submit(self._micro_batches, step)
+                yield from made
 
-    def step(self, batch: Share) -> Losses:
-        crops, kept = batch.batch.to(self.accelerator.device), batch.kept
+    def step(self, batch: MicroBatch) -> Losses:
+        crops, kept = batch.to(self.accelerator.device), batch.kept
         logits = self.model(crops.log_mel, crops.valid_frames, crops.mask, kept)
         mask, targets, per_column = crops.mask, crops.targets, self.labelled.per_column
         if kept is not None:
@@ -199,9 +186,9 @@ class Finetuning(Task):
         counted = (mask if per_column else mask.any(dim=1)).float()
         # The trainer takes means over micro-batches and processes, of which each has the sum of its share.
         shares = self.setup.accumulation * self.accelerator.num_processes
-        return {"loss": (losses * counted).sum() / batch.rows * shares, "per_clip": losses}
+        return {"loss": (losses * counted).sum() / batch.counted * shares, "per_clip": losses}
 
-    def _shares(self, step: int) -> list[Share]:
+    def _micro_batches(self, step: int) -> list[MicroBatch]:
         """The micro-batches of this process in one step."""
         augment, stripes = self.recipe.augment, self.recipe.spec_augment
         seed, size, std = self.recipe.training.seed, self.recipe.training.batch_size, self.config.norm_stats[1]
@@ -212,16 +199,15 @@ class Finetuning(Task):
         mels, frames = batch.log_mel.shape[2:]
         widest = round(stripes.max_freq * mels), round(stripes.max_time * frames)
         log_mel = spec_augment(batch.log_mel, stripes.freq_masks, widest[0], stripes.time_masks, widest[1], generator)
-        batch = dataclasses.replace(batch, log_mel=log_mel)
         kept, counted = None, batch.mask
         if any(augment.patch_dropout):
             grid = self.config.grid_size[0], batch.mask.shape[1]
             kept = kept_patches(grid, *augment.patch_dropout, rng_at(seed, step, Purpose.MASK))
             counted = counted[:, kept.columns]
         rows = counted.sum() if self.labelled.per_column else counted.any(dim=1).sum()
+        whole = MicroBatch(**vars(batch) | {"log_mel": log_mel}, kept=kept, counted=float(rows.clamp_min(1)))
         starts = map(self.setup.first_row, range(self.setup.accumulation))
-        micro = self.setup.micro_batch
-        return [Share(batch.rows(start, start + micro), kept, float(rows.clamp_min(1))) for start in starts]
+        return [whole.rows(start, start + self.setup.micro_batch) for start in starts]
 
     # --- validation, test and export ------------------------------------------------------------------------------
 
@@ -268,7 +254,7 @@ class Finetuning(Task):
         return self._whole(rows)
 
     def _whole(self, rows: Integers) -> EvaluationClips:
-        return EvaluationClips(self.config, self.labelled.data, rows, self.recipe.validation.batch_size)
+        return EvaluationClips(self.config, self.labelled.data, rows, self.recipe.training.eval_batch_size)
 
     def _as_model(self, tensors: dict[str, Tensor]) -> M2D:
         model = M2D(self.config)
@@ -288,7 +274,7 @@ class Finetuning(Task):
             "base": self.base,
             "scores": scores,
             "per_label": evaluate.per_label(self.labelled, predicted) if predicted else {},
-            "best": state.best,
+            "best": state.best if self.recipe.training.export == "best" else {},
             "head_start": self.head_start,
             "lr": self.peak_lr,
             "steps": state.step,

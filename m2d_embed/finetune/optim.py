@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from m2d_embed.encoder import Encoder
 
 
 def layer_groups(model: nn.Module, lr: float, layer_decay: float, weight_decay: float) -> list[dict[str, Any]]:
@@ -14,7 +16,7 @@ def layer_groups(model: nn.Module, lr: float, layer_decay: float, weight_decay: 
     Layer-wise decay of the learning rate (Clark et al., arXiv 2003.10555, section 3; with the layers numbered as in
     BEiT, arXiv 2106.08254): the head and the final norm have ``lr``, block ``i`` of ``depth`` has
     ``lr * layer_decay ** (depth - i)``, the patch embedding and the class token, the lowest, have
-    ``lr * layer_decay ** (depth + 1)``. Biases, norms and tokens have no weight decay.
+    ``lr * layer_decay ** (depth + 1)``. Biases, norms and ``Encoder.no_weight_decay`` have no weight decay.
 
     Args:
         model: an ``M2D`` with a head, or anything else with ``encoder`` and ``head``. Frozen parameters are left out.
@@ -26,12 +28,13 @@ def layer_groups(model: nn.Module, lr: float, layer_decay: float, weight_decay: 
         Dicts with ``params``, ``lr``, ``lr_scale`` (``lr`` as a share of the highest) and ``weight_decay``, the lowest
         layer first.
     """
-    depth = len(model.get_submodule("encoder.blocks")._modules)
+    encoder = cast(Encoder, model.get_submodule("encoder"))
+    depth, exempt = len(encoder.blocks), {f"encoder.{name}" for name in encoder.no_weight_decay()}
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        level, decayed = _level(name, depth), parameter.ndim > 1 and not name.endswith("cls_token")
+        level, decayed = _level(name, depth), parameter.ndim > 1 and name not in exempt
         scale = layer_decay ** (depth + 1 - level)
         group = {"params": [], "lr": lr * scale, "lr_scale": scale, "weight_decay": weight_decay if decayed else 0.0}
         groups.setdefault((level, decayed), group)["params"].append(parameter)

@@ -23,7 +23,7 @@ ALL_FOLDS = "all"
 NO_FOLD = "none"
 
 #: What may differ when a run is resumed: it changes neither the data, whose contents are compared, nor the steps.
-_FREE_ON_RESUME = re.compile(r"about|data\.source|output|training\.(log_every|save_every|keep)|validation\.batch_size")
+_FREE_ON_RESUME = re.compile(r"about|data\.source|output|training\.(log_every|save_every|keep|eval_batch_size)")
 _LORA_TARGETS = ("qkv", "proj", "fc1", "fc2")
 
 
@@ -161,33 +161,27 @@ class FinetuningSection(TrainingSection):
     probe, 1e-3 for one that begins at random. ``layer_decay``: each layer's learning rate is this share of that of the
     layer above it (Clark et al., arXiv 2003.10555, section 3; as in BEiT, arXiv 2106.08254); 1 is the same rate for
     all. ``label_smoothing`` is the share of a target that is spread over all labels. The head normalises over a
-    micro-batch, of all processes. Validated is after each epoch, where there are clips to validate on.
+    micro-batch, of all processes. After each epoch whole clips are validated, ``eval_batch_size`` windows at a time,
+    if there are any to validate on.
     """
 
     epochs: float | None = 20.0
     layer_decay: float = 0.75
     label_smoothing: float = 0.1
+    eval_batch_size: int = 32
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.steps is not None or self.epochs is not None, "training.steps or training.epochs: give one")
         smallest = min(self.batch_size, self.micro_batch or self.batch_size)
         require(smallest > 1, "training.batch_size must be 2 or more, and micro_batch: the head normalises over it")
+        size = self.eval_batch_size
+        require(size > 0, f"training.eval_batch_size must be positive, not {size}")
         require(0 < self.layer_decay <= 1, f"training.layer_decay is above 0, at most 1, not {self.layer_decay}")
         require(
             0 <= self.label_smoothing < 1,
             f"training.label_smoothing is a share, below 1, not {self.label_smoothing}",
         )
-
-
-@dataclass(frozen=True)
-class ValidationSection:
-    """How whole clips are validated and tested: ``batch_size`` windows at a time."""
-
-    batch_size: int = 32
-
-    def __post_init__(self) -> None:
-        require(self.batch_size > 0, f"validation.batch_size must be positive, not {self.batch_size}")
 
 
 @dataclass(frozen=True)
@@ -208,7 +202,6 @@ class FinetuneRecipe(RunRecipe):
     augment: AugmentSection = field(default_factory=AugmentSection)
     spec_augment: SpecAugmentSection = field(default_factory=SpecAugmentSection)
     training: FinetuningSection = field(default_factory=FinetuningSection)
-    validation: ValidationSection = field(default_factory=ValidationSection)
 
     def __post_init__(self) -> None:
         rows, columns = self.augment.patch_dropout

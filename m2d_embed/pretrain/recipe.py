@@ -228,12 +228,14 @@ class Recipe(RunRecipe):
         """As in ``RunRecipe``.
 
         With tar shards the number of workers and the micro-batch may not: each worker reads shards of its own. Nor may
-        the micro-batch of m2d_clap, from which it takes its negatives; nor a probe that decides when the run ends.
+        the micro-batch of m2d_clap, from which it takes its negatives, or with drop path, whose random numbers
+        are keyed by it; nor a probe that decides when the run ends.
         """
         if key.startswith("probe.") and self.training.patience is not None:
             return False
         bound = {"data.workers", "training.micro_batch"} if is_shards(self.data.source) else set()
-        bound |= {"training.micro_batch"} if self.objective == "m2d_clap" else set()
+        by_micro_batch = self.objective == "m2d_clap" or self.training.drop_path > 0
+        bound |= {"training.micro_batch"} if by_micro_batch else set()
         return key not in bound and _FREE_ON_RESUME.fullmatch(key) is not None
 
 

@@ -17,7 +17,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor
 
 from m2d_embed.errors import ConfigError, M2DEmbedError
-from m2d_embed.training.settings import RunRecipe, TrainingSection
+from m2d_embed.training.settings import RunRecipe
 from m2d_embed.training.stop import Stop
 
 _LONGEST_WAIT = timedelta(hours=12)  # of the other processes while the main one measures, builds a cache or tests
@@ -47,8 +47,11 @@ def set_up(recipe: RunRecipe) -> Setup:
     """
     training, accelerator = recipe.training, start_accelerator(recipe.training.precision)
     check_processes(accelerator, recipe.folder)
-    if accelerator.device.type == "cpu":
-        check_cpu(training)
+    on_cpu, compilers = accelerator.device.type == "cpu", (os.environ.get("CXX", "g++"), "g++", "clang++", "cl")
+    if on_cpu and training.precision == "fp16":
+        raise ConfigError("training.precision fp16 needs a GPU; on a CPU take bf16 or fp32.")
+    if on_cpu and training.compile and not any(shutil.which(name) for name in compilers):
+        raise ConfigError("training.compile needs a C++ compiler, e.g. g++; install one or set it to false.")
     processes = accelerator.num_processes
     micro_batch = training.micro_batch or max(1, training.batch_size // processes)
     if training.batch_size % (micro_batch * processes):
@@ -57,15 +60,6 @@ def set_up(recipe: RunRecipe) -> Setup:
             f"{processes} process{'es' if processes > 1 else ''}."
         )
     return Setup(accelerator, micro_batch, training.batch_size // (micro_batch * processes))
-
-
-def check_cpu(training: TrainingSection) -> None:
-    """Raise ConfigError if a CPU cannot train so."""
-    if training.precision == "fp16":
-        raise ConfigError("training.precision fp16 needs a GPU; on a CPU take bf16 or fp32.")
-    compilers = (os.environ.get("CXX", "g++"), "g++", "clang++", "cl")
-    if training.compile and not any(shutil.which(name) for name in compilers):
-        raise ConfigError("training.compile needs a C++ compiler, e.g. g++; install one or set it to false.")
 
 
 def start_accelerator(precision: str) -> Accelerator:

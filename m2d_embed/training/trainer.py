@@ -11,7 +11,8 @@ import abc
 import math
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from m2d_embed.config import ModelConfig
+from m2d_embed.encoder import Encoder
 from m2d_embed.errors import AudioError, ConfigError, M2DEmbedError, TrainingError
 from m2d_embed.files import write_text
 from m2d_embed.training import run_state
@@ -29,6 +31,7 @@ from m2d_embed.training.bad_files import BadFiles, MicroBatch
 from m2d_embed.training.monitor import RunLog
 from m2d_embed.training.processes import Setup, agreed, set_up, shared_means, stop_agreed
 from m2d_embed.training.run_state import RunState
+from m2d_embed.training.sampling import Purpose, rng_at
 from m2d_embed.training.schedule import learning_rate
 from m2d_embed.training.settings import RunRecipe
 from m2d_embed.training.stop import Stop
@@ -159,6 +162,9 @@ class Trainer:
     def _prepare(self) -> None:
         """Hand network and optimisers to accelerate, and begin the average of the weights."""
         task, training = self.task, self.training
+        encoder = cast(Encoder, task.network.get_submodule("encoder"))
+        encoder.set_drop_path(training.drop_path)
+        encoder.set_grad_checkpointing(training.grad_checkpointing)
         network = cast(nn.Module, torch.compile(task.network)) if training.compile else task.network
         task.model, *self.optimizers = self.accelerator.prepare(network, *task.optimizers)
         self.average: Average | None = None
@@ -229,7 +235,7 @@ class Trainer:
             waited += time.perf_counter() - asked
             self._count_bad(batch)
             last = number == accumulation - 1
-            with nullcontext() if last else self.accelerator.no_sync(task.model):
+            with nullcontext() if last else self.accelerator.no_sync(task.model), self._seeded(number):
                 outputs = task.step(batch)
                 self.accelerator.backward(outputs["loss"] / accumulation)
             taken.append((batch.names, outputs.get("per_clip", outputs["loss"]).detach()))
@@ -248,6 +254,16 @@ class Trainer:
         if self.main and self._logs_now():
             values |= task.watch(outputs)
         return {**values, "lr": lr, "seconds": time.perf_counter() - began, "waited": waited}
+
+    @contextmanager
+    def _seeded(self, number: int) -> Iterator[None]:
+        """Key the random numbers of PyTorch, which drop path takes, by the seed and the position of a micro-batch."""
+        position = self.step * self.training.batch_size + self.setup.first_row(number)
+        seed = int(rng_at(self.training.seed, position, Purpose.DROP).integers(2**63))
+        device = self.accelerator.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            yield
 
     def _zero_grad(self) -> None:
         for optimizer in self.optimizers:
@@ -269,9 +285,8 @@ class Trainer:
         else:
             names = guilty or [name for names, _ in taken for name in names]
             where = f"The batch's files: {', '.join(dict.fromkeys(names))}. A smaller training.lr may help."
-        raise TrainingError(
-            f"step {self.step}: {wrong[0]} is {values[wrong[0]]}. The run is saved as it was before that step. {where}"
-        )
+        saved = "The run is saved as it was before that step. " if self.step else ""
+        raise TrainingError(f"step {self.step}: {wrong[0]} is {values[wrong[0]]}. {saved}{where}")
 
     # --- files that cannot be read --------------------------------------------------------------------------------
 
