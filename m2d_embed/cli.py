@@ -24,10 +24,10 @@ from tqdm.auto import tqdm
 
 from m2d_embed import __version__
 from m2d_embed.audio.clips import load_audio
-from m2d_embed.audio.find import find_inputs
 from m2d_embed.checkpoints import registry
 from m2d_embed.config import FeatureConfig, resolve_layers
 from m2d_embed.errors import AudioError, ConfigError, M2DEmbedError, ModelNotFoundError, UnsupportedError
+from m2d_embed.labelled.inputs import find_inputs
 
 if TYPE_CHECKING:
     from m2d_embed.jobs.shards import Shard, ShardSummary
@@ -386,8 +386,8 @@ def convert(
     ] = None,
 ) -> None:
     """Convert a checkpoint of any layout to config.json + safetensors."""
+    from m2d_embed.backends.devices import parse_dtype
     from m2d_embed.checkpoints import layouts
-    from m2d_embed.m2d import parse_dtype
 
     if not source.exists():
         raise ModelNotFoundError(f"{source}: no such file or folder.")

@@ -82,7 +82,7 @@ def test_a_call_has_no_more_windows_than_the_model_takes(monkeypatch):
     monkeypatch.setattr(model, "window_frames", lambda x, f: (sizes.append(len(x)), window_frames(x, f))[1])
     clips = [0.1 * np.random.default_rng(i).standard_normal(6_400).astype(np.float32) for i in range(20)]
     expected = model.encode(clips)
-    monkeypatch.setattr("m2d_embed.m2d._CPU_ACTIVATIONS", 3 * 15 * 128)  # three windows of 41 frames, padded to 48
+    monkeypatch.setattr("m2d_embed.model.network._CPU_ACTIVATIONS", 3 * 15 * 128)  # three windows of 48 frames
     found = model.encode(clips)
     assert sizes == [20, 3, 3, 3, 3, 3, 3, 2]
     np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import pytest
 
 from m2d_embed.audio import find, formats
-from m2d_embed.audio.find import find_audio, find_inputs
+from m2d_embed.audio.find import find_audio
 from m2d_embed.errors import AudioError, ConfigError
 from m2d_embed.labelled.clips import read_labelled
+from m2d_embed.labelled.inputs import find_inputs
 from m2d_embed.pretrain.crops import read_crop
 
 

@@ -25,12 +25,12 @@ from torch import Tensor
 
 import m2d_embed
 from m2d_embed.backends import native, selection
+from m2d_embed.backends.devices import DTYPES
 from m2d_embed.backends.native import NativeBlocks, NativeLogMel, Shape, library
 from m2d_embed.backends.packed import PackedBlocks
 from m2d_embed.backends.selection import Backend
 from m2d_embed.config import ModelConfig
 from m2d_embed.errors import ConfigError
-from m2d_embed.m2d import DTYPES
 from m2d_embed.model.encoder import Block
 from m2d_embed.model.frontend import LogMel
 

@@ -219,9 +219,9 @@ def test_int8_needs_the_hardware_and_what_works_is_advised(tiny, monkeypatch, he
         m2d_embed.load_model(device="cpu", dtype="int8")
     monkeypatch.undo()
     with pytest.raises(ConfigError, match="int8 is for CPUs"):
-        from m2d_embed.m2d import _check_int8
+        from m2d_embed.backends.devices import check_int8
 
-        _check_int8(torch.device("cuda"))
+        check_int8(torch.device("cuda"))
 
 
 # --- staleness --------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from m2d_embed.finetune.recipe import LoraSection
 from m2d_embed.m2d import M2D
 from m2d_embed.model.encoder import Encoder
 from m2d_embed.model.heads.tagging import TaggingHead
-from m2d_embed.runtime.collectors import pool_padded_scene
+from m2d_embed.model.pooling import pool_padded_scene
 from m2d_embed.training.positions import resize_positions
 
 if TYPE_CHECKING:

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from m2d_embed.audio.clips import Clip, find_audio, open_clip
+from m2d_embed.backends.devices import parse_dtype
 from m2d_embed.config import FeatureConfig
 from m2d_embed.errors import AudioError, ConfigError, M2DEmbedError, UnsupportedError
 from m2d_embed.files import atomic_write
@@ -30,7 +31,7 @@ from m2d_embed.jobs.embed import STORE_IN_FOLDER, Summary
 from m2d_embed.jobs.outputs import metadata_of
 from m2d_embed.jobs.settings import Kind, job_settings
 from m2d_embed.jobs.store import Entry, PartStore, Record, key_of, stamp_of
-from m2d_embed.m2d import M2D, parse_dtype
+from m2d_embed.m2d import M2D
 from m2d_embed.runtime.batching import Pipeline, Timestamps, encode_scenes, encode_timestamps
 
 if TYPE_CHECKING:

@@ -23,8 +23,9 @@ from m2d_embed.backends.threads import usable_cores
 from m2d_embed.config import FeatureConfig, ModelConfig, is_whole
 from m2d_embed.errors import AudioError, ConfigError
 from m2d_embed.model.frontend import LogMel
+from m2d_embed.model.pooling import Timestamps
 from m2d_embed.model.windows import WindowCutter, pad_to_patch
-from m2d_embed.runtime.collectors import Collector, Kind, Place, Timestamps, scenes_kind, timestamps_kind
+from m2d_embed.runtime.collectors import Collector, Kind, Place, scenes_kind, timestamps_kind
 from m2d_embed.runtime.prefetch import read_ahead
 from m2d_embed.runtime.profiling import DEVICE, ENCODER, LOG_MEL, Stopwatch
 from m2d_embed.runtime.transfer import Link, link_to

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from m2d_embed.config import ModelConfig, ScenePooling
+from m2d_embed.model.pooling import Timestamps, standard_deviation
 from m2d_embed.model.windows import column_times
 
 R = TypeVar("R")
@@ -18,17 +19,6 @@ Result = TypeVar("Result", covariant=True)
 
 #: What a header says about the length of a clip is not worth more memory than this before its columns come.
 _MOST_ROWS_AT_FIRST = 1 << 15
-_LEAST_VARIANCE = 1e-12  # so that the standard deviation of equal columns has a gradient
-
-
-class Timestamps(NamedTuple):
-    """Embeddings over time, (T, D) float32, and the centre of each in milliseconds, (T,).
-
-    Of clips they are float64, in which also those of a recording of days are exact; of tensors float32, as HEAR asks.
-    """
-
-    embeddings: Tensor
-    timestamps: Tensor
 
 
 class Place(NamedTuple):
@@ -53,29 +43,6 @@ class Kind(Generic[R]):
 
     reduce: Callable[[Tensor, Sequence[int]], Tensor]
     new_collector: Callable[[float], Collector[R]]  # of a clip's expected length in seconds
-
-
-def pool_scene(frames: Tensor, pooling: ScenePooling) -> Tensor:
-    """Frame features of whole clips, (B, T, D), to scene embeddings: (B, D), or (B, 2 * D) with ``"mean_std"``."""
-    mean = frames.mean(dim=1)
-    if pooling == "mean":
-        return mean
-    variance = (frames - mean.unsqueeze(1)).square().mean(dim=1)
-    return torch.cat([mean, _std(variance)], dim=-1)
-
-
-def pool_padded_scene(frames: Tensor, mask: Tensor, pooling: ScenePooling) -> Tensor:
-    """As ``pool_scene``, of the columns alone that ``mask``, (B, T) bool, is True for; zeros where there are none."""
-    weights = mask.to(frames.dtype) / mask.sum(dim=1, keepdim=True).clamp_min(1)  # (B, T)
-    mean = torch.einsum("bt,btd->bd", weights, frames)
-    if pooling == "mean":
-        return mean
-    variance = torch.einsum("bt,btd->bd", weights, (frames - mean.unsqueeze(1)).square())
-    return torch.cat([mean, _std(variance)], dim=-1)
-
-
-def _std(variance: Tensor) -> Tensor:
-    return (variance + _LEAST_VARIANCE).sqrt()
 
 
 def _sum_columns(frames: Tensor, columns: Sequence[int]) -> Tensor:
@@ -122,7 +89,7 @@ class _Scene:
 def _mean_and_std(means: Tensor) -> Tensor:
     """Means of values and of their squares, (2 * D,), in float64 -> mean and standard deviation, (2 * D,)."""
     mean, square = means.chunk(2)
-    return torch.cat([mean, _std((square - mean.square()).clamp_min(0))])
+    return torch.cat([mean, standard_deviation((square - mean.square()).clamp_min(0))])
 
 
 class _Columns:
