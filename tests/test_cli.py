@@ -146,7 +146,7 @@ def test_a_run_that_is_stopped_goes_on(tmp_path, monkeypatch, how):
 def test_a_disk_quota_is_reported(tmp_path):
     """A limit on file size stands in for a full disk: the system refuses the write."""
     limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); "
-    code = limit + "sys.argv[0] = 'm2d-embed'; runpy.run_module('m2d_embed.cli', run_name='__main__')"
+    code = limit + "sys.argv[0] = 'm2d-embed'; runpy.run_module('m2d_embed', run_name='__main__')"
     limited = [sys.executable, "-B", "-c", code, "embed", str(DATA), "-o", str(tmp_path / "o.npz")]
     result = subprocess.run(limited, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2

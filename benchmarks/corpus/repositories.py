@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
+from benchmarks.corpus import git
+from benchmarks.corpus.containers import Entries
+from benchmarks.corpus.errors import CorpusError
+from benchmarks.corpus.kinds import Kind
+from benchmarks.corpus.lists import read_list
+from benchmarks.corpus.manifest import file_stem
 from m2d_embed.config import from_dict
 from m2d_embed.errors import ConfigError
-from m2d_embed.pretrain.corpus import git
-from m2d_embed.pretrain.corpus.containers import Entries
-from m2d_embed.pretrain.corpus.errors import CorpusError
-from m2d_embed.pretrain.corpus.kinds import Kind
-from m2d_embed.pretrain.corpus.lists import read_list
-from m2d_embed.pretrain.corpus.manifest import file_stem
 from m2d_embed.training.settings import parse_yaml, require
 
 _BUILT_IN = "repositories.yaml"

@@ -14,12 +14,11 @@ from typing import Any, Protocol
 
 import filelock
 
-from m2d_embed.errors import AudioError
-from m2d_embed.pretrain.corpus.containers import Entries
-from m2d_embed.pretrain.corpus.convert import SAMPLE_RATE, read_sound, segment_names, write_segment
-from m2d_embed.pretrain.corpus.errors import CorpusError
-from m2d_embed.pretrain.corpus.kinds import Kind
-from m2d_embed.pretrain.corpus.manifest import (
+from benchmarks.corpus.containers import Entries
+from benchmarks.corpus.convert import SAMPLE_RATE, read_sound, segment_names, write_segment
+from benchmarks.corpus.errors import CorpusError
+from benchmarks.corpus.kinds import Kind
+from benchmarks.corpus.manifest import (
     CorpusSummary,
     PackageRecord,
     SoundRecord,
@@ -31,9 +30,10 @@ from m2d_embed.pretrain.corpus.manifest import (
     write_manifest,
     write_whole,
 )
-from m2d_embed.pretrain.corpus.members import COPYRIGHT, Member, Unreadable, audio_members
-from m2d_embed.pretrain.corpus.packages import check_debian_tools, check_names, find_debs, read_package_list
-from m2d_embed.pretrain.corpus.repositories import Repository, check_git_tools, read_repository_list
+from benchmarks.corpus.members import COPYRIGHT, Member, Unreadable, audio_members
+from benchmarks.corpus.packages import check_debian_tools, check_names, find_debs, read_package_list
+from benchmarks.corpus.repositories import Repository, check_git_tools, read_repository_list
+from m2d_embed.errors import AudioError
 
 #: Called with a line on what just ended, the number of packages dealt with, and the number of all.
 Progress = Callable[[str, int, int], None]

@@ -16,10 +16,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks.corpus.errors import CorpusError
+from benchmarks.corpus.kinds import KINDS, Kind, kind_of
+from benchmarks.corpus.licences import SEE_COPYRIGHT, Licences
 from m2d_embed.files import atomic_write, write_text
-from m2d_embed.pretrain.corpus.errors import CorpusError
-from m2d_embed.pretrain.corpus.kinds import KINDS, Kind, kind_of
-from m2d_embed.pretrain.corpus.licences import SEE_COPYRIGHT, Licences
 
 COLUMNS = ("file", "seconds", "kind", "package", "version", "member", "licence")
 

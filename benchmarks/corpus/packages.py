@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
-from m2d_embed.pretrain.corpus import containers
-from m2d_embed.pretrain.corpus.containers import Entries
-from m2d_embed.pretrain.corpus.errors import CorpusError
-from m2d_embed.pretrain.corpus.lists import read_list
+from benchmarks.corpus import containers
+from benchmarks.corpus.containers import Entries
+from benchmarks.corpus.errors import CorpusError
+from benchmarks.corpus.lists import read_list
 
 _BUILT_IN = "debian-packages.tsv"
 _NAME = re.compile(r"[a-z0-9][a-z0-9+.-]+")  # Debian policy 5.6.7

@@ -12,8 +12,8 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from m2d_embed.pretrain.corpus.containers import Entries
-from m2d_embed.pretrain.corpus.errors import CorpusError
+from benchmarks.corpus.containers import Entries
+from benchmarks.corpus.errors import CorpusError
 
 
 def fetch_commit(url: str, commit: str, folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-from m2d_embed.pretrain.corpus.errors import CorpusError
+from benchmarks.corpus.errors import CorpusError
 
 
 def read_list(file: Path | None, built_in: str) -> tuple[str, str]:

@@ -21,7 +21,7 @@ from typing import IO, Protocol
 import numpy as np
 import soundfile
 
-from m2d_embed.pretrain.corpus.errors import CorpusError
+from benchmarks.corpus.errors import CorpusError
 
 
 class Readable(Protocol):

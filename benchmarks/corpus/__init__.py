@@ -4,12 +4,12 @@ Data flows one way: ``lists -> packages, repositories (by git) -> containers -> 
 ``kinds``, ``licences -> manifest``.
 """
 
-from m2d_embed.pretrain.corpus.build import Progress, build_debian, build_repositories
-from m2d_embed.pretrain.corpus.errors import CorpusError
-from m2d_embed.pretrain.corpus.kinds import KINDS, Kind, kind_of
-from m2d_embed.pretrain.corpus.manifest import CorpusSummary
-from m2d_embed.pretrain.corpus.packages import read_package_list
-from m2d_embed.pretrain.corpus.repositories import Part, Repository, read_repository_list
+from benchmarks.corpus.build import Progress, build_debian, build_repositories
+from benchmarks.corpus.errors import CorpusError
+from benchmarks.corpus.kinds import KINDS, Kind, kind_of
+from benchmarks.corpus.manifest import CorpusSummary
+from benchmarks.corpus.packages import read_package_list
+from benchmarks.corpus.repositories import Part, Repository, read_repository_list
 
 __all__ = [
     "KINDS",

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from m2d_embed.pretrain.corpus import containers
-from m2d_embed.pretrain.corpus.containers import Entries, Readable, Reader
+from benchmarks.corpus import containers
+from benchmarks.corpus.containers import Entries, Readable, Reader
 
 COPYRIGHT = "copyright"
 
