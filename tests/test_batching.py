@@ -68,7 +68,7 @@ def test_encode_agrees_with_scene(bundled, pooling):
 
 @pytest.mark.parametrize(("batch_size", "waiting"), [(1, 1), (2, 1), (3, 8), (64, 8)])
 def test_any_batch_size_and_any_patience(monkeypatch, batch_size, waiting):
-    monkeypatch.setattr("m2d_embed.runtime.batching._MAX_WAITING_BATCHES", waiting)
+    monkeypatch.setattr("m2d_embed.runtime.batching._MAX_BUFFERED_BATCHES", waiting)
     model = random_model(TINY)
     clips = [clip[: 5 * RATE] for clip in mixed_clips()]
     expected = np.stack([model.encode(clip) for clip in clips])
@@ -218,7 +218,7 @@ def test_threads_by_the_machine(monkeypatch):
 class LateLink(PlainLink):
     """Stands in for a GPU: what is brought back arrives, over NaN, only when it is waited for."""
 
-    batches_behind = 2
+    max_in_flight = 2
 
     def __init__(self, device):
         super().__init__(device)

@@ -13,7 +13,8 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from typing import Generic, Protocol, TypeVar
+from itertools import accumulate
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,13 +26,13 @@ from m2d_embed.errors import AudioError, ConfigError
 from m2d_embed.model.frontend import LogMel
 from m2d_embed.model.pooling import Timestamps
 from m2d_embed.model.windows import WindowCutter, pad_to_patch
-from m2d_embed.runtime.collectors import Collector, Kind, Place, scenes_kind, timestamps_kind
-from m2d_embed.runtime.prefetch import read_ahead
+from m2d_embed.runtime.collectors import Collector, Place, Reduction, scene_reduction, timestamp_reduction
+from m2d_embed.runtime.prefetch import Item, read_ahead
 from m2d_embed.runtime.profiling import DEVICE, ENCODER, LOG_MEL, Stopwatch
 from m2d_embed.runtime.transfer import Link, link_to
 
-#: Windows that may wait for others of their width, in batches; beyond it the fullest group goes ahead.
-_MAX_WAITING_BATCHES = 8
+#: Windows that are buffered until there is a batch of their width, in batches; beyond it the fullest group goes ahead.
+_MAX_BUFFERED_BATCHES = 8
 _FRAMES_A_CALL = 1 << 15  # of log-mel computed together on a GPU: about 100 MB there
 _SECONDS_AHEAD = 120.0  # of audio, for each thread that reads ahead: 8 MB at 16 kHz
 _MOST_THREADS = 8
@@ -100,9 +101,9 @@ def encode_scenes(
 
     Scene embeddings are (D,) float32 on the CPU. A clip that cannot be read yields its error instead.
     """
-    kind = scenes_kind(features.pooling(model.config))
+    reduction = scene_reduction(features.pooling(model.config))
     one_a_patch = replace(features, hop_ms=model.config.column_ms)
-    return _encode(model, clips, one_a_patch, batch_size, kind, pipeline)
+    return _encode(model, clips, one_a_patch, batch_size, reduction, pipeline)
 
 
 def encode_timestamps(
@@ -116,12 +117,12 @@ def encode_timestamps(
 
     A clip that cannot be read yields its error instead.
     """
-    kind = timestamps_kind(model.config, features.hop_frames(model.config))
-    return _encode(model, clips, features, batch_size, kind, pipeline)
+    reduction = timestamp_reduction(model.config, features.hop_frames(model.config))
+    return _encode(model, clips, features, batch_size, reduction, pipeline)
 
 
 class _ClipState(Generic[R]):
-    """Where one clip is: its frames not yet in a window, how many windows wait, and what came of the others."""
+    """Per-clip state: buffered frames, windows in flight, collected outputs."""
 
     def __init__(self, index: int, collector: Collector[R], config: ModelConfig, hop_frames: int):
         self.index = index
@@ -130,25 +131,20 @@ class _ClipState(Generic[R]):
         self.cutters = [WindowCutter(config, shift) for shift in range(0, config.patch_size[1], hop_frames)]
         self.orders = [0] * len(self.cutters)
         self.duration_ms = 0.0
-        self.waiting = 0
-        self.read = False
+        self.in_flight = 0  # windows that were cut and not collected yet
+        self.read = False  # to its end
 
-    @property
-    def done(self) -> bool:
-        return self.read and self.waiting == 0
-
-    def cut(self, log_mel: Tensor | None) -> Iterator[_Window[R]]:
+    def cut(self, log_mel: Tensor | None) -> list[_Window[R]]:
         """The windows that are certain with the next (mels, n) frames; None is the end of the clip."""
+        windows = []
         for which, cutter in enumerate(self.cutters):
             for frames, columns in cutter.finish() if log_mel is None else cutter.push(log_mel):
                 place = Place(cutter.shift, self.orders[which], columns)
                 self.orders[which] += 1
-                self.waiting += 1
-                yield _Window(self, place, pad_to_patch(frames, self.config))
+                windows.append(_Window(self, place, pad_to_patch(frames, self.config)))
+        self.in_flight += len(windows)
         self.read = log_mel is None
-
-    def result(self) -> tuple[int, R]:
-        return self.index, self.collector.result(self.duration_ms)
+        return windows
 
 
 @dataclass
@@ -158,175 +154,180 @@ class _Window(Generic[R]):
     log_mel: Tensor  # (mels, frames), whole patches
 
 
-class _FrontEnd(Generic[R]):
-    """Samples -> log-mel, of many clips in one call where calls are what costs, on a GPU."""
-
-    def __init__(self, front_end: LogMel, link: Link, frames_a_call: int, stopwatch: Stopwatch):
-        self.front_end = front_end
-        self.link = link
-        self.frames_a_call = frames_a_call
-        self.stopwatch = stopwatch
-        self.pieces: list[tuple[_ClipState[R], Samples | None]] = []
-        self.frames = 0
-
-    def push(self, state: _ClipState[R], piece: Samples | None) -> Iterator[tuple[_ClipState[R], Tensor | None]]:
-        """Take the next piece of a clip, None at its end; yield log-mels once there is enough for a call."""
-        self.pieces.append((state, piece))
-        if piece is not None:
-            self.frames += self._slot(piece)
-        if self.frames >= self.frames_a_call or not self.frames:
-            yield from self.flush()
-
-    def flush(self) -> Iterator[tuple[_ClipState[R], Tensor | None]]:
-        """Yield the log-mel, (mels, n), of each piece that waits, and None for the ends, in their order."""
-        pieces, self.pieces, self.frames = self.pieces, [], 0
-        with self.stopwatch.stage(LOG_MEL):
-            log_mels = iter(list(self._log_mels([piece for _, piece in pieces if piece is not None])))
-        for state, piece in pieces:
-            yield state, None if piece is None else next(log_mels)
-
-    def _log_mels(self, pieces: Sequence[Samples]) -> Iterator[Tensor]:
-        """Lay the pieces end to end, each from a whole frame on; what straddles two of them is computed in vain."""
-        if not pieces:
-            return
-        hop, n_fft = self.front_end.hop_length, self.front_end.n_fft
-        slots = [self._slot(piece) for piece in pieces]
-        host = self.link.host_buffer(((sum(slots[:-1])) * hop + len(pieces[-1]),), torch.float32)
-        samples = host.numpy()
-        start = 0
-        for slot, piece in zip(slots, pieces, strict=True):
-            samples[start : start + slot * hop] = 0  # pads the piece
-            samples[start : start + len(piece)] = piece
-            start += slot * hop
-        log_mel = self.front_end.of_frames(self.link.upload(host))
-        start = 0
-        for slot, piece in zip(slots, pieces, strict=True):
-            yield log_mel[:, start : start + (len(piece) - n_fft) // hop + 1]
-            start += slot
-
-    def _slot(self, piece: Samples) -> int:
-        """Hops that a piece takes up."""
-        return -(-len(piece) // self.front_end.hop_length)
-
-
-@dataclass
-class _Batch(Generic[R]):
-    """Windows that are being encoded, and how to wait for what comes of them."""
+class _BatchInFlight(NamedTuple, Generic[R]):
+    """Windows that are being encoded, and a function that waits for their outputs."""
 
     windows: list[_Window[R]]
     fetch: Callable[[], Tensor]
 
 
-class _WaitingRoom(Generic[R]):
-    """Windows wait here for others of their width, to be encoded together.
-
-    Args:
-        encode: begins to encode a group.
-        room: how many windows of so many frames make a group complete.
-        most_waiting: windows of all groups together.
-    """
-
-    def __init__(self, encode: Callable[[list[_Window[R]]], _Batch[R]], room: Callable[[int], int], most_waiting: int):
-        self.encode = encode
-        self.room = room
-        self.most_waiting = most_waiting
-        self.groups: dict[int, list[_Window[R]]] = defaultdict(list)  # width in frames -> windows
-
-    def push(self, window: _Window[R]) -> Iterator[_Batch[R]]:
-        """Take a window; encode its group when that is complete, or the fullest one when there is no more room."""
-        width = window.log_mel.shape[1]
-        self.groups[width].append(window)
-        if len(self.groups[width]) == self.room(width):
-            yield self.encode(self.groups.pop(width))
-        elif sum(map(len, self.groups.values())) >= self.most_waiting:
-            yield self.encode(self.groups.pop(max(self.groups, key=lambda w: len(self.groups[w]))))
-
-    def flush(self) -> Iterator[_Batch[R]]:
-        """Encode whatever waits."""
-        for width in list(self.groups):
-            yield self.encode(self.groups.pop(width))
-
-
-class _Run(Generic[R]):
-    """Takes the pieces of all clips, and gives back a clip's result when its last window has come back."""
+class _Encoding(Generic[R]):
+    """Encodes clips: samples -> log-mel -> windows -> batches of windows -> results, each step buffered in memory."""
 
     def __init__(
-        self, model: FrameEncoder, features: FeatureConfig, batch_size: int, kind: Kind[R], stopwatch: Stopwatch
+        self,
+        model: FrameEncoder,
+        clips: Sequence[Clip | AudioError],
+        features: FeatureConfig,
+        batch_size: int,
+        reduction: Reduction[R],
+        pipeline: Pipeline,
     ):
         self.model = model
+        self.errors = {index: clip for index, clip in enumerate(clips) if isinstance(clip, AudioError)}
+        self.clips = {index: clip for index, clip in enumerate(clips) if isinstance(clip, Clip)}
         self.features = features
-        self.kind = kind
-        self.stopwatch = stopwatch
-        self.link = link_to(model.device)
-        self.front_end: _FrontEnd[R] = _FrontEnd(model.frontend, self.link, _frames_a_call(model.device), stopwatch)
         self.batch_size = batch_size
-        self.waiting: _WaitingRoom[R] = _WaitingRoom(self._encode, self._room, _MAX_WAITING_BATCHES * batch_size)
-        self.under_way: deque[_Batch[R]] = deque()
-        self.states: dict[int, _ClipState[R]] = {}
+        self.reduction = reduction
+        self.pipeline = pipeline
+        self.stopwatch = pipeline.stopwatch
+        self.link = link_to(model.device)
+        self.num_samples = [0] * len(clips)  # read so far of each
+        self.states: dict[int, _ClipState[R]] = {}  # of clips that are being read
+        self.pieces: list[tuple[_ClipState[R], Samples | None]] = []  # for the front end; None is the end of a clip
+        self.frames_buffered = 0  # in these pieces
+        self.groups: dict[int, list[_Window[R]]] = defaultdict(list)  # width in frames -> windows
+        self.in_flight: deque[_BatchInFlight[R]] = deque()
+        self.finished: list[tuple[int, R | AudioError]] = []
 
-    def take(self, index: int, clip: Clip, piece: Samples) -> Iterator[tuple[int, R]]:
-        """Take the next piece of a clip."""
-        if index not in self.states:
-            config, collector = self.model.config, self.kind.new_collector(clip.seconds)
-            self.states[index] = _ClipState(index, collector, config, self.features.hop_frames(config))
-        yield from self._advance(self.front_end.push(self.states[index], piece))
+    def results(self) -> Generator[tuple[int, R | AudioError], None, None]:
+        """Read all clips, and yield the result or the error of each as it is there."""
+        yield from self.errors.items()
+        # Longest first: clips of one length, and so windows of one width, come together.
+        order = sorted(self.clips, key=lambda index: self.clips[index].seconds, reverse=True)
+        with closing(self._read(order)) as items:
+            for position, item in items:
+                self._take(order[position], item)
+                yield from self._pop_finished()
+        self._compute_log_mels()
+        for width in list(self.groups):
+            self._encode(width)
+        self._collect(max_in_flight=0)
+        yield from self._pop_finished()
 
-    def end(self, index: int, seconds: float) -> Iterator[tuple[int, R]]:
-        """A clip has been read to its end."""
-        state = self.states.pop(index)
-        state.duration_ms = 1000.0 * seconds
-        self.stopwatch.count_audio(seconds)
-        yield from self._advance(self.front_end.push(state, None))
+    def _pop_finished(self) -> list[tuple[int, R | AudioError]]:
+        finished, self.finished = self.finished, []
+        return finished
 
-    def fail(self, index: int) -> None:
-        """Forget a clip that turned out to be bad. What waits of it is still encoded, and comes to nothing."""
-        self.states.pop(index, None)
+    def _read(self, order: Sequence[int]) -> Generator[tuple[int, Item], None, None]:
+        """Pieces of the clips, each of whole frames, decoded ahead by threads."""
+        rate, clips = self.model.config.sample_rate, [self.clips[index] for index in order]
 
-    def finish(self) -> Iterator[tuple[int, R]]:
-        """Encode whatever waits."""
-        yield from self._advance(self.front_end.flush())
-        for batch in self.waiting.flush():
-            yield from self._start(batch)
-        yield from self._land(0)
+        def blocks(position: int) -> Iterator[Samples]:
+            for block in clips[position].blocks(rate):
+                self.num_samples[order[position]] += len(block)
+                yield block
 
-    def _advance(self, log_mels: Iterator[tuple[_ClipState[R], Tensor | None]]) -> Iterator[tuple[int, R]]:
-        for state, log_mel in log_mels:
-            for window in state.cut(log_mel):
-                for batch in self.waiting.push(window):
-                    yield from self._start(batch)
-            if state.done:
-                yield state.result()
+        # Before a single short clip there is nothing to do ahead.
+        alone = len(clips) == 1 and clips[0].seconds < _SHORT
+        threads = 0 if alone else self.pipeline.threads_for(self.model.device)
+        samples_ahead = round(max(1, threads) * _SECONDS_AHEAD * rate)
+        framed = self.model.frontend.framed
+        return read_ahead(len(clips), lambda position: framed(blocks(position)), threads, samples_ahead, self.stopwatch)
 
-    def _encode(self, windows: list[_Window[R]]) -> _Batch[R]:
-        self.stopwatch.count_batch(len(windows), self._room(windows[0].log_mel.shape[1]))
-        windows.sort(key=lambda window: window.place.columns)  # so that they are reduced in one or two calls
-        with self.stopwatch.stage(ENCODER):
-            log_mel = torch.stack([window.log_mel for window in windows]).unsqueeze(1)
-            frames = self.model.window_frames(log_mel, self.features)  # (N, T, D)
-            kept = self.kind.reduce(frames, [window.place.columns for window in windows])
-            return _Batch(windows, self.link.download(kept))
+    def _take(self, index: int, item: Item) -> None:
+        """Take the next piece of a clip, its end or its error."""
+        if isinstance(item, AudioError):
+            self.states.pop(index, None)  # its windows in flight are still encoded, and discarded
+            self.finished.append((index, item))
+            return
+        if item is None:
+            seconds = self.num_samples[index] / self.model.config.sample_rate
+            state = self.states.pop(index)
+            state.duration_ms = 1000.0 * seconds
+            self.stopwatch.count_audio(seconds)
+        else:
+            state = self.states.get(index) or self._begin(index)
+            self.frames_buffered += _hops(item, self.model.frontend)
+        self.pieces.append((state, item))
+        if self.frames_buffered >= _frames_a_call(self.model.device) or not self.frames_buffered:
+            self._compute_log_mels()
 
-    def _room(self, frames: int) -> int:
+    def _begin(self, index: int) -> _ClipState[R]:
+        config, collector = self.model.config, self.reduction.new_collector(self.clips[index].seconds)
+        self.states[index] = _ClipState(index, collector, config, self.features.hop_frames(config))
+        return self.states[index]
+
+    def _compute_log_mels(self) -> None:
+        """Log-mels of all buffered pieces, and the windows that are certain with them."""
+        pieces, self.pieces, self.frames_buffered = self.pieces, [], 0
+        with self.stopwatch.stage(LOG_MEL):
+            log_mels = iter(
+                _log_mels([piece for _, piece in pieces if piece is not None], self.model.frontend, self.link)
+            )
+        for state, piece in pieces:
+            for window in state.cut(None if piece is None else next(log_mels)):
+                self._add_window(window)
+            self._finish_if_done(state)
+
+    def _add_window(self, window: _Window[R]) -> None:
+        """Encode a window's group when it is a batch, or the fullest one when too many windows are buffered."""
+        width = window.log_mel.shape[1]
+        self.groups[width].append(window)
+        if len(self.groups[width]) == self._max_batch(width):
+            self._encode(width)
+        elif sum(map(len, self.groups.values())) >= _MAX_BUFFERED_BATCHES * self.batch_size:
+            self._encode(max(self.groups, key=lambda w: len(self.groups[w])))
+
+    def _max_batch(self, frames: int) -> int:
         """Windows of so many frames in a batch: on a CPU no more than the model takes in a call, for memory's sake."""
         if self.model.device.type != "cpu":
             return self.batch_size
         return min(self.batch_size, self.model.most_windows(frames))
 
-    def _start(self, batch: _Batch[R]) -> Iterator[tuple[int, R]]:
-        self.under_way.append(batch)
-        yield from self._land(self.link.batches_behind)
+    def _encode(self, width: int) -> None:
+        windows = self.groups.pop(width)
+        self.stopwatch.count_batch(len(windows), self._max_batch(width))
+        windows.sort(key=lambda window: window.place.columns)  # so that they are reduced in one or two calls
+        with self.stopwatch.stage(ENCODER):
+            log_mel = torch.stack([window.log_mel for window in windows]).unsqueeze(1)
+            frames = self.model.window_frames(log_mel, self.features)  # (N, T, D)
+            reduced = self.reduction.reduce(frames, [window.place.columns for window in windows])
+            self.in_flight.append(_BatchInFlight(windows, self.link.download(reduced)))
+        self._collect(self.link.max_in_flight)
 
-    def _land(self, behind: int) -> Iterator[tuple[int, R]]:
-        """Wait for the oldest batches until ``behind`` are left; yield the clips that are done with them."""
-        while len(self.under_way) > behind:
-            batch = self.under_way.popleft()
+    def _collect(self, max_in_flight: int) -> None:
+        """Wait for the oldest batches until ``max_in_flight`` are left, and hand their outputs to their clips."""
+        while len(self.in_flight) > max_in_flight:
+            batch = self.in_flight.popleft()
             with self.stopwatch.stage(DEVICE):
-                results = batch.fetch()
-            for window, values in zip(batch.windows, results, strict=True):
+                outputs = batch.fetch()
+            for window, values in zip(batch.windows, outputs, strict=True):
                 window.state.collector.add(window.place, values)
-                window.state.waiting -= 1
-                if window.state.done:
-                    yield window.state.result()
+                window.state.in_flight -= 1
+                self._finish_if_done(window.state)
+
+    def _finish_if_done(self, state: _ClipState[R]) -> None:
+        if state.read and state.in_flight == 0:
+            self.finished.append((state.index, state.collector.result(state.duration_ms)))
+
+
+def _log_mels(pieces: Sequence[Samples], front_end: LogMel, link: Link) -> list[Tensor]:
+    """The log-mel, (mels, n), of each piece, of all in one call, which is what costs on a GPU.
+
+    The pieces are laid end to end, each from a whole hop on; frames that straddle two of them are discarded.
+    """
+    if not pieces:
+        return []
+    hop, n_fft = front_end.hop_length, front_end.n_fft
+    starts = [0, *accumulate(_hops(piece, front_end) for piece in pieces)]
+    host = link.host_buffer((starts[-2] * hop + len(pieces[-1]),), torch.float32)
+    samples = host.numpy()
+    for piece, start, stop in zip(pieces, starts, starts[1:], strict=False):
+        samples[start * hop : stop * hop] = 0  # pads the piece
+        samples[start * hop : start * hop + len(piece)] = piece
+    log_mel = front_end.of_frames(link.upload(host))
+    return [log_mel[:, start : start + (len(p) - n_fft) // hop + 1] for p, start in zip(pieces, starts, strict=False)]
+
+
+def _frames_a_call(device: torch.device) -> int:
+    """Frames of log-mel to compute together, at least: on the CPU a piece at a time, while it is in the cache."""
+    return 1 if device.type == "cpu" else _FRAMES_A_CALL
+
+
+def _hops(piece: Samples, front_end: LogMel) -> int:
+    """Hops that a piece takes up."""
+    return -(-len(piece) // front_end.hop_length)
 
 
 def _encode(
@@ -334,57 +335,9 @@ def _encode(
     clips: Sequence[Clip | AudioError],
     features: FeatureConfig,
     batch_size: int,
-    kind: Kind[R],
+    reduction: Reduction[R],
     pipeline: Pipeline,
 ) -> Generator[tuple[int, R | AudioError], None, None]:
     if not is_whole(batch_size) or batch_size < 1:
         raise ConfigError(f"batch_size must be a whole number from 1 on, not {batch_size!r}.")
-    yield from ((index, clip) for index, clip in enumerate(clips) if isinstance(clip, AudioError))
-    order = _longest_first(clips)
-    run = _Run(model, features, batch_size, kind, pipeline.stopwatch)
-    with closing(_read(model, [clip for _, clip in order], pipeline)) as items:
-        for position, item in items:
-            index, clip = order[position]
-            if isinstance(item, AudioError):
-                run.fail(index)
-                yield index, item
-            elif isinstance(item, float):
-                yield from run.end(index, item)
-            else:
-                yield from run.take(index, clip, item)
-    yield from run.finish()
-
-
-def _read(
-    model: FrameEncoder, clips: Sequence[Clip], pipeline: Pipeline
-) -> Generator[tuple[int, Samples | float | AudioError], None, None]:
-    """Yield of each clip its pieces, of whole frames, and then its length in seconds, or its error."""
-    rate = model.config.sample_rate
-    num_samples = [0] * len(clips)
-
-    def blocks(position: int) -> Iterator[Samples]:
-        for block in clips[position].blocks(rate):
-            num_samples[position] += len(block)
-            yield block
-
-    def read(position: int) -> Iterator[Samples]:
-        return model.frontend.framed(blocks(position))
-
-    # Before a single short clip there is nothing to do ahead.
-    alone = len(clips) == 1 and clips[0].seconds < _SHORT
-    threads = 0 if alone else pipeline.threads_for(model.device)
-    samples_ahead = round(max(1, threads) * _SECONDS_AHEAD * rate)
-    with closing(read_ahead(len(clips), read, threads, samples_ahead, pipeline.stopwatch)) as items:
-        for position, item in items:
-            yield position, num_samples[position] / rate if item is None else item
-
-
-def _frames_a_call(device: torch.device) -> int:
-    """Frames of log-mel to compute together, at least: on the CPU each piece as it comes, while it is in the cache."""
-    return 1 if device.type == "cpu" else _FRAMES_A_CALL
-
-
-def _longest_first(clips: Sequence[Clip | AudioError]) -> list[tuple[int, Clip]]:
-    """The good clips by length: clips of one length, and so windows of one width, come together."""
-    good = [(index, clip) for index, clip in enumerate(clips) if isinstance(clip, Clip)]
-    return sorted(good, key=lambda one: one[1].seconds, reverse=True)
+    yield from _Encoding(model, clips, features, batch_size, reduction, pipeline).results()

@@ -38,7 +38,7 @@ class Collector(Protocol[Result]):
 
 
 @dataclass(frozen=True)
-class Kind(Generic[R]):
+class Reduction(Generic[R]):
     """What is kept of the frame features: ``reduce`` is done on the device, with a batch, (N, T, D) and its columns."""
 
     reduce: Callable[[Tensor, Sequence[int]], Tensor]
@@ -126,13 +126,13 @@ class _Columns:
         self.woven = longer
 
 
-def scenes_kind(pooling: ScenePooling) -> Kind[Tensor]:
+def scene_reduction(pooling: ScenePooling) -> Reduction[Tensor]:
     """Scene embeddings."""
     if pooling == "mean":
-        return Kind(_sum_columns, lambda seconds: _Scene(lambda mean: mean))
-    return Kind(_sum_columns_and_squares, lambda seconds: _Scene(_mean_and_std))
+        return Reduction(_sum_columns, lambda seconds: _Scene(lambda mean: mean))
+    return Reduction(_sum_columns_and_squares, lambda seconds: _Scene(_mean_and_std))
 
 
-def timestamps_kind(config: ModelConfig, hop_frames: int) -> Kind[Timestamps]:
+def timestamp_reduction(config: ModelConfig, hop_frames: int) -> Reduction[Timestamps]:
     """Timestamp embeddings every ``hop_frames`` frames."""
-    return Kind(lambda frames, columns: frames, lambda seconds: _Columns(config, hop_frames, seconds))
+    return Reduction(lambda frames, columns: frames, lambda seconds: _Columns(config, hop_frames, seconds))

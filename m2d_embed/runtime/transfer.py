@@ -12,10 +12,10 @@ from torch import Tensor
 class Link(Protocol):
     """The way to a device and back.
 
-    ``batches_behind`` is how many batches may be under way before the results of the oldest are waited for.
+    ``max_in_flight`` is how many batches may be in flight before the outputs of the oldest are waited for.
     """
 
-    batches_behind: int
+    max_in_flight: int
 
     def host_buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """An empty tensor in host memory, to fill and upload."""
@@ -35,7 +35,7 @@ def link_to(device: torch.device) -> Link:
 class PlainLink:
     """Copies and waits; on the CPU there is nothing to copy."""
 
-    batches_behind = 0
+    max_in_flight = 0
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -57,7 +57,7 @@ class CudaLink:
     PyTorch keeps pinned memory for later use, and gives it away again only when the copies from it are done.
     """
 
-    batches_behind = 2
+    max_in_flight = 2
 
     def __init__(self, device: torch.device):
         self._device = device
