@@ -36,23 +36,27 @@ def frame_features(per_layer: Sequence[Tensor], features: FeatureConfig) -> Tens
     return frames[0] if len(frames) == 1 else torch.cat(frames, dim=-1)
 
 
-def pool_scene(frames: Tensor, pooling: ScenePooling) -> Tensor:
-    """Frame features of whole clips, (B, T, D), to scene embeddings: (B, D), or (B, 2 * D) with ``"mean_std"``."""
-    mean = frames.mean(dim=1)
+def pool_scene(frames: Tensor, pooling: ScenePooling, mask: Tensor | None = None) -> Tensor:
+    """Frame features to scene embeddings.
+
+    Args:
+        frames: (B, T, D) of whole clips.
+        pooling: ``"mean"`` over time, or ``"mean_std"``: the standard deviation (of the population) stands after it.
+        mask: (B, T) bool, True for the columns that count; by default all. A clip without any gets zeros.
+
+    Returns:
+        (B, D), or (B, 2 * D) with ``"mean_std"``.
+    """
+    if mask is not None:
+        weights = mask.to(frames.dtype) / mask.sum(dim=1, keepdim=True).clamp_min(1)  # (B, T)
+
+    def average(x: Tensor) -> Tensor:
+        return x.mean(dim=1) if mask is None else torch.einsum("bt,btd->bd", weights, x)
+
+    mean = average(frames)
     if pooling == "mean":
         return mean
-    variance = (frames - mean.unsqueeze(1)).square().mean(dim=1)
-    return torch.cat([mean, standard_deviation(variance)], dim=-1)
-
-
-def pool_padded_scene(frames: Tensor, mask: Tensor, pooling: ScenePooling) -> Tensor:
-    """As ``pool_scene``, of the columns alone that ``mask``, (B, T) bool, is True for; zeros where there are none."""
-    weights = mask.to(frames.dtype) / mask.sum(dim=1, keepdim=True).clamp_min(1)  # (B, T)
-    mean = torch.einsum("bt,btd->bd", weights, frames)
-    if pooling == "mean":
-        return mean
-    variance = torch.einsum("bt,btd->bd", weights, (frames - mean.unsqueeze(1)).square())
-    return torch.cat([mean, standard_deviation(variance)], dim=-1)
+    return torch.cat([mean, standard_deviation(average((frames - mean.unsqueeze(1)).square()))], dim=-1)
 
 
 def standard_deviation(variance: Tensor) -> Tensor:
