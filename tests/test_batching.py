@@ -236,6 +236,15 @@ class LateLink(PlainLink):
         return wait
 
 
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+@pytest.mark.parametrize("threads", [0, 2])
+def test_every_clip_has_one_result(tiny, batch_size, threads):
+    clips = list(tiny.open_clips([*mixed_clips(), bad_late(8.0), *FILES, FILES[0].with_name("missing.wav")]))
+    with torch.no_grad():
+        found = [i for i, _ in encode_scenes(tiny, clips, tiny.features, batch_size, Pipeline(threads))]
+    assert sorted(found) == list(range(len(clips)))
+
+
 @pytest.mark.parametrize("frames_a_call", [300, 2000, 10**9])
 @pytest.mark.parametrize("hop_ms", [None, 40.0])
 def test_as_on_a_gpu(tiny, monkeypatch, hop_ms, frames_a_call):

@@ -143,7 +143,6 @@ class _ClipState(Generic[R]):
                 self.orders[which] += 1
                 windows.append(_Window(self, place, pad_to_patch(frames, self.config)))
         self.in_flight += len(windows)
-        self.read = log_mel is None
         return windows
 
 
@@ -258,6 +257,7 @@ class _Encoding(Generic[R]):
         for state, piece in pieces:
             for window in state.cut(None if piece is None else next(log_mels)):
                 self._add_window(window)
+            state.read = piece is None
             self._finish_if_done(state)
 
     def _add_window(self, window: _Window[R]) -> None:
