@@ -10,6 +10,7 @@ from benchmarks.quality import SCORES
 PROBES = {"linear": "linear", "mlp": "MLP of the HEAR protocol", "knn": "kNN"}
 HEADLINE = {False: "accuracy", True: "mAP"}  # by whether clips have any number of labels
 ROOT = Path(__file__).parents[1]
+CARD = ROOT / "weights" / "README.md"
 STARTUP = Path(__file__).with_name("startup.json")
 CPU_SPEEDS = ("speed-avx2-family25.json",)  # of this version
 EARLIER_SPEEDS = sorted(path for path in ROOT.glob("benchmarks/speed-*.json") if path.name not in CPU_SPEEDS)
@@ -242,24 +243,25 @@ def main() -> None:
     if GPU_TRAINING.exists():
         training += "\n\n" + gpu_training_table(json.loads(GPU_TRAINING.read_text()))
     quality = quality_table(json.loads(QUALITY.read_text()))
+    docs = ROOT / "docs"
     for file, sections in {
-        "README.md": {"quality": quality},
-        "docs/probes.md": {"quality": quality},
-        "docs/speed.md": {
+        ROOT / "README.md": {"quality": quality},
+        docs / "probes.md": {"quality": quality},
+        docs / "speed.md": {
             "speed": speed_tables(speeds),
             "startup": startup_sentence(json.loads(STARTUP.read_text())),
         },
-        "docs/finetuning.md": {"finetuning": finetuning_table(json.loads(FINETUNING.read_text()))},
-        "docs/pretraining.md": {
+        docs / "finetuning.md": {"finetuning": finetuning_table(json.loads(FINETUNING.read_text()))},
+        docs / "pretraining.md": {
             "training": training,
             "short-run": short_run_table(json.loads(SHORT_RUN.read_text())),
         },
-        "weights/README.md": {"quality": quality},
+        CARD: {"quality": quality},
     }.items():
-        text = (ROOT / file).read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8")
         for name, content in sections.items():
             text = replace_section(text, name, content)
-        (ROOT / file).write_text(text, encoding="utf-8")
+        file.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
