@@ -52,6 +52,8 @@ _MARKS: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"fLaC", "flac", "FLAC"),
     (0, b"OggS", "ogg", "Ogg"),
     (0, b"NIST_1A", "nistsphere", "NIST SPHERE"),
+    (0, b"Creative Voice File", "voc", "VOC"),
+    (0, b"riff", "w64", "W64"),
 )
 
 
