@@ -88,6 +88,8 @@ def layout(content: Content, name: str) -> Layout:
         return _w64(content)
     if fallback == "caf":
         return _caf(content)
+    if fallback == "au" and head[8:12] == bytes(4):
+        return Layout((Part((head[:8] + b"\xff" * 4, (12, content.size))),), title, fallback)
     if fallback == "flac":
         return Layout(tuple(map(Part, flac_parts(content, start, name))), title, fallback)
     if fallback == "ogg":

@@ -18,10 +18,12 @@ from m2d_embed.stitched import Content
 
 _NAME = re.compile(rb"[A-Za-z0-9(\xa9][A-Za-z0-9 _.\-\xa9)]{3}")
 _PADDING = 1 << 16  # bytes of zeros looked through for another beginning, at a time
+_ZEROS_BEFORE = 3  # of a beginning, at most
 _SHORTEST = 64  # bytes in which there is anything worth a word
 _ASF_HEADER = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
 _ASF_DATA = bytes.fromhex("3626b2758e66cf11a6d900aa0062ce6c")
 _W64_RIFF = b"riff" + bytes.fromhex("2e91cf11a5d628db04c10000")
+_W64_OTHERS = bytes.fromhex("d3118cd100c04f8edb8a")  # what the names of its chunks end with
 W64_DATA = b"data" + bytes.fromhex("f3acd3118cd100c04f8edb8a")
 
 _UNKNOWN = -1
@@ -34,11 +36,13 @@ class Chunk(NamedTuple):
         length: in bytes, with its header; ``_UNKNOWN`` if it goes up to the end of the file, or nobody knows.
         begins: whether it is the beginning of a file, of which the second belongs to another file.
         sound: whether sound is in it.
+        ends: whether it is the last of a file.
     """
 
     length: int
     begins: bool = False
     sound: bool = False
+    ends: bool = False
 
 
 class Found(NamedTuple):
@@ -65,29 +69,32 @@ def files_in(content: Content, start: int, kind: str, name: str) -> Found | None
     """
     if kind not in _KINDS:
         return None
-    parse, files, at, has_sound = _KINDS[kind], [], start, False
+    parse, at, has_sound = _KINDS[kind], start, False
+    files: list[tuple[int, int]] = []
     while True:
         chunk = parse(content, at) if at < content.size else None
-        if chunk is not None and chunk.begins and at > start and has_sound:
-            files.append((start, at))
-            start, has_sound = at, False
-        elif chunk is not None and chunk.length == _UNKNOWN:
+        if chunk is not None and chunk.length == _UNKNOWN:
             return Found([*files, (start, content.size)]) if files else None
-        elif chunk is not None:
-            if chunk.sound and at + chunk.length > content.size:
+        if chunk is not None and at + chunk.length > content.size:
+            if chunk.sound:
                 held, stated = content.size - start, at + chunk.length - start
                 raise AudioError(f"{name}: truncated, it holds {held} of the {stated} bytes its header promises.")
+            chunk = None
+        if chunk is not None and not (chunk.begins and has_sound):
             has_sound = has_sound or chunk.sound
             at += chunk.length
+            if not chunk.ends:
+                continue
+        if not has_sound:
+            return None
+        files.append((start, at))
+        behind = _after_padding(content, at)
+        for place in range(max(at, behind - _ZEROS_BEFORE), behind + 1):
+            if (following := parse(content, place)) is not None and following.begins:
+                break
         else:
-            if not has_sound:
-                return None
-            after = _after_padding(content, at)
-            next_one = parse(content, after)
-            if next_one is None or not next_one.begins:
-                return Found([*files, (start, min(at, content.size))], _behind(content, after, name))
-            files.append((start, at))
-            start, at, has_sound = after, after, False
+            return Found(files, _left_out(content, behind, name))
+        start, at, has_sound = place, place, False
 
 
 def _after_padding(content: Content, at: int) -> int:
@@ -107,13 +114,13 @@ def _after_padding(content: Content, at: int) -> int:
         at = begin
 
 
-def _behind(content: Content, at: int, name: str) -> str:
+def _left_out(content: Content, at: int, name: str) -> str:
     """What is to be said of the bytes behind a file: nothing of what is shorter than a header."""
     count = content.size - at
     return f"{name}: {count} bytes after the sound that its header states are left out." if count >= _SHORTEST else ""
 
 
-# --- one function a format: the chunk at a place, None if none is there -------------------------------------------------
+# --- one function a format: the chunk at a place, None if none is there -----------------------------------------------
 
 
 def _aiff(content: Content, at: int) -> Chunk | None:
@@ -125,7 +132,7 @@ def _aiff(content: Content, at: int) -> Chunk | None:
     (size,) = struct.unpack(">I", head[4:8])
     if head[:4] == b"SSND":
         return Chunk(_up_to(content, at, 8, size, pad=True), sound=True)
-    return Chunk(8 + size + size % 2)
+    return Chunk(min(8 + size + size % 2, max(8 + size, content.size - at)))
 
 
 def _au(content: Content, at: int) -> Chunk | None:
@@ -148,10 +155,10 @@ def _caf(content: Content, at: int) -> Chunk | None:
 
 def _w64(content: Content, at: int) -> Chunk | None:
     head = content.at(at, 24)
-    if len(head) < 24 or not _NAME.fullmatch(head[:4]):
-        return None
     if head[:16] == _W64_RIFF:
         return Chunk(40, begins=True)
+    if len(head) < 24 or not head[:16].endswith((_W64_OTHERS, _W64_RIFF[6:])):  # lists are of the other kind
+        return None
     (size,) = struct.unpack("<Q", head[16:])
     if size < 24 or is_placeholder(size - 24):
         return Chunk(_UNKNOWN)
@@ -206,7 +213,7 @@ def _flv(content: Content, at: int) -> Chunk | None:
     head = content.at(at, 11)
     if head[:4] == b"FLV\x01":
         return Chunk(13, begins=True)
-    if len(head) < 11 or head[0] & 0x1F not in (8, 9, 18) or any(head[8:11]):
+    if not head or head[0] & 0x1F not in (8, 9, 18) or any(head[8:11]):  # a few bytes of it: cut there
         return None
     size = 11 + int.from_bytes(head[1:4], "big")
     return Chunk(min(size + 4, max(size, content.size - at)), sound=True)  # some leave out the last four bytes
@@ -248,8 +255,10 @@ def _voc(content: Content, at: int) -> Chunk | None:
     head = content.at(at, 26)
     if head.startswith(b"Creative Voice File\x1a") and len(head) == 26:
         return Chunk(struct.unpack("<H", head[20:22])[0], begins=True)
-    if not head or not 1 <= head[0] <= 9:  # 0: the end
+    if not head or head[0] > 9:
         return None
+    if head[0] == 0:
+        return Chunk(1, ends=True)
     size = int.from_bytes(head[1:4], "little")
     return Chunk(4 + size if size else _UNKNOWN, sound=head[0] in (1, 2, 9))
 

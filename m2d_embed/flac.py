@@ -1,4 +1,4 @@
-"""FLAC streams that do not know their length, and files of several of them.
+"""FLAC streams that do not know their length, or state too little, and files of several of them.
 
 An encoder that writes to a pipe leaves a length of 0, with which libsndfile cannot seek; the last frame tells it. Of
 files joined by ``cat`` libsndfile reads the first, or fails; the numbers in the frames tell that there are several.
@@ -57,9 +57,9 @@ def flac_parts(content: Content, start: int, name: str) -> list[tuple[Piece, ...
         return [None]
     starts = _streams(content, start)
     if len(starts) < 2 and stream.total:
-        total = _counted(content, stream)
+        counted = _counted(content, stream)
         # Shorter than promised, or with something behind it, is found out when it is read.
-        return [_with_total(content, start, content.size, total) if total > stream.total else None]
+        return [_with_total(content, start, content.size, counted) if counted > stream.total else None]
     parts: list[tuple[Piece, ...] | None] = []
     for begin, end in zip(starts, [*starts[1:], content.size], strict=True):
         part = _header(content, begin)

@@ -13,6 +13,15 @@ AUDIO_SUFFIXES = frozenset(
     ]
 )
 
+#: libsndfile's names of the formats that it may read: those whose stated lengths are checked, and the last four, which
+#: state none, or which it checks itself. Of others (AVR, MAT5, SDS, ...) it reads what is there.
+LIBSNDFILES = frozenset(
+    [
+        *("WAV", "WAVEX", "RF64", "AIFF", "AU", "CAF", "W64", "NIST", "VOC", "FLAC", "OGG", "MP3"),
+        *("IRCAM", "PAF", "PVF", "HTK"),
+    ]
+)
+
 #: Endings of what FFmpeg's libraries read through PyAV, the extra ``av``; of videos their sound.
 AV_SUFFIXES = frozenset(
     [
