@@ -26,7 +26,7 @@ _W64_RIFF = b"riff" + bytes.fromhex("2e91cf11a5d628db04c10000")
 _W64_OTHERS = bytes.fromhex("d3118cd100c04f8edb8a")  # what the names of its chunks end with
 W64_DATA = b"data" + bytes.fromhex("f3acd3118cd100c04f8edb8a")
 
-_UNKNOWN = -1
+_UNKNOWN = 0
 
 
 class Chunk(NamedTuple):
@@ -73,7 +73,7 @@ def files_in(content: Content, start: int, kind: str, name: str) -> Found | None
     files: list[tuple[int, int]] = []
     while True:
         chunk = parse(content, at) if at < content.size else None
-        if chunk is not None and chunk.length == _UNKNOWN:
+        if chunk is not None and chunk.length <= _UNKNOWN:  # or a header of zeros
             return Found([*files, (start, content.size)]) if files else None
         if chunk is not None and at + chunk.length > content.size:
             if chunk.sound:
@@ -251,6 +251,13 @@ def _ape(content: Content, at: int) -> Chunk | None:
     return Chunk(descriptor + header + table + wav + data + (high << 32) + tail, begins=True, sound=True)
 
 
+def _dsf(content: Content, at: int) -> Chunk | None:
+    head = content.at(at, 28)
+    if len(head) < 28 or head[:4] != b"DSD ":
+        return None
+    return Chunk(struct.unpack("<Q", head[12:20])[0], begins=True, sound=True)
+
+
 def _voc(content: Content, at: int) -> Chunk | None:
     head = content.at(at, 26)
     if head.startswith(b"Creative Voice File\x1a") and len(head) == 26:
@@ -290,6 +297,7 @@ _KINDS: dict[str, Callable[[Content, int], Chunk | None]] = {
     "tta": _tta,
     "wv": _wavpack,
     "ape": _ape,
+    "dsf": _dsf,
     "voc": _voc,
     "nistsphere": _nist,
 }

@@ -1,5 +1,6 @@
 """Sound files that were joined byte by byte, or cut, in every format that states how long it is."""
 
+import contextlib
 import io
 import logging
 import os
@@ -16,6 +17,7 @@ from m2d_embed import sounds
 from m2d_embed.audio import load_audio, open_clip
 from m2d_embed.ends import files_in
 from m2d_embed.errors import AudioError
+from m2d_embed.formats import ffmpeg_format
 from m2d_embed.pretrain.crops import read_crop
 from m2d_embed.stitched import Content
 
@@ -273,6 +275,31 @@ def test_monkeys_audio_states_its_end():
     assert files_in(joined, 0, "ape", "clip").files == [(0, end), (end + len(APE_TAG), joined.size)]
     with pytest.raises(AudioError, match=f"clip: truncated, it holds 600 of the {end} bytes"):
         own_rate(content[:600])
+
+
+def test_dsd_states_its_end():
+    content = b"DSD " + struct.pack("<QQQ", 28, 600, 0) + b"\x69" * 572
+    assert files_in(Content(content * 2), 0, "dsf", "clip").files == [(0, 600), (600, 1_200)]
+    with pytest.raises(AudioError, match="clip: truncated, it holds 500 of the 600 bytes"):
+        own_rate(content[:500])
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_damaged_headers_end_in_a_word_or_none(kind):
+    """Whatever sizes a header states: the walk comes to an end, and raises nothing else."""
+    content, random = MAKERS[kind](1), np.random.default_rng(0)
+    known = ffmpeg_format(content[:64])
+    assert known is not None
+    for _ in range(200):
+        damaged = bytearray(content + content)
+        for place in random.integers(0, 200, 5):
+            damaged[place] = random.choice([0, 1, 255, 128])
+        for start in (0, len(content)):
+            with contextlib.suppress(AudioError):
+                files_in(Content(bytes(damaged)), start, known[0], "clip")
+    for zeros in (b"MAC \xa0\x0f", b"Creative Voice File\x1a", b"DSD ", b".snd", b"TTA1", b"wvpk"):
+        kind = ffmpeg_format(zeros.ljust(64, b"\0"))[0]
+        files_in(Content(zeros.ljust(64, b"\0") * 2), 0, kind, "clip")
 
 
 def test_a_speech_file_that_is_compressed_states_no_size():
