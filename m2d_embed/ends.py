@@ -85,6 +85,8 @@ def files_in(content: Content, start: int, kind: str, name: str) -> Found | None
             at += chunk.length
             if not chunk.ends:
                 continue
+        if not has_sound and files:
+            raise AudioError(f"{name}: truncated, of the {len(files) + 1} files joined in it the last has no sound.")
         if not has_sound:
             return None
         files.append((start, at))
@@ -206,7 +208,8 @@ def _asf(content: Content, at: int) -> Chunk | None:
     (size,) = struct.unpack("<Q", head[16:])
     if head[:16] == _ASF_DATA:
         return Chunk(size if size > 50 else _UNKNOWN, sound=True)  # an empty one: written to a pipe
-    return Chunk(size, begins=head[:16] == _ASF_HEADER) if 24 <= size <= content.size - at else None
+    begins = head[:16] == _ASF_HEADER
+    return Chunk(size, begins) if size >= 24 and (begins or size <= content.size - at) else None
 
 
 def _flv(content: Content, at: int) -> Chunk | None:
@@ -275,6 +278,8 @@ def _nist(content: Content, at: int) -> Chunk | None:
     if head[:7] != b"NIST_1A" or not (start := re.match(rb"NIST_1A\s+(\d+)\s", head)):
         return None
     head = content.at(at, min(int(start[1]), _PADDING))
+    if len(head) < int(start[1]):
+        return Chunk(int(start[1]), begins=True, sound=True)
     size = 1
     for field in (rb"sample_count", rb"channel_count", rb"sample_n_bytes"):
         number = re.search(rb"\n" + field + rb" -i (\d+)", head)

@@ -162,6 +162,17 @@ def test_cut_files_are_refused(monkeypatch, kind, share, has_av):
         own_rate(content + content[: round(len(content) * share)])
 
 
+@pytest.mark.parametrize("kind", MAKERS)
+def test_of_a_second_file_only_the_header(caplog, kind):
+    content = MAKERS[kind](1)
+    try:
+        own_rate(content + content[:100])
+    except AudioError as error:
+        assert "truncated" in str(error)
+    else:
+        assert "bytes after the sound that its header states are left out" in caplog.text
+
+
 @pytest.mark.parametrize("behind", [bytes(3), bytes(3_000), ID3V1, APE_TAG, APE_TAG + ID3V1])
 @pytest.mark.parametrize("kind", MAKERS)
 def test_padding_and_tags_behind_a_file_are_no_sound(caplog, kind, behind):
