@@ -37,12 +37,12 @@ import typer
 
 from benchmarks.runtimes import REFERENCE, UNITS, build, exported, load, runtimes
 from benchmarks.timing import machine, measure, product_rates, unit_rates
-from m2d_embed.audio import find_audio, open_clip
-from m2d_embed.backends import supports_int8
+from m2d_embed.audio.clips import find_audio, open_clip
+from m2d_embed.backends.selection import supports_int8
 from m2d_embed.config import ModelConfig
-from m2d_embed.model import DTYPES
-from m2d_embed.profiling import peak_memory
-from m2d_embed.windows import cut
+from m2d_embed.m2d import DTYPES
+from m2d_embed.model.windows import cut
+from m2d_embed.runtime.profiling import peak_memory
 
 HERE = Path(__file__).parent
 MODELS = {"base": "ViT-Base, 80x608, 16x16 patches", "bundled": "bundled ViT-Tiny, 80x304, 16x16 patches"}

@@ -22,16 +22,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from tqdm.auto import tqdm
 
-from m2d_embed import __version__, registry
-from m2d_embed.audio import load_audio
+from m2d_embed import __version__
+from m2d_embed.audio.clips import load_audio
+from m2d_embed.audio.find import find_inputs
+from m2d_embed.checkpoints import registry
 from m2d_embed.config import FeatureConfig, resolve_layers
 from m2d_embed.errors import AudioError, ConfigError, M2DEmbedError, ModelNotFoundError, UnsupportedError
-from m2d_embed.find import find_inputs
 
 if TYPE_CHECKING:
-    from m2d_embed.heads.tagging import Tag
     from m2d_embed.jobs.shards import Shard, ShardSummary
-    from m2d_embed.model import M2D
+    from m2d_embed.m2d import M2D
+    from m2d_embed.model.heads.tagging import Tag
     from m2d_embed.pretrain.corpus import CorpusSummary
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -177,10 +178,10 @@ def embed(
     it goes on where that stopped. On several devices: torchrun --nproc-per-node N -m m2d_embed embed ..., or --shard;
     the last process to finish puts the shards together.
     """
-    from m2d_embed.batching import Pipeline
     from m2d_embed.jobs.embed import embed_files
     from m2d_embed.jobs.shards import Shard, embed_shard, local_device
-    from m2d_embed.profiling import Profile, Stopwatch
+    from m2d_embed.runtime.batching import Pipeline
+    from m2d_embed.runtime.profiling import Profile, Stopwatch
 
     files = find_inputs(inputs or [], listing)
     part = Shard.parse(shard) if shard else Shard.from_environment()
@@ -291,7 +292,7 @@ def zero_shot(
     """Classify clips by labels of your own. Needs a CLAP checkpoint and the extra 'clap'."""
     import torch
 
-    from m2d_embed.heads.tagging import Tag
+    from m2d_embed.model.heads.tagging import Tag
 
     names = [label.strip() for label in labels.split(",") if label.strip()]
     if not names or "{}" not in template:
@@ -381,15 +382,15 @@ def convert(
     ] = None,
 ) -> None:
     """Convert a checkpoint of any layout to config.json + safetensors."""
-    from m2d_embed import checkpoints
-    from m2d_embed.model import parse_dtype
+    from m2d_embed.checkpoints import layouts
+    from m2d_embed.m2d import parse_dtype
 
     if not source.exists():
         raise ModelNotFoundError(f"{source}: no such file or folder.")
-    checkpoint = checkpoints.convert(source, destination, [parse_dtype(half.value) for half in dtype or ()])
+    checkpoint = layouts.convert(source, destination, [parse_dtype(half.value) for half in dtype or ()])
     print(f"{destination}: {', '.join(sorted(file.name for file in destination.iterdir()))}")
     if checkpoint.unused:
-        print(f"left out, not part of the model: {checkpoints.summarise_unused(checkpoint.unused)}")
+        print(f"left out, not part of the model: {layouts.summarise_unused(checkpoint.unused)}")
 
 
 @app.command()
@@ -712,14 +713,14 @@ def _require_extra(extra: str, *modules: str) -> None:
 def _load(
     model: str, device: str | None, dtype: Precision | None, features: FeatureConfig, threads: int | None = None
 ) -> M2D:
-    from m2d_embed.model import M2D
+    from m2d_embed.m2d import M2D
 
     precision = dtype.value if dtype else None
     return M2D.from_pretrained(model, device=device, dtype=precision, features=features, threads=threads)
 
 
 def _facts(model: M2D) -> dict[str, Any]:
-    from m2d_embed import backends, threads
+    from m2d_embed.backends import selection, threads
 
     config = model.config
     (mels, frames), (patch_mels, patch_frames) = config.input_size, config.patch_size
@@ -737,7 +738,7 @@ def _facts(model: M2D) -> dict[str, Any]:
         "layers read": ", ".join(map(str, resolve_layers(model.features.blocks(config), config.depth))),
         "scene embedding": model.scene_embedding_size,
         "timestamp embedding": f"{model.timestamp_embedding_size}, every {hop_ms:g} ms",
-    } | backends.describe(model.encoder)
+    } | selection.describe(model.encoder)
     facts["threads on this CPU"] = threads.describe()
     if config.head is not None:
         facts["labels"] = f"{len(config.head.labels)} ({', '.join(config.head.labels[:3])} ...)"
@@ -820,7 +821,7 @@ def _encode_readable(model: M2D, files: list[Path]) -> tuple[list[str], Any, int
     """Names and scene embeddings of the files that can be read, and how many cannot; those are reported."""
     import torch
 
-    from m2d_embed.batching import encode_scenes
+    from m2d_embed.runtime.batching import encode_scenes
 
     scenes: dict[int, Any] = {}
     with torch.no_grad(), tqdm(total=len(files), unit="clip", disable=None) as bar:

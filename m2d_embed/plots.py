@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from m2d_embed.audio import load_audio
+from m2d_embed.audio.clips import load_audio
 from m2d_embed.errors import ConfigError
-from m2d_embed.model import M2D
+from m2d_embed.m2d import M2D
 
 Array = npt.NDArray[np.float32]
 _COMPONENTS = 3

@@ -17,13 +17,13 @@ import soundfile
 import torch
 from conftest import DATA, TINY, WORDS, random_model
 
-from m2d_embed import backends, threads
-from m2d_embed.audio import load_audio
+from m2d_embed.audio.clips import load_audio
+from m2d_embed.backends import selection, threads
+from m2d_embed.checkpoints.registry import BUNDLED_NAME, RELEASES
 from m2d_embed.cli import main
 from m2d_embed.config import CheckpointName, ClapConfig, HeadConfig
 from m2d_embed.jobs.outputs import read_scenes
-from m2d_embed.model import M2D
-from m2d_embed.registry import BUNDLED_NAME, RELEASES
+from m2d_embed.m2d import M2D
 
 ALARM = DATA / "sounds" / "alarm-clock-elapsed.oga"
 
@@ -291,7 +291,7 @@ def test_info_of_the_bundled_model():
     shown = run("info").stdout
     for part in (
         BUNDLED_NAME,
-        *backends.describe(M2D.from_pretrained().encoder).values(),
+        *selection.describe(M2D.from_pretrained().encoder).values(),
         "bundled with m2d-embed",
         "16000 Hz",
         threads.describe(),

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from m2d_embed import find, formats
+from m2d_embed.audio import find, formats
+from m2d_embed.audio.find import find_audio, find_inputs
 from m2d_embed.errors import AudioError, ConfigError
-from m2d_embed.evaluate.labelled import read_labelled
-from m2d_embed.find import find_audio, find_inputs
+from m2d_embed.labelled.clips import read_labelled
 from m2d_embed.pretrain.crops import read_crop
 
 

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from test_sound_files import Draw, by_ffmpeg, encoded, own_rate, wav_with_size, without_total
 
-from m2d_embed import sounds
-from m2d_embed.audio import load_audio, open_clip
-from m2d_embed.ends import files_in
+from m2d_embed.audio import sounds
+from m2d_embed.audio.clips import load_audio, open_clip
+from m2d_embed.audio.ends import files_in
+from m2d_embed.audio.formats import ffmpeg_format
+from m2d_embed.audio.stitched import Content
 from m2d_embed.errors import AudioError
-from m2d_embed.formats import ffmpeg_format
 from m2d_embed.pretrain.crops import read_crop
-from m2d_embed.stitched import Content
 
 ID3V1 = b"TAG" + bytes(125)
 APE_TAG = b"APETAGEX" + struct.pack("<IIII8x", 2_000, 40 + 32, 1, 0xA000_0000) + bytes(40)

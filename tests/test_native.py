@@ -24,15 +24,15 @@ from generic_kernels import COMPILER, GENERIC, run_sanitized, units_here, use
 from torch import Tensor
 
 import m2d_embed
-from m2d_embed import backends, native
-from m2d_embed.backends import Backend
+from m2d_embed.backends import native, selection
+from m2d_embed.backends.native import NativeBlocks, NativeLogMel, Shape, library
+from m2d_embed.backends.packed import PackedBlocks
+from m2d_embed.backends.selection import Backend
 from m2d_embed.config import ModelConfig
-from m2d_embed.encoder import Block
 from m2d_embed.errors import ConfigError
-from m2d_embed.frontend import LogMel
-from m2d_embed.model import DTYPES
-from m2d_embed.native import NativeBlocks, NativeLogMel, Shape, library
-from m2d_embed.packed import PackedBlocks
+from m2d_embed.m2d import DTYPES
+from m2d_embed.model.encoder import Block
+from m2d_embed.model.frontend import LogMel
 
 KINDS = ("fp32", "bf16", "int8")
 HERE = units_here()
@@ -396,9 +396,9 @@ def test_shapes_that_fit(kind):
 def test_a_model_uses_them(kind):
     config = ModelConfig(embed_dim=64, depth=2, num_heads=2, input_size=(80, 64), patch_size=(16, 16))
     model = random_model(config).set_dtype(DTYPES[kind])
-    assert backends.choose_backend(model.encoder, torch.zeros(1)).engine == "modules"  # gradients are on
+    assert selection.choose_backend(model.encoder, torch.zeros(1)).engine == "modules"  # gradients are on
     with torch.no_grad():
-        assert backends.choose_backend(model.encoder, torch.zeros(1)).engine == "native"
+        assert selection.choose_backend(model.encoder, torch.zeros(1)).engine == "native"
         model.scene(tokens(1, 8000, 1)[..., 0])
     assert model.encoder._packed is not None
     assert model.encoder._packed.kernel is not None and not model.encoder._packed.copies

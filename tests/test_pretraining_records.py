@@ -13,10 +13,10 @@ import m2d_embed
 from benchmarks import render
 from benchmarks.pretraining import blocks, record, release, trials
 from benchmarks.pretraining.encoders import read_encoder
-from m2d_embed.checkpoints import Checkpoint, write_native
+from m2d_embed.checkpoints.layouts import Checkpoint, write_native
 from m2d_embed.config import FeatureConfig, ModelConfig
-from m2d_embed.evaluate.labelled import read_labelled
-from m2d_embed.model import M2D
+from m2d_embed.labelled.clips import read_labelled
+from m2d_embed.m2d import M2D
 
 RECIPE = {
     "name": "mine",

@@ -24,9 +24,9 @@ from benchmarks.pretraining.record import FOLDER as RECORDS
 from benchmarks.pretraining.scenes import PACKAGE as SCENES
 from benchmarks.pretraining.targets import read_rows
 from benchmarks.render import CARD, on_cores, replace_section
-from m2d_embed.checkpoints import WEIGHT_FILES, Checkpoint, write_native
+from m2d_embed.checkpoints.layouts import WEIGHT_FILES, Checkpoint, write_native
+from m2d_embed.checkpoints.registry import BUNDLED_NAME
 from m2d_embed.config import ScenePooling, resolve_layers
-from m2d_embed.registry import BUNDLED_NAME
 from m2d_embed.training.settings import read_yaml
 
 _SOURCE = "m2d_embed.pretrain, recipe {recipe}: {hours:.0f} h of free audio, teachers YAMNet and Resemblyzer"

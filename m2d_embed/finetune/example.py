@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 
 from m2d_embed import M2D
-from m2d_embed.audio import load_audio
+from m2d_embed.audio.clips import load_audio
 from m2d_embed.config import HeadConfig
-from m2d_embed.evaluate.labelled import read_labelled
 from m2d_embed.finetune.optim import layer_groups
-from m2d_embed.heads.tagging import TaggingHead
+from m2d_embed.labelled.clips import read_labelled
+from m2d_embed.model.heads.tagging import TaggingHead
 
 EPOCHS, BATCH, SECONDS, RATE = 20, 16, 3.0, 1e-3
 

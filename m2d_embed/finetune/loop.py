@@ -27,7 +27,6 @@ from tqdm.auto import tqdm
 from m2d_embed import __version__
 from m2d_embed.config import HeadConfig, ModelConfig, ScenePooling
 from m2d_embed.errors import CheckpointError, ConfigError, TrainingError
-from m2d_embed.evaluate.labelled import named
 from m2d_embed.files import atomic_write, write_json, write_text
 from m2d_embed.finetune import evaluate, network
 from m2d_embed.finetune.augment import KeptPatches, frequency_warp, kept_patches, mixup, random_gain, spec_augment
@@ -39,7 +38,8 @@ from m2d_embed.finetune.optim import Average, layer_groups, loss_per_row, scaled
 from m2d_embed.finetune.probe_start import probe_head
 from m2d_embed.finetune.recipe import ALL_FOLDS, FinetuneRecipe, whole_columns
 from m2d_embed.finetune.task import Parts, check_contents, choose_fold, choose_parts, notes_on, read_task
-from m2d_embed.model import M2D
+from m2d_embed.labelled.clips import named
+from m2d_embed.m2d import M2D
 from m2d_embed.training import run_state
 from m2d_embed.training.monitor import RunLog
 from m2d_embed.training.processes import agreed, check_processes, shared_means, start_accelerator, stop_agreed

@@ -14,13 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from m2d_embed.collectors import pool_padded_scene
 from m2d_embed.config import ModelConfig
-from m2d_embed.encoder import Encoder
 from m2d_embed.errors import ConfigError, UnsupportedError
 from m2d_embed.finetune.recipe import LoraSection
-from m2d_embed.heads.tagging import TaggingHead
-from m2d_embed.model import M2D
+from m2d_embed.m2d import M2D
+from m2d_embed.model.encoder import Encoder
+from m2d_embed.model.heads.tagging import TaggingHead
+from m2d_embed.runtime.collectors import pool_padded_scene
 from m2d_embed.training.positions import resize_positions
 
 if TYPE_CHECKING:

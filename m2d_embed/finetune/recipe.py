@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from m2d_embed.checkpoints.registry import BUNDLED_NAME
 from m2d_embed.config import ModelConfig, ScenePooling, from_dict
 from m2d_embed.errors import ConfigError
-from m2d_embed.registry import BUNDLED_NAME
 from m2d_embed.training.settings import flatten, override, read_yaml, require, to_plain, to_yaml
 
 ALL_FOLDS = "all"

@@ -23,13 +23,13 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from m2d_embed import model as inference
-from m2d_embed.audio import open_sound
+from m2d_embed import m2d as inference
+from m2d_embed.audio.clips import open_sound
 from m2d_embed.config import ModelConfig
 from m2d_embed.errors import AudioError, ConfigError, M2DEmbedError, TrainingError
-from m2d_embed.evaluate.labelled import LabelledClips, read_labelled
 from m2d_embed.evaluate.probes import embed_clips, knn_accuracy, linear_probe_accuracy
 from m2d_embed.files import write_text
+from m2d_embed.labelled.clips import LabelledClips, read_labelled
 from m2d_embed.pretrain.build import build_optimizers, build_task, peak_rate
 from m2d_embed.pretrain.data import TrainingData, label_names, open_data
 from m2d_embed.pretrain.datasets import BadFiles, Batch, measure_stats

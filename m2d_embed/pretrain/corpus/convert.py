@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import soundfile
 
-from m2d_embed.audio import Samples, checked_blocks, open_clip
+from m2d_embed.audio.clips import Samples, checked_blocks, open_clip
+from m2d_embed.audio.ffmpeg import FFmpegSound
+from m2d_embed.audio.sounds import resampled
 from m2d_embed.errors import AudioError
-from m2d_embed.ffmpeg import FFmpegSound
-from m2d_embed.sounds import resampled
 
 SAMPLE_RATE = 16_000  # Hz
 LONGEST = 30 * SAMPLE_RATE
