@@ -153,7 +153,7 @@ def _from_mapping(clip: Mapping[str, Any], name: str) -> _Given:
         array = clip["array"]
         if not isinstance(array, np.ndarray | Tensor):
             array = np.asarray(array)
-            if array.dtype.kind in "iu":
+            if array.dtype.kind in "biu":
                 raise AudioError(
                     f"{name}: whole numbers in a list do not say what 1 is; give an array, maybe of int16."
                 )

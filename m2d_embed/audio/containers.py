@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from m2d_embed.audio import mp3
+from m2d_embed.audio.ends import W64_DATA, files_in, is_placeholder, refuse_if_truncated
 from m2d_embed.audio.flac import flac_parts
 from m2d_embed.audio.formats import ffmpeg_format
 from m2d_embed.audio.stitched import Content, Piece
@@ -22,18 +23,11 @@ Pieces = tuple[Piece, ...]
 
 _HEAD = 64  # bytes that tell the format
 _WAV_MP3 = 0x55
-#: Sizes that programs write who do not know any: sox and espeak-ng, lame and opusdec, GStreamer, sox for AIFF; some
-#: take off what the header is long.
-_PLACEHOLDERS = (0x7FFF_F000, 0x7FFF_FFFF, 0x8000_0000, 0x7FFF_0000, 0x7F00_0000)
-_HEADER_LENGTH = 256  # bytes, at most
-_LARGEST = 0xFFFF_FF00  # from here on a 32-bit size is a placeholder, too
-_SURELY_LARGER = 0.9  # a placeholder is believed to be one if the file is no longer than so much of it
 _MOST_CHUNKS = 1_000  # looked at before the samples; more are no chunks
 _BEGINNINGS = frozenset({b"RIFF", b"RIFX", b"RF64", b"BW64", b"data"})  # what does not follow samples in a whole file
 _CHUNK_NAME = re.compile(rb"[A-Za-z0-9][A-Za-z0-9 _.\-\xa9]{3}")
 _WAVES = (b"RIFF", b"RIFX", b"RF64", b"BW64")
-_LIBSNDFILE_TOO = ("wav", "nistsphere")
-_W64_DATA = b"data" + bytes.fromhex("f3acd3118cd100c04f8edb8a")
+_LIBSNDFILE_TOO = ("wav", "nistsphere", "voc", "aiff", "au", "caf", "w64")
 
 
 @dataclass(frozen=True)
@@ -85,20 +79,23 @@ def layout(content: Content, name: str) -> Layout:
     fallback, title = ffmpeg_format(head) or ("", "")
     if fallback == "wav" and head[:4] in _WAVES:
         return _wav(content, name)
-    if head[:4] == b"riff" and fallback == "":
-        return _w64(content, name)
+    decoder = fallback if fallback not in _LIBSNDFILE_TOO else ""
+    found = files_in(content, start, fallback, name)
+    if found is not None and (len(found.files) > 1 or found.files[0][1] < content.size):
+        parts = tuple(Part((file,), decoder) for file in found.files)
+        return Layout(parts, title, fallback, warning=found.behind)
+    if fallback == "w64":
+        return _w64(content)
     if fallback == "caf":
-        return _caf(content, name)
-    if fallback in ("aiff", "au"):
-        data = _aiff_data(content) if fallback == "aiff" else _au_data(head)
-        return _stated(data, content, name, title, fallback)
+        return _caf(content)
+    if fallback == "au" and head[8:12] == bytes(4):
+        return Layout((Part((head[:8] + b"\xff" * 4, (12, content.size))),), title, fallback)
     if fallback == "flac":
         return Layout(tuple(map(Part, flac_parts(content, start, name))), title, fallback)
     if fallback == "ogg":
-        return _ogg(content)
+        return _ogg(content, name)
     if not fallback and (first := mp3.find_start(content, start)) is not None:
         return _mpeg(content, first, content.size)
-    decoder = fallback if fallback not in _LIBSNDFILE_TOO else ""
     return Layout((Part(decoder=decoder),), title, fallback)
 
 
@@ -160,7 +157,7 @@ def _real_size(content: Content, data: _Data, order: str, per_second: int, name:
     available = content.size - data.start
     behind = available - data.size
     if behind <= 1:
-        _refuse_if_truncated(data.size, available, name)
+        refuse_if_truncated(data.size, available, name)
         return data.size, ""
     follows = content.at(data.start + data.size + data.size % 2, 4)
     if follows in _BEGINNINGS:
@@ -175,7 +172,7 @@ def _real_size(content: Content, data: _Data, order: str, per_second: int, name:
     if behind >> 32:
         size = data.size + (behind >> 32 << 32)
         return size, f"{name}: sizes of 4 GiB and more wrap in its header ({data.size} bytes); {size} bytes are read."
-    if _is_placeholder(data.size):
+    if is_placeholder(data.size):
         return available, ""
     if behind >= per_second > 0 and any(content.at(data.start + data.size, 4096)):
         return data.size, f"{name}: {behind} bytes after the samples that its header states are left out."
@@ -215,37 +212,17 @@ def _chunks(content: Content, start: int, order: str) -> Iterator[tuple[bytes, i
         start += 8 + size + size % 2
 
 
-# --- other formats with one size --------------------------------------------------------------------------------------
+# --- sizes that are put right ----------------------------------------------------------------------------------------
 
 
-def _stated(data: _Data | None, content: Content, name: str, title: str, fallback: str = "") -> Layout:
-    """A format that libsndfile reads to the end of the file if the stated size is too large."""
-    if data is not None:
-        _refuse_if_truncated(data.size, content.size - data.start, name)
-    return Layout((Part(),), title, fallback)
-
-
-def _aiff_data(content: Content) -> _Data | None:
-    for chunk, start, size in _chunks(content, 12, ">"):
-        if chunk == b"SSND":
-            return _Data(start, size)
-    return None
-
-
-def _au_data(head: bytes) -> _Data | None:
-    start, size = struct.unpack(">II", head[4:12]) if len(head) >= 12 else (0, 0)
-    return _Data(start, size)
-
-
-def _w64(content: Content, name: str) -> Layout:
+def _w64(content: Content) -> Layout:
     at = 40
     for _ in range(_MOST_CHUNKS):
         head = content.at(at, 24)
         if len(head) < 24:
             break
         size, available = struct.unpack("<Q", head[16:])[0], content.size - at - 24
-        if head[:16] == _W64_DATA:
-            _refuse_if_truncated(size - 24, available, name)
+        if head[:16] == W64_DATA:
             if size - 24 > available:  # a placeholder
                 known = content.at(0, 16) + struct.pack("<Q", content.size) + content.at(24, at - 24)
                 header = known + head[:16] + struct.pack("<Q", available + 24)
@@ -255,7 +232,7 @@ def _w64(content: Content, name: str) -> Layout:
     return Layout((Part(),), "W64")
 
 
-def _caf(content: Content, name: str) -> Layout:
+def _caf(content: Content) -> Layout:
     at = 8
     for _ in range(_MOST_CHUNKS):
         head = content.at(at, 12)
@@ -267,45 +244,37 @@ def _caf(content: Content, name: str) -> Layout:
             if size == -1:  # up to the end of the file
                 header = content.at(0, at) + struct.pack(">4sq", b"data", available)
                 return Layout((Part((header, (at + 12, content.size))),), "Core Audio", "caf")
-            _refuse_if_truncated(size, available, name)
             break
         at += 12 + max(0, size)
     return Layout((Part(),), "Core Audio", "caf")
 
 
-def _refuse_if_truncated(size: int, available: int, name: str) -> None:
-    """Raise AudioError if a file holds less than its header states, which is not a placeholder."""
-    if size > available and not (_is_placeholder(size) and available <= _SURELY_LARGER * size):
-        raise AudioError(f"{name}: truncated, it holds {available} of the {size} bytes its header promises.")
-
-
-def _is_placeholder(size: int) -> bool:
-    return size >= _LARGEST or any(abs(value - size) <= _HEADER_LENGTH for value in _PLACEHOLDERS)
-
-
 # --- Ogg --------------------------------------------------------------------------------------------------------------
 
 _PAGE_HEAD = 27 + 255 + 8  # bytes: header, table of segments, name of the codec
-_BEGINS = 2  # flag of a page that begins a logical stream
+_BEGINS, _ENDS = 2, 4  # flags of a page that begins a logical stream, and of one that ends it
 _FFMPEGS_CODECS = {b"\x7fFLAC": "Ogg FLAC", b"Speex ": "Ogg Speex"}
 
 
-def _ogg(content: Content) -> Layout:
+def _ogg(content: Content, name: str) -> Layout:
     """The links of a chain, each an Ogg file of its own, as radio streams are recorded."""
     links: list[tuple[int, str]] = []  # where each begins, and its codec if FFmpeg has to read it
-    at, beginning = 0, False
+    at, beginning, ended = 0, False, True
     while (page := content.at(at, _PAGE_HEAD))[:4] == b"OggS" and len(page) > 27:
         begins = bool(page[5] & _BEGINS)
         segments = page[26]
         if begins and not beginning:  # streams side by side begin together
             codec = page[27 + segments :]
             links.append((at, next((name for mark, name in _FFMPEGS_CODECS.items() if codec.startswith(mark)), "")))
-        beginning = begins
+        beginning, ended = begins, bool(page[5] & _ENDS)
         at += 27 + segments + sum(page[27 : 27 + segments])
+    if at > content.size or content.at(at, 4)[:4] == b"OggS":
+        raise AudioError(f"{name}: truncated, it ends in the middle of an Ogg page.")
+    warning = "" if ended else f"{name}: nothing marks its end; it may have been cut."
     title = next((name for _, name in links if name), "Ogg")
     decoders = ["ogg" if name else "" for _, name in links] or [""]
     if len(links) < 2:
-        return Layout((Part(decoder=decoders[0]),), title, "ogg")
+        return Layout((Part(decoder=decoders[0]),), title, "ogg", warning=warning)
     ends = [start for start, _ in links[1:]] + [content.size]
     parts = [Part(((start, end),), decoder) for (start, _), end, decoder in zip(links, ends, decoders, strict=True)]
-    return Layout(tuple(parts), title, "ogg")
+    return Layout(tuple(parts), title, "ogg", warning=warning)

@@ -15,7 +15,7 @@ Samples = npt.NDArray[np.float32]
 _BLOCK_SAMPLES = 1 << 16  # samples a block, at least
 _MAY_LACK = 0.25  # seconds: containers round lengths
 #: Formats whose containers state how long a stream is; others let FFmpeg guess it from bytes.
-_STATING = ("mov", "matroska")
+_STATING = ("mov", "matroska", "avi", "flv", "wv", "tta", "ape")
 
 
 class FFmpegSound:
@@ -50,6 +50,9 @@ class FFmpegSound:
             self.close()
             raise AudioError(f"{name}: FFmpeg finds no audio in it ({audio_format}).")
         self._track = self._container.streams.audio[0]
+        if self._track.codec_context is None:
+            self.close()
+            raise AudioError(f"{name}: FFmpeg cannot decode it (no decoder for its sound).")
         self.rate = int(self._track.rate or 0)
         self.seconds = self._stated_seconds()
         self._reached = 0.0  # seconds, by packets of all streams

@@ -1,4 +1,4 @@
-"""FLAC streams that do not know their length, and files of several of them.
+"""FLAC streams that do not know their length, or state too little, and files of several of them.
 
 An encoder that writes to a pipe leaves a length of 0, with which libsndfile cannot seek; the last frame tells it. Of
 files joined by ``cat`` libsndfile reads the first, or fails; the numbers in the frames tell that there are several.
@@ -57,7 +57,9 @@ def flac_parts(content: Content, start: int, name: str) -> list[tuple[Piece, ...
         return [None]
     starts = _streams(content, start)
     if len(starts) < 2 and stream.total:
-        return [None]  # shorter than promised, or with something behind it: found out when it is read
+        counted = _counted(content, stream)
+        # Shorter than promised, or with something behind it, is found out when it is read.
+        return [_with_total(content, start, content.size, counted) if counted > stream.total else None]
     parts: list[tuple[Piece, ...] | None] = []
     for begin, end in zip(starts, [*starts[1:], content.size], strict=True):
         part = _header(content, begin)
@@ -115,6 +117,17 @@ def _last_sample(content: Content, stream: _Stream, end: int) -> int:
         if any(_crc16(data[: len(data) - tag]) == 0 for tag in (0, _TAGS)):
             return frame.end
     return 0
+
+
+def _counted(content: Content, stream: _Stream) -> int:
+    """Samples of a stream up to the end of the last frame that another one leads to, or that ends the file."""
+    window = 2 * (stream.longest or _FRAMES) + _TAGS
+    found, total = list(_frames(content, stream, content.size - window, content.size)), 0
+    ends = {frame.end for frame in found}
+    for frame in found:
+        if frame.first in ends:
+            total = max(total, frame.end)
+    return total or _last_sample(content, stream, content.size)
 
 
 def _with_total(content: Content, begin: int, end: int, total: int) -> tuple[Piece, ...]:

@@ -13,6 +13,15 @@ AUDIO_SUFFIXES = frozenset(
     ]
 )
 
+#: libsndfile's names of the formats that it may read: those whose stated lengths are checked, and the last four, which
+#: state none, or which it checks itself. Of others (AVR, MAT5, SDS, ...) it reads what is there.
+LIBSNDFILES = frozenset(
+    [
+        *("WAV", "WAVEX", "RF64", "AIFF", "AU", "CAF", "W64", "NIST", "VOC", "FLAC", "OGG", "MP3"),
+        *("IRCAM", "PAF", "PVF", "HTK"),
+    ]
+)
+
 #: Endings of what FFmpeg's libraries read through PyAV, the extra ``av``; of videos their sound.
 AV_SUFFIXES = frozenset(
     [
@@ -52,6 +61,8 @@ _MARKS: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"fLaC", "flac", "FLAC"),
     (0, b"OggS", "ogg", "Ogg"),
     (0, b"NIST_1A", "nistsphere", "NIST SPHERE"),
+    (0, b"Creative Voice File", "voc", "VOC"),
+    (0, b"riff", "w64", "W64"),
 )
 
 

@@ -21,7 +21,7 @@ import soxr
 from m2d_embed.audio.containers import Layout, Part, layout
 from m2d_embed.audio.ffmpeg import FFmpegSound
 from m2d_embed.audio.find import hint_at_backslashes
-from m2d_embed.audio.formats import AV_HINT, has_av
+from m2d_embed.audio.formats import AV_HINT, LIBSNDFILES, has_av
 from m2d_embed.audio.stitched import Content, Stitched
 from m2d_embed.errors import AudioError
 
@@ -220,12 +220,23 @@ class _Sndfile:
 
 
 def _open_part(source: Encoded, part: Part, found: Layout, name: str) -> _Decoder:
+    where = str(source) if isinstance(source, Path) else name
     if part.decoder:
         reason = ""
     else:
-        stream = None if part.pieces is None and isinstance(source, Path) else _stream(source, part)
+        # soundfile goes by the name of a ".raw" and would be told its rate; whatever it holds states that itself.
+        named = part.pieces is None and isinstance(source, Path) and source.suffix.lower() != ".raw"
+        stream = None if named else _stream(source, part)
         try:
             file = _Sequential(source if stream is None else stream)
+            if file.format not in LIBSNDFILES:
+                file.close()
+                if stream is not None:
+                    stream.close()
+                raise AudioError(
+                    f"{where}: whether a file of this format ({file.format_info}) is whole is not checked; convert it "
+                    "to WAV or FLAC."
+                )
             if part.frames is None or file.frames >= part.frames:
                 return _Sndfile(file, stream, part, found.preroll, name)
             reason = "it takes it for shorter than it is"
@@ -234,7 +245,7 @@ def _open_part(source: Encoded, part: Part, found: Layout, name: str) -> _Decode
             reason = error.error_string
         if stream is not None:
             stream.close()
-    decoder, where = part.decoder or found.fallback, str(source) if isinstance(source, Path) else name
+    decoder = part.decoder or found.fallback
     if not decoder:
         raise AudioError(f"{where}: not audio that can be read ({reason}).")
     if not has_av():
@@ -250,9 +261,10 @@ def _open_part(source: Encoded, part: Part, found: Layout, name: str) -> _Decode
 
 def _stream(source: Encoded, part: Part) -> BinaryIO:
     """What a part is read from, where that is not the file itself."""
-    if part.pieces is not None:
-        return cast(BinaryIO, Stitched(Content(source), part.pieces))
-    return source.open("rb") if isinstance(source, Path) else io.BytesIO(source)
+    if part.pieces is None and isinstance(source, bytes):
+        return io.BytesIO(source)
+    content = Content(source)
+    return cast(BinaryIO, Stitched(content, part.pieces or ((0, content.size),)))
 
 
 def _layout(content: Content, name: str) -> Layout:
