@@ -1,7 +1,7 @@
-"""Compiles the kernels of ``m2d_embed/native`` into the wheel: for Linux on x86-64 and 64-bit ARM, and macOS on ARM.
+"""Compiles the kernels of ``m2d_embed/backends/native`` into the wheel.
 
-``CC`` names the compiler, which may be one for another of these systems. Without one the wheel is pure Python, and the
-package computes the same through PyTorch.
+For Linux on x86-64 and 64-bit ARM, and macOS on ARM. ``CC`` names the compiler, which may be one for another of these
+systems. Without one the wheel is pure Python, and the package computes the same through PyTorch.
 """
 
 import os
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-LIBRARY = "m2d_embed/native/kernels.so"
+LIBRARY = "m2d_embed/backends/native/kernels.so"
 _OLDEST_GLIBC = 17  # 2.17, of manylinux2014: older than what current wheels of torch ask for
 _OLDEST_MACOS = 11  # the first one on ARM
 _ALL = "-std=gnu11 -O3 -fPIC -fno-math-errno -ffp-contract=off"
@@ -138,7 +138,7 @@ def commands(compiler: list[str], target: Target, root: Path, library: Path) -> 
     units = UNITS[target.machine]
     objects = [str(library.with_name(f"{number}.o")) for number in range(len(units))]
     compiled = [
-        [*compiler, *unit.command(), "-c", str(root / "m2d_embed/native" / unit.source), "-o", to]
+        [*compiler, *unit.command(), "-c", str(root / "m2d_embed/backends/native" / unit.source), "-o", to]
         for unit, to in zip(units, objects, strict=True)
     ]
     return [*compiled, [*compiler, "-shared", *objects, "-o", str(library)]]

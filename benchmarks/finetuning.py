@@ -19,13 +19,13 @@ import typer
 from benchmarks.quality import in_percent, set_name, shown
 from benchmarks.timing import machine
 from m2d_embed.evaluate.embedding_cache import embed_cached, hash_files
-from m2d_embed.evaluate.labelled import TRAIN_ONLY, LabelledClips, read_labelled
 from m2d_embed.evaluate.probes import probe_embeddings
 from m2d_embed.evaluate.scores import score_predictions
 from m2d_embed.finetune.export import RESULTS_FILE
 from m2d_embed.finetune.loop import finetune
 from m2d_embed.finetune.recipe import ALL_FOLDS, FinetuneRecipe, load_recipe
-from m2d_embed.model import M2D
+from m2d_embed.labelled.clips import TRAIN_ONLY, LabelledClips, read_labelled
+from m2d_embed.m2d import M2D
 
 RESULT = Path(__file__).with_suffix(".json")
 

@@ -35,7 +35,7 @@ from benchmarks.timing import machine, measure
 from m2d_embed.files import atomic_write
 from m2d_embed.jobs.outputs import EMBEDDINGS, write_output
 from m2d_embed.jobs.store import Entry, PartStore, key_of
-from m2d_embed.profiling import peak_memory
+from m2d_embed.runtime.profiling import peak_memory
 
 RESULT = Path(__file__).with_suffix(".json")
 ROOT = Path(__file__).parents[1]

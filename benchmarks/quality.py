@@ -27,16 +27,16 @@ import typer
 from tqdm.auto import tqdm
 
 from benchmarks.timing import machine
-from m2d_embed.audio import load_audio
+from m2d_embed.audio.clips import load_audio
 from m2d_embed.config import FeatureConfig
 from m2d_embed.errors import ConfigError
 from m2d_embed.evaluate.embedding_cache import embed_cached, hash_files
 from m2d_embed.evaluate.features import Vectors
-from m2d_embed.evaluate.labelled import LabelledClips, check_duplicates, read_labelled
 from m2d_embed.evaluate.probes import PROBES, ProbeResult, probe_embeddings
 from m2d_embed.evaluate.scores import Score, score_predictions
 from m2d_embed.files import write_json
-from m2d_embed.model import M2D
+from m2d_embed.labelled.clips import LabelledClips, check_duplicates, read_labelled
+from m2d_embed.m2d import M2D
 
 RESULT = Path(__file__).with_suffix(".json")
 SCORES = "scores in % with 95 % intervals"

@@ -1,25 +1,23 @@
-"""Put the checked-in results into the tables of README and model card: ``python -m benchmarks.render``."""
+"""Put the checked-in results into the tables of README, docs and model card: ``python -m benchmarks.render``."""
 
 import json
 import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks.hear.report import comparison, tables
 from benchmarks.quality import SCORES
 
 PROBES = {"linear": "linear", "mlp": "MLP of the HEAR protocol", "knn": "kNN"}
 HEADLINE = {False: "accuracy", True: "mAP"}  # by whether clips have any number of labels
-README = Path(__file__).parents[1] / "README.md"
-CARD = Path(__file__).parents[1] / "weights" / "README.md"
+ROOT = Path(__file__).parents[1]
+CARD = ROOT / "weights" / "README.md"
 STARTUP = Path(__file__).with_name("startup.json")
 CPU_SPEEDS = ("speed-avx2-family25.json",)  # of this version
-EARLIER_SPEEDS = sorted(path for path in README.parent.glob("benchmarks/speed-*.json") if path.name not in CPU_SPEEDS)
+EARLIER_SPEEDS = sorted(path for path in ROOT.glob("benchmarks/speed-*.json") if path.name not in CPU_SPEEDS)
 TRAINING = Path(__file__).with_name("training.json")
 SHORT_RUN = Path(__file__).with_name("short_run.json")
 QUALITY = Path(__file__).with_name("quality.json")
 FINETUNING = Path(__file__).with_name("finetuning.json")
-HEAR = Path(__file__).with_name("hear.json")
 GPU_TRAINING = Path(__file__).with_name("training-gpu.json")
 
 
@@ -32,10 +30,10 @@ def speed_tables(files: list[Path]) -> str:
     ]
     for file in files:
         result = json.loads(file.read_text())
-        plot = f"![Seconds of audio per second of each runtime](benchmarks/{file.with_suffix('.png').name})"
+        plot = f"![Seconds of audio per second of each runtime](images/{file.with_suffix('.png').name})"
         lines += ["", f"### {on_cores(result['machine'])}", "", plot, speed_table(result)]
-    links = [f"[{path.stem.removeprefix('speed-')}](benchmarks/{path.name})" for path in EARLIER_SPEEDS]
-    return "\n".join([*lines, "", f"Other processors, measured on earlier versions: {', '.join(links)}."])
+    others = [f"`{path.relative_to(ROOT)}`" for path in EARLIER_SPEEDS]
+    return "\n".join([*lines, "", f"Other processors, measured on earlier versions: {', '.join(others)}."])
 
 
 def speed_table(result: dict[str, Any]) -> str:
@@ -156,9 +154,17 @@ def quality_table(result: dict[str, Any]) -> str:
         f"| --- | ---: |{' ---: |' * len(sets)}",
     ]
     for model, by_set in scores.items():
+        if is_local(model):
+            continue
         cells = [quality_cell(by_set[name], probes) for name in sets]
         lines.append(f"| {model} | {next(iter(by_set.values()))['dimensions']} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", f"Measured by `{result['command']}`."])
+    command = re.sub(r" --model \.\./\S+", "", result["command"])
+    return "\n".join([*lines, "", f"Measured by `{command}`."])
+
+
+def is_local(model: str) -> bool:
+    """Whether a model is a folder of whoever measured, which no reader has."""
+    return model.startswith("../")
 
 
 def quality_cell(measured: dict[str, Any], probes: list[str]) -> str:
@@ -187,19 +193,6 @@ def finetuning_table(result: dict[str, Any]) -> str:
     commands = "; ".join(f"`{measured['command']}`" for measured in result.values())
     machine = on_cores(next(iter(result.values()))["machine"])
     return "\n".join([*lines, "", f"On {machine}, beside other work. Measured by {commands}."])
-
-
-def hear_table(result: dict[str, Any], quality: dict[str, Any]) -> str:
-    lines = [
-        f"Scores of hear-eval-kit {result['hear-eval-kit']} with its default grid and 8 grid points, on "
-        f"{on_cores(result['machine'])}; ± is the standard deviation over folds, in brackets the 95 % interval.",
-        "",
-        *tables(result),
-    ]
-    both = comparison(result, quality)
-    if len(both) > 2:  # there are rows below the head
-        lines += ["", "The same folds and clips in `m2d-embed probe --probe mlp` (accuracy in %):", "", *both]
-    return "\n".join([*lines, "", f"Measured by `{result['command']}`."])
 
 
 def plus_minus(score: list[float]) -> str:
@@ -245,22 +238,30 @@ def replace_section(text: str, name: str, content: str) -> str:
 
 
 def main() -> None:
-    text = README.read_text(encoding="utf-8")
     speeds = [file for name in CPU_SPEEDS if (file := Path(__file__).with_name(name)).exists()]
-    text = replace_section(text, "speed", speed_tables(speeds))
-    text = replace_section(text, "startup", startup_sentence(json.loads(STARTUP.read_text())))
     training = training_table(json.loads(TRAINING.read_text()))
     if GPU_TRAINING.exists():
         training += "\n\n" + gpu_training_table(json.loads(GPU_TRAINING.read_text()))
-    text = replace_section(text, "training", training)
-    text = replace_section(text, "short-run", short_run_table(json.loads(SHORT_RUN.read_text())))
-    text = replace_section(text, "quality", quality_table(json.loads(QUALITY.read_text())))
-    text = replace_section(text, "finetuning", finetuning_table(json.loads(FINETUNING.read_text())))
-    hear, quality = json.loads(HEAR.read_text()), json.loads(QUALITY.read_text())
-    text = replace_section(text, "hear", hear_table(hear, quality))
-    README.write_text(text, encoding="utf-8")
-    card = replace_section(CARD.read_text(encoding="utf-8"), "quality", quality_table(quality))
-    CARD.write_text(card, encoding="utf-8")
+    quality = quality_table(json.loads(QUALITY.read_text()))
+    docs = ROOT / "docs"
+    for file, sections in {
+        ROOT / "README.md": {"quality": quality},
+        docs / "probes.md": {"quality": quality},
+        docs / "speed.md": {
+            "speed": speed_tables(speeds),
+            "startup": startup_sentence(json.loads(STARTUP.read_text())),
+        },
+        docs / "finetuning.md": {"finetuning": finetuning_table(json.loads(FINETUNING.read_text()))},
+        docs / "pretraining.md": {
+            "training": training,
+            "short-run": short_run_table(json.loads(SHORT_RUN.read_text())),
+        },
+        CARD: {"quality": quality},
+    }.items():
+        text = file.read_text(encoding="utf-8")
+        for name, content in sections.items():
+            text = replace_section(text, name, content)
+        file.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -22,10 +22,11 @@ from torch import Tensor
 
 import m2d_embed
 from benchmarks.reference_style import ReferenceStyle
-from m2d_embed.backends import supports_int8
+from m2d_embed.backends.devices import DTYPES
+from m2d_embed.backends.selection import supports_int8
 from m2d_embed.config import ModelConfig
 from m2d_embed.export import export_onnx
-from m2d_embed.model import DTYPES, M2D
+from m2d_embed.m2d import M2D
 
 Run = Callable[[Tensor], Any]
 #: Which products of the processor's units limit a runtime.

@@ -16,9 +16,9 @@ import torch
 import typer
 
 from benchmarks.timing import machine
-from m2d_embed.evaluate.labelled import read_labelled
 from m2d_embed.evaluate.probes import embed_clips, knn_accuracy, linear_probe_accuracy
-from m2d_embed.model import M2D
+from m2d_embed.labelled.clips import read_labelled
+from m2d_embed.m2d import M2D
 from m2d_embed.pretrain.loop import pretrain
 from m2d_embed.pretrain.recipe import load_recipe
 

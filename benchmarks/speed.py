@@ -1,11 +1,11 @@
 """Speed, memory and agreement of this package's modes and of other runtimes of the same model, in one run.
 
-    python -m benchmarks.speed                 # writes benchmarks/speed-avx512_bf16-family26.json, say, and a .png
+    python -m benchmarks.speed                 # writes speed-avx512_bf16-family26.json, say, and docs/images/*.png
     python -m benchmarks.speed --model base    # one of the two models, beside what is known of the other
     python -m benchmarks.speed --more          # further rounds, beside those that the JSON has of the same machine
     python -m benchmarks.speed --more --model base --cell 10x8   # of one length in seconds and batch size
     python -m benchmarks.speed --more --once   # no rounds, but what is measured once: start, memory, agreement
-    python -m benchmarks.speed --device cuda   # speed-cuda.json and speed-cuda.png
+    python -m benchmarks.speed --device cuda   # speed-cuda.json and its picture
     python -m benchmarks.render                # puts them into the README
 
 There is a JSON for each kind of processor, named after its best unit for matrix products and its family: 6 are Intel's
@@ -37,14 +37,15 @@ import typer
 
 from benchmarks.runtimes import REFERENCE, UNITS, build, exported, load, runtimes
 from benchmarks.timing import machine, measure, product_rates, unit_rates
-from m2d_embed.audio import find_audio, open_clip
-from m2d_embed.backends import supports_int8
+from m2d_embed.audio.clips import find_audio, open_clip
+from m2d_embed.backends.devices import DTYPES
+from m2d_embed.backends.selection import supports_int8
 from m2d_embed.config import ModelConfig
-from m2d_embed.model import DTYPES
-from m2d_embed.profiling import peak_memory
-from m2d_embed.windows import cut
+from m2d_embed.model.windows import cut
+from m2d_embed.runtime.profiling import peak_memory
 
 HERE = Path(__file__).parent
+PICTURES = HERE.parent / "docs" / "images"
 MODELS = {"base": "ViT-Base, 80x608, 16x16 patches", "bundled": "bundled ViT-Tiny, 80x304, 16x16 patches"}
 LENGTHS = (1, 10, 60)  # seconds
 BATCHES = (1, 8, 64, 256)
@@ -320,7 +321,7 @@ def main(
             single = _once(name, device, Path(folder)) if once or not before else {}
             result["models"][MODELS[name]] = before | measured | single
         output.write_text(json.dumps(result, indent=1) + "\n")
-        plot(result, output.with_suffix(".png"))
+        plot(result, PICTURES / output.with_suffix(".png").name)
 
 
 def _once(name: str, device: str, folder: Path) -> dict[str, Any]:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 import m2d_embed
-from m2d_embed import native
-from m2d_embed.backends import capabilities
+from m2d_embed.backends import native
+from m2d_embed.backends.packed import packed_layer
+from m2d_embed.backends.selection import capabilities
 from m2d_embed.config import ModelConfig
-from m2d_embed.packed import packed_layer
 
 _BATCH = 8  # windows whose tokens make the rows of a product
 _SECONDS = 10.0  # of rounds of products, at least

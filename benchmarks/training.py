@@ -33,7 +33,7 @@ from accelerate.state import AcceleratorState
 from benchmarks.reference_style import ReferenceStyleM2D, ReferenceTraining, mel_loader
 from benchmarks.timing import machine, product_rates
 from m2d_embed.config import ModelConfig
-from m2d_embed.frontend import LogMel
+from m2d_embed.model.frontend import LogMel
 from m2d_embed.pretrain.datasets import DataConfig
 from m2d_embed.pretrain.loop import Pretraining
 from m2d_embed.pretrain.masking import MaskingConfig, num_visible

@@ -8,7 +8,7 @@
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from m2d_embed import registry
+from m2d_embed.checkpoints import registry
 from m2d_embed.config import FeatureConfig, ModelConfig
 from m2d_embed.errors import (
     AudioError,
@@ -22,7 +22,7 @@ from m2d_embed.hear import get_scene_embeddings, get_timestamp_embeddings, load_
 
 if TYPE_CHECKING:
     from m2d_embed.jobs.embed import embed_files
-    from m2d_embed.model import M2D
+    from m2d_embed.m2d import M2D
 
 try:
     __version__ = version("m2d-embed")
@@ -50,7 +50,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "M2D":  # loaded where used: it brings in huggingface_hub
-        from m2d_embed.model import M2D
+        from m2d_embed.m2d import M2D
 
         return M2D
     if name == "embed_files":

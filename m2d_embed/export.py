@@ -28,11 +28,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2d_embed import __version__
-from m2d_embed.collectors import pool_scene
 from m2d_embed.config import FeatureConfig, ModelConfig, is_whole, resolve_layers
 from m2d_embed.errors import ConfigError, ExportError, UnsupportedError
 from m2d_embed.files import atomic_write
-from m2d_embed.model import M2D, frame_features
+from m2d_embed.m2d import M2D
+from m2d_embed.model.pooling import frame_features, pool_scene
 
 Kind = Literal["scene", "timestamps", "tags"]
 

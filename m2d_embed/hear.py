@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, SupportsIndex
 import torch
 from torch import Tensor
 
-from m2d_embed.audio import check_batch
+from m2d_embed.audio.clips import check_batch
 from m2d_embed.config import FeatureConfig, LayerPooling, ScenePooling
 from m2d_embed.errors import ConfigError
 
 if TYPE_CHECKING:
-    from m2d_embed.model import M2D
+    from m2d_embed.m2d import M2D
 
 
 def load_model(
@@ -73,7 +73,7 @@ def load_model(
         ConfigError: on an impossible option.
         UnsupportedError: if this machine cannot multiply in the dtype.
     """
-    from m2d_embed.model import M2D  # here, as it costs a fifth of a second that `import m2d_embed` need not take
+    from m2d_embed.m2d import M2D  # here, as it costs a fifth of a second that `import m2d_embed` need not take
 
     features = FeatureConfig(
         layers=None if layers is None else _as_layers(layers),

@@ -13,9 +13,9 @@ import pytest
 import torch
 from generic_kernels import COMPILER, compile_generic
 
+from m2d_embed.backends.native import library
 from m2d_embed.config import ModelConfig
-from m2d_embed.model import M2D
-from m2d_embed.native import library
+from m2d_embed.m2d import M2D
 
 # Threads of small operations wait for one another: on a machine that does something else besides, for very long.
 torch.set_num_threads(1)

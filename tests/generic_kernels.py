@@ -21,13 +21,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from m2d_embed import backends, native
-from m2d_embed.backends import Capabilities
+from m2d_embed.backends import native, selection
+from m2d_embed.backends.native import Kind, NativeBlocks, NativeLogMel, Unit, library, make_tokens
+from m2d_embed.backends.native.library import Kernels
+from m2d_embed.backends.selection import Capabilities
 from m2d_embed.config import ModelConfig
-from m2d_embed.encoder import Block, Encoder
-from m2d_embed.frontend import LogMel
-from m2d_embed.native import Kind, NativeBlocks, NativeLogMel, Unit, library, make_tokens
-from m2d_embed.native.library import Kernels
+from m2d_embed.model.encoder import Block, Encoder
+from m2d_embed.model.frontend import LogMel
 
 COMPILER = next(filter(shutil.which, ("gcc", "cc", "clang")), None)
 SOURCES = Path(native.__file__).parent
@@ -100,8 +100,8 @@ def use(monkeypatch: pytest.MonkeyPatch, units: Mapping[Kind, Unit], kernels: Ke
     for module in (native.blocks, native.log_mel, native.tokens):
         monkeypatch.setattr(module, "kernels", lambda: kernels)
         monkeypatch.setattr(module, "available", lambda: units)
-    here = backends.capabilities()
-    monkeypatch.setattr(backends, "capabilities", lambda: Capabilities(units, here.onednn, here.modules))
+    here = selection.capabilities()
+    monkeypatch.setattr(selection, "capabilities", lambda: Capabilities(units, here.onednn, here.modules))
 
 
 def units_here() -> dict[Kind, list[Unit]]:

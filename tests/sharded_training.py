@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from m2d_embed.config import ModelConfig
-from m2d_embed.encoder import Block
+from m2d_embed.model.encoder import Block
 from m2d_embed.pretrain import objectives
 from m2d_embed.pretrain.build import build_optimizers
 from m2d_embed.pretrain.predictor import PredictorConfig

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from generic_kernels import COMPILER
 
-from m2d_embed import native
+from m2d_embed.backends import native
 
 CROSS = "aarch64-linux-gnu"
 CROSS_COMPILER = f"{CROSS}-gcc"
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.skipif(
 def arm_library(tmp_path_factory) -> Path:
     """As the build hook compiles it, without a warning."""
     root = tmp_path_factory.mktemp("arm")
-    shutil.copytree(SOURCES, root / "m2d_embed/native", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    shutil.copytree(SOURCES, root / "m2d_embed/backends/native", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(Path(__file__).parents[1]))
         import hatch_build

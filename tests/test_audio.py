@@ -12,7 +12,7 @@ import soxr
 import torch
 from conftest import DATA
 
-from m2d_embed.audio import check_batch, find_audio, load_audio, open_clip
+from m2d_embed.audio.clips import check_batch, find_audio, load_audio, open_clip
 from m2d_embed.errors import AudioError
 
 RATE = 16_000

@@ -11,7 +11,7 @@ from nnAudio.librosa_functions import mel_frequencies
 from m2d_embed.errors import ConfigError
 from m2d_embed.finetune.augment import frequency_warp, kept_patches, mixup, random_gain, spec_augment
 from m2d_embed.finetune.crops import Batch
-from m2d_embed.frontend import LogMel
+from m2d_embed.model.frontend import LogMel
 
 MEAN, STD = -7.1, 4.2
 FRAMES = 64

@@ -9,10 +9,10 @@ import torch
 from conftest import TINY, random_model
 from generic_kernels import units_here
 
-from m2d_embed import backends, native
-from m2d_embed.backends import Capabilities, TorchFacts, Traits, capabilities_of, choose
+from m2d_embed.backends import native, selection
+from m2d_embed.backends.native import Shape
+from m2d_embed.backends.selection import Capabilities, TorchFacts, Traits, capabilities_of, choose
 from m2d_embed.config import ModelConfig
-from m2d_embed.native import Shape
 
 WIDE, ODD = Shape(768, 3072, 12), Shape(40, 160, 2)  # the second fits no kernel
 ALL_KERNELS = {"fp32": "avx512", "bf16": "amx", "int8": "amx"}
@@ -104,25 +104,25 @@ def test_half_precision_is_never_slower_than_float32():
 )
 def test_inputs_that_the_modules_take(tiny, prepare, reason):
     with torch.no_grad():
-        found = backends.choose_backend(tiny.encoder, prepare(torch.zeros(1, 1, 80, 64)))
+        found = selection.choose_backend(tiny.encoder, prepare(torch.zeros(1, 1, 80, 64)))
     assert found.engine == "modules" and reason in found.reason
 
 
 def test_surroundings_that_the_modules_need(tiny):
     x = torch.zeros(1, 1, 80, 64)
-    assert backends.choose_backend(tiny.encoder, x).reason == "gradients are on"
+    assert selection.choose_backend(tiny.encoder, x).reason == "gradients are on"
     with torch.no_grad():
-        assert backends.choose_backend(tiny.encoder, x).kind == "fp32"
+        assert selection.choose_backend(tiny.encoder, x).kind == "fp32"
         with torch.autocast("cpu", torch.bfloat16):
-            assert backends.choose_backend(tiny.encoder, x).reason == "autocast is on"
+            assert selection.choose_backend(tiny.encoder, x).reason == "autocast is on"
         with torch.backends.mkldnn.flags(enabled=False):
-            assert backends.choose_backend(tiny.encoder, x).reason == "torch.backends.mkldnn is off"
+            assert selection.choose_backend(tiny.encoder, x).reason == "torch.backends.mkldnn is off"
         tiny.encoder.blocks[1].mlp.fc1.register_forward_hook(lambda *_: None)
-        assert backends.choose_backend(tiny.encoder, x).reason == "something hooks into the blocks"
+        assert selection.choose_backend(tiny.encoder, x).reason == "something hooks into the blocks"
 
 
 def test_what_is_described():
-    facts = backends.describe(random_model(TINY).encoder)
+    facts = selection.describe(random_model(TINY).encoder)
     assert list(facts) == [
         "CPU kernels",
         "M2D_EMBED_ISA",
@@ -154,26 +154,27 @@ def test_what_is_described():
     ],
 )
 def test_what_is_described_of_a_machine(monkeypatch, kernels, facts, expected):
-    monkeypatch.setattr(backends, "capabilities", lambda: capabilities_of(kernels, facts))
-    found = backends.describe(random_model(ModelConfig(embed_dim=64, depth=1, num_heads=2)).encoder)
+    monkeypatch.setattr(selection, "capabilities", lambda: capabilities_of(kernels, facts))
+    found = selection.describe(random_model(ModelConfig(embed_dim=64, depth=1, num_heads=2)).encoder)
     for name, text in expected.items():
         assert text in found[name if name in found else f"{name} on this CPU"]
 
 
 @pytest.mark.parametrize("why", ["The kernels were not compiled when this package was installed", ""])
 def test_why_there_are_no_kernels_is_said_once(monkeypatch, why):
-    monkeypatch.setattr(backends, "capabilities", lambda: capabilities_of({}, AVX2))
+    monkeypatch.setattr(selection, "capabilities", lambda: capabilities_of({}, AVX2))
     monkeypatch.setattr(native, "why_no_kernels", lambda: why)
-    found = "\n".join(backends.describe(random_model(TINY).encoder).values())
+    found = "\n".join(selection.describe(random_model(TINY).encoder).values())
     assert found.count("none: ") == 1 and found.count("not compiled") == bool(why)
     assert ("they need AVX2, AVX-512 or NEON" in found) == (not why)
 
 
 CAPPED = """
 import torch, m2d_embed
-from m2d_embed import backends, native
+from m2d_embed.backends import selection
+from m2d_embed.backends import native
 model = m2d_embed.load_model(device="cpu", dtype="bf16")
-print(dict(native.available()), sorted(backends.capabilities().onednn), *model.encode([torch.ones(8000)]).shape)
+print(dict(native.available()), sorted(selection.capabilities().onednn), *model.encode([torch.ones(8000)]).shape)
 """
 
 #: The kernels for AVX2, if it is there.
@@ -188,7 +189,7 @@ ON_AVX2 = {kind: "avx2" for kind, units in units_here().items() if "avx2" in uni
         ({"M2D_EMBED_ISA": "avx2", "ATEN_CPU_CAPABILITY": "avx2"}, str(ON_AVX2), "['fp32']"),
     ],
 )
-@pytest.mark.skipif("fp32" not in backends.capabilities().onednn, reason="oneDNN packs on x86 CPUs")
+@pytest.mark.skipif("fp32" not in selection.capabilities().onednn, reason="oneDNN packs on x86 CPUs")
 def test_a_process_held_back(settings, kernels, onednn):
     """By the variables of this package, of oneDNN and of torch, which are read when a process begins."""
     ended = subprocess.run([sys.executable, "-c", CAPPED], env=os.environ | settings, capture_output=True, text=True)
@@ -201,6 +202,6 @@ def test_a_machine_without_any_capabilities_gives_the_same_numbers(monkeypatch):
     model, audio = random_model(TINY), torch.rand(2, 16_000)
     with torch.no_grad():
         expected = model.scene(audio)
-        monkeypatch.setattr(backends, "capabilities", lambda: Capabilities({}))
+        monkeypatch.setattr(selection, "capabilities", lambda: Capabilities({}))
         torch.testing.assert_close(model.repack().scene(audio), expected, atol=2e-6, rtol=0)
     assert model.encoder._packed is None

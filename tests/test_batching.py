@@ -10,13 +10,13 @@ import soundfile
 import torch
 from conftest import DATA, TINY, random_model
 
-from m2d_embed import batching
-from m2d_embed.audio import load_audio
-from m2d_embed.batching import Pipeline, encode_scenes, encode_timestamps
+from m2d_embed.audio.clips import load_audio
 from m2d_embed.config import FeatureConfig
 from m2d_embed.errors import AudioError, ConfigError
-from m2d_embed.profiling import DECODING, ENCODER, LOG_MEL, Profile
-from m2d_embed.transfer import PlainLink
+from m2d_embed.runtime import batching
+from m2d_embed.runtime.batching import Pipeline, encode_scenes, encode_timestamps
+from m2d_embed.runtime.profiling import DECODING, ENCODER, LOG_MEL, Profile
+from m2d_embed.runtime.transfer import PlainLink
 
 RATE = 16_000
 FILES = sorted(DATA.glob("*/*.o*"))
@@ -68,7 +68,7 @@ def test_encode_agrees_with_scene(bundled, pooling):
 
 @pytest.mark.parametrize(("batch_size", "waiting"), [(1, 1), (2, 1), (3, 8), (64, 8)])
 def test_any_batch_size_and_any_patience(monkeypatch, batch_size, waiting):
-    monkeypatch.setattr("m2d_embed.batching._MAX_WAITING_BATCHES", waiting)
+    monkeypatch.setattr("m2d_embed.runtime.batching._MAX_BUFFERED_BATCHES", waiting)
     model = random_model(TINY)
     clips = [clip[: 5 * RATE] for clip in mixed_clips()]
     expected = np.stack([model.encode(clip) for clip in clips])
@@ -82,7 +82,7 @@ def test_a_call_has_no_more_windows_than_the_model_takes(monkeypatch):
     monkeypatch.setattr(model, "window_frames", lambda x, f: (sizes.append(len(x)), window_frames(x, f))[1])
     clips = [0.1 * np.random.default_rng(i).standard_normal(6_400).astype(np.float32) for i in range(20)]
     expected = model.encode(clips)
-    monkeypatch.setattr("m2d_embed.model._CPU_ACTIVATIONS", 3 * 15 * 128)  # three windows of 41 frames, padded to 48
+    monkeypatch.setattr("m2d_embed.model.network._CPU_ACTIVATIONS", 3 * 15 * 128)  # three windows of 48 frames
     found = model.encode(clips)
     assert sizes == [20, 3, 3, 3, 3, 3, 3, 2]
     np.testing.assert_allclose(found, expected, atol=1e-5)
@@ -218,7 +218,7 @@ def test_threads_by_the_machine(monkeypatch):
 class LateLink(PlainLink):
     """Stands in for a GPU: what is brought back arrives, over NaN, only when it is waited for."""
 
-    batches_behind = 2
+    max_in_flight = 2
 
     def __init__(self, device):
         super().__init__(device)
@@ -234,6 +234,15 @@ class LateLink(PlainLink):
             return host.copy_(tensor)
 
         return wait
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+@pytest.mark.parametrize("threads", [0, 2])
+def test_every_clip_has_one_result(tiny, batch_size, threads):
+    clips = list(tiny.open_clips([*mixed_clips(), bad_late(8.0), *FILES, FILES[0].with_name("missing.wav")]))
+    with torch.no_grad():
+        found = [i for i, _ in encode_scenes(tiny, clips, tiny.features, batch_size, Pipeline(threads))]
+    assert sorted(found) == list(range(len(clips)))
 
 
 @pytest.mark.parametrize("frames_a_call", [300, 2000, 10**9])
@@ -294,8 +303,8 @@ def test_gradients_are_not_kept(tiny):
 
 _PEAK_MEMORY = """
 import sys
-from m2d_embed.model import M2D
-from m2d_embed.profiling import peak_memory
+from m2d_embed.m2d import M2D
+from m2d_embed.runtime.profiling import peak_memory
 model = M2D.from_pretrained(sys.argv[1])
 encoded = model.encode(sys.argv[2])
 print(peak_memory() / 2**20)

@@ -8,7 +8,7 @@ from conftest import SHARED
 
 from benchmarks import finetuning, quality
 from benchmarks.quality import set_name, shown
-from m2d_embed.evaluate.labelled import read_labelled
+from m2d_embed.labelled.clips import read_labelled
 
 
 @pytest.mark.parametrize(

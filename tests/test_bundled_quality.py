@@ -8,8 +8,8 @@ from conftest import DATA, SHARED
 
 from benchmarks.quality import RESULT, SCORES
 from m2d_embed import M2D
-from m2d_embed.evaluate.labelled import read_labelled
 from m2d_embed.evaluate.probes import linear_probe_accuracy
+from m2d_embed.labelled.clips import read_labelled
 
 CLOSE = 1.0  # percent: other processors round otherwise, and a clip or two go over to another label
 

@@ -34,11 +34,12 @@ from published import (
 )
 from safetensors.torch import load_file, save_file
 
-from m2d_embed import checkpoints, config, hub
-from m2d_embed.checkpoints import convert, load_checkpoint, read_checkpoint, summarise_unused
+from m2d_embed import config
+from m2d_embed.checkpoints import hub, layouts
+from m2d_embed.checkpoints.layouts import convert, load_checkpoint, read_checkpoint, summarise_unused
 from m2d_embed.config import ModelConfig
 from m2d_embed.errors import CheckpointError, ConfigError, ModelNotFoundError
-from m2d_embed.model import M2D
+from m2d_embed.m2d import M2D
 
 
 def assert_holds(model: M2D, state: dict[str, torch.Tensor]) -> None:
@@ -349,7 +350,7 @@ def test_convert_is_exact(source, tmp_path, noise):
 def test_half_precision_sibling(dtype, tmp_path, noise):
     state = encoder_state()
     convert(save(tmp_path, state), tmp_path / "out", [dtype])
-    stored = load_file(tmp_path / "out" / checkpoints.WEIGHT_FILES[dtype])
+    stored = load_file(tmp_path / "out" / layouts.WEIGHT_FILES[dtype])
     assert {name.removeprefix("encoder.") for name in stored} == state.keys()
     for name, tensor in state.items():
         in_matrices = name.startswith("blocks.") and ".norm" not in name
@@ -410,7 +411,7 @@ def test_convert_that_fails_half_way_leaves_nothing(tmp_path, monkeypatch):
         written.append(path)
         save_file(tensors, path, metadata)
 
-    monkeypatch.setattr(checkpoints, "save_file", save_one_then_fail)
+    monkeypatch.setattr(layouts, "save_file", save_one_then_fail)
     with pytest.raises(OSError, match="No space left"):
         convert(file, tmp_path / "out", [torch.bfloat16])
     assert len(written) == 1
@@ -449,7 +450,7 @@ def test_release_is_converted_once_and_read_from_there(release, monkeypatch):
     checkpoint = load_checkpoint(release)
     assert checkpoint.config.source == f"{NAME}.zip: {NAME}/checkpoint-300.pth"
     assert [p.name for p in release.path.parent.iterdir() if p.suffix != ".lock"] == [NAME]
-    monkeypatch.setattr(checkpoints, "convert", None)
+    monkeypatch.setattr(layouts, "convert", None)
     again = load_checkpoint(release, [torch.bfloat16])
     assert again.file_dtype == torch.bfloat16
     assert torch.equal(again.tensors["encoder.norm.bias"], encoder_state()["norm.bias"])
@@ -464,7 +465,7 @@ def test_two_processes_convert_a_release_at_once(release, monkeypatch):
         time.sleep(0.3)
         return convert(source, destination, half_dtypes)
 
-    monkeypatch.setattr(checkpoints, "convert", slow)
+    monkeypatch.setattr(layouts, "convert", slow)
     with ThreadPoolExecutor(4) as threads:
         found = list(threads.map(lambda _: load_checkpoint(release), range(4)))
     assert len(begun) == 1

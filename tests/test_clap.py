@@ -23,11 +23,11 @@ from published import (
 )
 from safetensors.torch import load_file
 
-from m2d_embed.checkpoints import convert, read_checkpoint
+from m2d_embed.checkpoints.layouts import convert, read_checkpoint
 from m2d_embed.config import ClapConfig
 from m2d_embed.errors import CheckpointError, ModelNotFoundError, UnsupportedError
-from m2d_embed.heads.clap import ClapHead, SemanticProjector, TextEncoder
-from m2d_embed.model import M2D
+from m2d_embed.m2d import M2D
+from m2d_embed.model.heads.clap import ClapHead, SemanticProjector, TextEncoder
 
 NAME = "m2d_clap_vit_tiny-80x64p16x16-990101"
 

@@ -17,13 +17,13 @@ import soundfile
 import torch
 from conftest import DATA, TINY, WORDS, random_model
 
-from m2d_embed import backends, threads
-from m2d_embed.audio import load_audio
+from m2d_embed.audio.clips import load_audio
+from m2d_embed.backends import selection, threads
+from m2d_embed.checkpoints.registry import BUNDLED_NAME, RELEASES
 from m2d_embed.cli import main
 from m2d_embed.config import CheckpointName, ClapConfig, HeadConfig
 from m2d_embed.jobs.outputs import read_scenes
-from m2d_embed.model import M2D
-from m2d_embed.registry import BUNDLED_NAME, RELEASES
+from m2d_embed.m2d import M2D
 
 ALARM = DATA / "sounds" / "alarm-clock-elapsed.oga"
 
@@ -146,7 +146,7 @@ def test_a_run_that_is_stopped_goes_on(tmp_path, monkeypatch, how):
 def test_a_disk_quota_is_reported(tmp_path):
     """A limit on file size stands in for a full disk: the system refuses the write."""
     limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); "
-    code = limit + "sys.argv[0] = 'm2d-embed'; runpy.run_module('m2d_embed.cli', run_name='__main__')"
+    code = limit + "sys.argv[0] = 'm2d-embed'; runpy.run_module('m2d_embed', run_name='__main__')"
     limited = [sys.executable, "-B", "-c", code, "embed", str(DATA), "-o", str(tmp_path / "o.npz")]
     result = subprocess.run(limited, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2
@@ -302,7 +302,7 @@ def test_info_of_the_bundled_model():
     shown = run("info").stdout
     for part in (
         BUNDLED_NAME,
-        *backends.describe(M2D.from_pretrained().encoder).values(),
+        *selection.describe(M2D.from_pretrained().encoder).values(),
         "bundled with m2d-embed",
         "16000 Hz",
         threads.describe(),

@@ -9,8 +9,8 @@ import torch
 from conftest import TINY, random_model
 
 import m2d_embed
-from m2d_embed import compiled
-from m2d_embed.compiled import CompiledEncoder, padded_width
+from m2d_embed.model import compiled
+from m2d_embed.model.compiled import CompiledEncoder, padded_width
 
 
 def clips(batch: int, samples: int) -> torch.Tensor:

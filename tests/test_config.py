@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from m2d_embed.checkpoints.registry import RELEASES
 from m2d_embed.config import (
     VIT_SIZES,
     CheckpointName,
@@ -15,7 +16,6 @@ from m2d_embed.config import (
     resolve_layers,
 )
 from m2d_embed.errors import ConfigError
-from m2d_embed.registry import RELEASES
 
 CLAP = ClapConfig(
     audio_projector="semantic",

@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 import soundfile
 
+from benchmarks.corpus import CorpusError, build_debian, kind_of, read_package_list
+from benchmarks.corpus.containers import deb_entries
+from benchmarks.corpus.convert import read_sound, segment_names
+from benchmarks.corpus.licences import Licences
+from benchmarks.corpus.members import Member, Unreadable, audio_members, what_is
 from m2d_embed.errors import AudioError
-from m2d_embed.pretrain.corpus import CorpusError, build_debian, kind_of, read_package_list
-from m2d_embed.pretrain.corpus.containers import deb_entries
-from m2d_embed.pretrain.corpus.convert import read_sound, segment_names
-from m2d_embed.pretrain.corpus.licences import Licences
-from m2d_embed.pretrain.corpus.members import Member, Unreadable, audio_members, what_is
 
 pytest.importorskip("av", reason="needs the extra pretrain")
 

@@ -12,9 +12,9 @@ import soundfile
 import yaml
 from typer.testing import CliRunner
 
-from m2d_embed.cli import app
-from m2d_embed.pretrain.corpus import KINDS, CorpusError, build_repositories, read_repository_list
-from m2d_embed.pretrain.corpus.manifest import write_manifest
+from benchmarks.corpus import KINDS, CorpusError, build_repositories, read_repository_list
+from benchmarks.corpus.__main__ import app
+from benchmarks.corpus.manifest import write_manifest
 
 pytest.importorskip("av", reason="needs the extra pretrain")
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
@@ -188,7 +188,7 @@ def test_a_list_that_does_not_fit_a_repository(host, sounds, licence_file, messa
 def test_the_command_and_its_exit_status(host):
     commit = host.add("a/b", {"LICENSE": b"CC0", "x.wav": sound()})
     row = listed("a/b", commit)
-    call = ["corpus", "github", "--out", str(host.out), "--workers", "1", "--repositories"]
+    call = ["github", "--out", str(host.out), "--workers", "1", "--repositories"]
     result = CliRunner().invoke(app, [*call, str(host.list(row))])
     assert result.exit_code == 0, result.output
     assert "from 1 sources" in result.output

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from m2d_embed import native
-from m2d_embed.native import library, probe
+from m2d_embed.backends import native
+from m2d_embed.backends.native import library, probe
 
 AVX2 = "avx2 fma f16c"
 AVX512 = f"{AVX2} avx512f avx512bw avx512vl avx512dq"
@@ -285,7 +285,7 @@ def test_a_real_child_tells_what_the_processor_cannot_do(monkeypatch, tmp_path, 
 
 LIAR = """
 import m2d_embed, torch
-from m2d_embed.native import library
+from m2d_embed.backends.native import library
 compiled = library.kernels()
 features = compiled.features() | library._AMX | {"amx_int8", "avx512_vnni", "avx_vnni"}
 compiled.features, compiled.request_amx = lambda: features, lambda: True

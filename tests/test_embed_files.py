@@ -16,7 +16,6 @@ import soundfile
 from conftest import DATA, TINY, assert_same_npz, random_model
 from typer.testing import CliRunner
 
-from m2d_embed.batching import Pipeline
 from m2d_embed.cli import app
 from m2d_embed.config import FeatureConfig
 from m2d_embed.errors import ConfigError
@@ -24,7 +23,8 @@ from m2d_embed.jobs import embed as module
 from m2d_embed.jobs import store as store_module
 from m2d_embed.jobs.embed import embed_files
 from m2d_embed.jobs.outputs import read_scenes
-from m2d_embed.profiling import DECODING, ENCODER, OPENING, WRITING, Profile
+from m2d_embed.runtime.batching import Pipeline
+from m2d_embed.runtime.profiling import DECODING, ENCODER, OPENING, WRITING, Profile
 
 FILES = sorted(DATA.glob("*/*.o*"))
 
@@ -315,8 +315,8 @@ _PEAK_OF_TIMESTAMPS = """
 import sys
 from pathlib import Path
 from m2d_embed import embed_files
-from m2d_embed.model import M2D
-from m2d_embed.profiling import peak_memory
+from m2d_embed.m2d import M2D
+from m2d_embed.runtime.profiling import peak_memory
 model = M2D.from_pretrained(sys.argv[1])
 embed_files(model, [Path(sys.argv[2])], Path(sys.argv[3]), "timestamps")
 print(peak_memory() / 2**20)

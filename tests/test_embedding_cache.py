@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import DATA, TINY, random_model
 
-from m2d_embed.audio import Clip
+from m2d_embed.audio.clips import Clip
 from m2d_embed.config import FeatureConfig
 from m2d_embed.errors import AudioError
 from m2d_embed.evaluate import embedding_cache
@@ -140,7 +140,7 @@ def test_a_run_that_is_stopped_keeps_what_it_embedded(tmp_path, how):
     code = f"""
 import time
 from pathlib import Path
-from m2d_embed.model import M2D
+from m2d_embed.m2d import M2D
 from m2d_embed.evaluate import embedding_cache as c
 encode = c.encode_scenes
 def slowly(*args):

@@ -16,7 +16,7 @@ from conftest import DATA, TINY, random_model
 
 import m2d_embed
 from m2d_embed.errors import AudioError, ConfigError
-from m2d_embed.model import M2D
+from m2d_embed.m2d import M2D
 
 FILES = sorted((DATA / "digits").iterdir())[:3]
 NAMES = [str(file) for file in FILES]
@@ -217,7 +217,7 @@ def test_sound_in_memory(model, expected, kind):
     boxed = np.empty(2, dtype=object)
     boxed[0], boxed[1] = in_memory()[kind], str(FILES[2])
     assert np.abs(model.encode(boxed) - expected[[0, 2]]).max() <= 1e-5
-    assert isinstance(model.encode_timestamps(in_memory()[kind]), m2d_embed.model.Timestamps)
+    assert isinstance(model.encode_timestamps(in_memory()[kind]), m2d_embed.m2d.Timestamps)
 
 
 def test_an_open_file(model, expected):

@@ -6,9 +6,9 @@ import torch
 from conftest import ORACLE, TINY, random_model
 from torch import nn
 
-from m2d_embed.encoder import sincos_positions
 from m2d_embed.errors import ConfigError
-from m2d_embed.model import M2D
+from m2d_embed.m2d import M2D
+from m2d_embed.model.encoder import sincos_positions
 
 
 def torch_layers(model: M2D) -> list[nn.TransformerEncoderLayer]:

@@ -6,7 +6,7 @@ import pytest
 from conftest import DATA
 
 from m2d_embed.errors import AudioError, ConfigError
-from m2d_embed.evaluate.events import Event, is_event_table, read_events
+from m2d_embed.labelled.events import Event, is_event_table, read_events
 
 DIGIT = DATA / "digits" / "3_theo_0.opus"
 HEADER = "file,label,onset,offset,split"

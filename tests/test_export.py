@@ -14,11 +14,11 @@ from conftest import DATA, TINY, random_model
 from test_cli import run
 
 from m2d_embed import export
-from m2d_embed.audio import load_audio
+from m2d_embed.audio.clips import load_audio
 from m2d_embed.config import FeatureConfig, HeadConfig
 from m2d_embed.errors import ConfigError, UnsupportedError
 from m2d_embed.export import DEFAULT_OPSET, ExportError, describe, export_onnx, export_program, layout
-from m2d_embed.windows import cut
+from m2d_embed.model.windows import cut
 
 SMALL = replace(TINY, depth=2)
 #: A window that ends in frames which no column holds, and so many of them that the model would like to keep them.

@@ -8,10 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from m2d_embed import find, formats
+from m2d_embed.audio import formats
+from m2d_embed.audio.find import find_audio
 from m2d_embed.errors import AudioError, ConfigError
-from m2d_embed.evaluate.labelled import read_labelled
-from m2d_embed.find import find_audio, find_inputs
+from m2d_embed.labelled import inputs as module
+from m2d_embed.labelled.clips import read_labelled
+from m2d_embed.labelled.inputs import find_inputs
 from m2d_embed.pretrain.crops import read_crop
 
 
@@ -89,7 +91,7 @@ def test_lists(tmp_path, monkeypatch, content):
     (tmp_path / "list.txt").write_text(content, newline="", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     assert find_inputs([], Path("list.txt")) == [Path("a.wav"), Path("sub/b.wav")]
-    monkeypatch.setattr(find.sys, "stdin", SimpleNamespace(buffer=io.BytesIO(content.encode())))
+    monkeypatch.setattr(module.sys, "stdin", SimpleNamespace(buffer=io.BytesIO(content.encode())))
     assert find_inputs([], Path("-")) == [Path("a.wav"), Path("sub/b.wav")]
     monkeypatch.chdir(tmp_path / "sub")
     assert names(find_inputs([], tmp_path / "list.txt"), tmp_path) == ["a.wav", "sub/b.wav"]  # beside the list

@@ -25,9 +25,7 @@ from typer.testing import CliRunner
 import m2d_embed
 from m2d_embed import cli
 from m2d_embed.config import HeadConfig
-from m2d_embed.encoder import attend, sincos_positions
 from m2d_embed.errors import AudioError, ConfigError, TrainingError
-from m2d_embed.evaluate.labelled import read_labelled
 from m2d_embed.evaluate.linear_probe import linear_predictions
 from m2d_embed.finetune import evaluate
 from m2d_embed.finetune.augment import kept_patches
@@ -36,6 +34,8 @@ from m2d_embed.finetune.loop import finetune
 from m2d_embed.finetune.network import build_classifier
 from m2d_embed.finetune.optim import layer_groups, loss_per_row
 from m2d_embed.finetune.recipe import DataSection, FinetuneRecipe, StartSection, load_recipe
+from m2d_embed.labelled.clips import read_labelled
+from m2d_embed.model.encoder import attend, sincos_positions
 from m2d_embed.training import run_state
 from m2d_embed.training.average import Average, scaled_decay
 from m2d_embed.training.monitor import RunLog

@@ -11,11 +11,9 @@ import soundfile
 import torch
 from conftest import DATA, TINY, random_model
 
-from m2d_embed.audio import load_audio
+from m2d_embed.audio.clips import load_audio
 from m2d_embed.config import HeadConfig, ModelConfig
 from m2d_embed.errors import AudioError, ConfigError
-from m2d_embed.evaluate.events import Event, LabelledEvents
-from m2d_embed.evaluate.labelled import LabelledClips
 from m2d_embed.finetune.crops import (
     EvaluationClips,
     TrainingClips,
@@ -24,7 +22,9 @@ from m2d_embed.finetune.crops import (
     longest_frames,
     num_columns,
 )
-from m2d_embed.model import M2D
+from m2d_embed.labelled.clips import LabelledClips
+from m2d_embed.labelled.events import Event, LabelledEvents
+from m2d_embed.m2d import M2D
 
 RATE = 16_000
 LABELS = ("bell", "hum", "rain")
@@ -462,7 +462,7 @@ def test_targets_and_times_of_the_frames_of_whole_clips(files, clips):
 
 
 def test_a_table_of_events_is_read_into_batches(tmp_path):
-    from m2d_embed.evaluate.events import read_events
+    from m2d_embed.labelled.events import read_events
 
     for i in range(4):
         write_noise(tmp_path, 1.0, i)

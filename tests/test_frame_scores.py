@@ -5,8 +5,8 @@ import pytest
 from sklearn.metrics import average_precision_score
 
 from m2d_embed.errors import ConfigError
-from m2d_embed.evaluate.events import Event
 from m2d_embed.finetune.frame_scores import ClipFrames, EventDecision, events_from_frames, score_frames
+from m2d_embed.labelled.events import Event
 
 STEP = 160.0  # ms
 DECISION = EventDecision()

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from m2d_embed.backends.native import NativeLogMel
 from m2d_embed.config import FRONT_ENDS, ModelConfig
-from m2d_embed.frontend import LogMel
-from m2d_embed.native import NativeLogMel
+from m2d_embed.model.frontend import LogMel
 
 
 @pytest.fixture(autouse=True, params=["kernel", "torch"])
@@ -65,7 +65,7 @@ def test_silence_is_the_log_of_eps():
 @pytest.mark.parametrize("block", [31, 160, 4_096, 100_000])
 @pytest.mark.parametrize("frames_a_piece", [1, 7, 4_096])
 def test_streaming_equals_one_piece(rate, num_samples, block, frames_a_piece, noise, monkeypatch):
-    monkeypatch.setattr("m2d_embed.frontend._BLOCK_FRAMES", frames_a_piece)
+    monkeypatch.setattr("m2d_embed.model.frontend._BLOCK_FRAMES", frames_a_piece)
     front_end = LogMel(config_at(rate))
     audio = noise(num_samples / 16_000)[0]
     pieces = list(front_end.stream(torch.split(audio, block)))
@@ -77,7 +77,7 @@ def test_streaming_with_a_long_hop(hop_length, noise, monkeypatch):
     """So long that what is left of a block can be shorter than what is mirrored at the end."""
     front_end = LogMel(replace(ModelConfig(), hop_length=hop_length))
     audio = noise(2.0)[0]
-    monkeypatch.setattr("m2d_embed.frontend._BLOCK_FRAMES", 1)
+    monkeypatch.setattr("m2d_embed.model.frontend._BLOCK_FRAMES", 1)
     for num_samples in range(1_200, 2_500, 50):
         pieces = list(front_end.stream(torch.split(audio[:num_samples], 100)))
         expected = front_end(audio[None, :num_samples])[0, 0]

@@ -10,7 +10,7 @@ import torch
 from conftest import TINY, random_model
 
 import m2d_embed
-from m2d_embed.checkpoints import Checkpoint, write_native
+from m2d_embed.checkpoints.layouts import Checkpoint, write_native
 from m2d_embed.config import ModelConfig
 
 
@@ -47,7 +47,7 @@ def test_one_default_device_and_precision(monkeypatch, tmp_path):
         assert load(folder, device="meta").dtype == torch.float32
         assert load(folder, device="meta", dtype="bf16").dtype == torch.bfloat16
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("m2d_embed.model._parse_device", lambda device: torch.device({"cuda": "meta"}[device]))
+    monkeypatch.setattr("m2d_embed.m2d.parse_device", lambda device: torch.device({"cuda": "meta"}[device]))
     for load in (m2d_embed.load_model, m2d_embed.M2D.from_pretrained):
         assert load(folder).device.type == "meta"
         assert load(folder).dtype == torch.float32

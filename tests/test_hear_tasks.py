@@ -17,8 +17,8 @@ from benchmarks.hear import logmel_stats, random_weights
 from benchmarks.hear.convert import TaskOptions, check_vocabulary, convert, read_task, safe_names
 from benchmarks.hear.timestamps import SoundscapeOptions, find_sound, make_soundscapes
 from m2d_embed import AudioError, ConfigError
-from m2d_embed.audio import load_audio
-from m2d_embed.evaluate.events import read_events
+from m2d_embed.audio.clips import load_audio
+from m2d_embed.labelled.events import read_events
 
 RATE = 16_000
 

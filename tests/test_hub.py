@@ -17,10 +17,10 @@ from hub_server import HubServer, Request
 
 import m2d_embed
 from m2d_embed import CheckpointError, ConfigError, ModelNotFoundError
-from m2d_embed.checkpoints import Checkpoint, write_native
+from m2d_embed.checkpoints.layouts import Checkpoint, write_native
+from m2d_embed.checkpoints.registry import BUNDLED_NAME, LICENSE_NOTICE, RELEASES, Release
 from m2d_embed.config import CheckpointName, ClapConfig, FeatureConfig
-from m2d_embed.model import M2D
-from m2d_embed.registry import BUNDLED_NAME, LICENSE_NOTICE, RELEASES, Release
+from m2d_embed.m2d import M2D
 
 REPOSITORY = "someone/tiny-m2d"
 WITH_TEXT_ENCODER = replace(

@@ -208,7 +208,7 @@ _CALL = """
 import os, sys
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 import ray
-from m2d_embed.ray import Actors, embed_dataset
+from m2d_embed.jobs.on_ray import Actors, embed_dataset
 folder, source, output, model = sys.argv[1:]
 ray.init(num_cpus=2, include_dashboard=False, object_store_memory=80_000_000, log_to_driver=False, _temp_dir=folder)
 summary = embed_dataset(source, output, model, clips_per_part=10, actors=Actors(number=1))

@@ -41,7 +41,7 @@ from test_cli import Result
 from test_cli import run as run_here
 
 from m2d_embed.jobs.embed import embed_files
-from m2d_embed.model import M2D
+from m2d_embed.m2d import M2D
 
 OUTPUTS = ["out.parquet", "out.npz", "out"]
 EARLIER = "by an earlier run"
@@ -744,7 +744,7 @@ def test_what_is_done_is_kept_when_a_run_is_stopped(tmp_path, out, model, embed,
     assert leftovers(out) == set()
 
 
-_SAVE = "import sys; from m2d_embed.model import M2D; M2D.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2])"
+_SAVE = "import sys; from m2d_embed.m2d import M2D; M2D.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2])"
 
 
 def test_a_model_that_is_saved_in_place_of_another_is_one_or_the_other(tmp_path, model):

@@ -15,8 +15,8 @@ from test_jobs_blackbox import CHANGES, DAMAGE, REPLACED, TOLD, changed_model
 
 from m2d_embed.errors import ConfigError
 from m2d_embed.jobs.embed import Summary
-from m2d_embed.model import M2D
-from m2d_embed.ray import Actors, embed_dataset
+from m2d_embed.jobs.on_ray import Actors, embed_dataset
+from m2d_embed.m2d import M2D
 
 pytest.importorskip("ray", reason="needs the extra 'ray'")
 

@@ -11,7 +11,7 @@ import pytest
 from conftest import DATA, SHARED
 
 from m2d_embed.errors import AudioError, ConfigError, UnsupportedError
-from m2d_embed.evaluate.labelled import (
+from m2d_embed.labelled.clips import (
     TRAIN_ONLY,
     VALIDATION,
     LabelledClips,

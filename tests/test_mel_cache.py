@@ -14,10 +14,10 @@ import soundfile
 import torch
 from conftest import DATA, TINY
 
-from m2d_embed.audio import load_audio
+from m2d_embed.audio.clips import load_audio
 from m2d_embed.errors import AudioError, ConfigError, TrainingError
-from m2d_embed.frontend import LogMel
 from m2d_embed.jobs import arrays
+from m2d_embed.model.frontend import LogMel
 from m2d_embed.pretrain import mel_cache
 from m2d_embed.pretrain.mel_cache import MelCache, build_cache
 from m2d_embed.pretrain.sources import Item

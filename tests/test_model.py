@@ -8,7 +8,7 @@ from conftest import TINY, random_model
 
 from m2d_embed.config import ClapConfig, FeatureConfig, HeadConfig
 from m2d_embed.errors import AudioError, CheckpointError, ConfigError, UnsupportedError
-from m2d_embed.model import M2D
+from m2d_embed.m2d import M2D
 
 FEATURES = [
     FeatureConfig(),
@@ -120,7 +120,7 @@ def test_an_almost_empty_column_is_seen_but_not_emitted(tiny, noise):
 
 def test_many_windows_of_many_clips(tiny, noise, monkeypatch):
     """More windows than are encoded at a time give the same numbers."""
-    monkeypatch.setattr("m2d_embed.model._CPU_ACTIVATIONS", 5 * 20 * 128)  # of five windows
+    monkeypatch.setattr("m2d_embed.model.network._CPU_ACTIVATIONS", 5 * 20 * 128)  # of five windows
     audio = noise(15.0, batch=3)
     one_by_one = torch.cat([tiny(clip[None]) for clip in audio])
     torch.testing.assert_close(tiny(audio), one_by_one, atol=1e-5, rtol=0)

@@ -24,15 +24,15 @@ from generic_kernels import COMPILER, GENERIC, run_sanitized, units_here, use
 from torch import Tensor
 
 import m2d_embed
-from m2d_embed import backends, native
-from m2d_embed.backends import Backend
+from m2d_embed.backends import native, selection
+from m2d_embed.backends.devices import DTYPES
+from m2d_embed.backends.native import NativeBlocks, NativeLogMel, Shape, library
+from m2d_embed.backends.packed import PackedBlocks
+from m2d_embed.backends.selection import Backend
 from m2d_embed.config import ModelConfig
-from m2d_embed.encoder import Block
 from m2d_embed.errors import ConfigError
-from m2d_embed.frontend import LogMel
-from m2d_embed.model import DTYPES
-from m2d_embed.native import NativeBlocks, NativeLogMel, Shape, library
-from m2d_embed.packed import PackedBlocks
+from m2d_embed.model.encoder import Block
+from m2d_embed.model.frontend import LogMel
 
 KINDS = ("fp32", "bf16", "int8")
 HERE = units_here()
@@ -40,7 +40,8 @@ UNITS = [(kind, unit) for kind in KINDS for unit in dict.fromkeys([*HERE[kind], 
 #: Units whose int8 products have levels of A in 16 bits.
 SIXTEEN_BITS = {"neon", "generic"}
 #: How far a block may be from float32, as a share of what it adds.
-CLOSE = {"fp32": 2e-6, "bf16": 6e-3, "int8": 2.5e-2}
+CLOSE = {"fp32": 2e-6, "bf16": 6e-3, "int8": 2.2e-2}
+CLOSE_OF_SEVEN_BITS = 3.3e-2  # of weights, on AVX2 without VNNI, whose products of more bits would overflow
 ONE = range(1)
 SHAPES = [(64, 2, 256), (192, 3, 768), (128, 1, 192), (768, 12, 3072)]  # width, heads, MLP
 
@@ -84,6 +85,10 @@ def on_vectors(request, monkeypatch):
 def unit_of(kind: native.Kind) -> native.Unit:
     """What computes it in this test."""
     return native.blocks.available()[kind]
+
+
+def close(kind: native.Kind) -> float:
+    return CLOSE_OF_SEVEN_BITS if (kind, unit_of(kind)) == ("int8", "avx2") else CLOSE[kind]
 
 
 def is_slow() -> bool:
@@ -152,7 +157,7 @@ def test_generic_vectors_are_for_tests_alone():
 def test_a_block_has_the_numbers_of_its_module(kind, shape, count, threads):
     block = random_block(*shape)
     for windows in (1, 3) if is_slow() else (1, 3, 8):
-        assert error(block, kernel(kind, block), tokens(windows, count, shape[0])) < CLOSE[kind]
+        assert error(block, kernel(kind, block), tokens(windows, count, shape[0])) < close(kind)
 
 
 @pytest.mark.parametrize("count", [5, 33])
@@ -161,7 +166,7 @@ def test_a_block_of_odd_widths(kind, count, threads):
     if kind == "int8":
         pytest.skip("int8 tiles are 64 values long")
     block = random_block(96, 3, 160)
-    assert error(block, kernel(kind, block), tokens(3, count, 96)) < CLOSE[kind]
+    assert error(block, kernel(kind, block), tokens(3, count, 96)) < close(kind)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -239,7 +244,7 @@ def test_sums_of_the_largest_levels_are_exact(int8, dim):
 def test_a_block_of_the_size_of_a_base_model(kind):
     block = random_block(*SHAPES[3])
     windows, count = (1, 50) if is_slow() else (3, 191)
-    assert error(block, kernel(kind, block), tokens(windows, count, 768)) < CLOSE[kind]
+    assert error(block, kernel(kind, block), tokens(windows, count, 768)) < close(kind)
 
 
 @pytest.mark.parametrize("name", ["attn.qkv.bias", "attn.proj.bias", "mlp.fc1.bias", "mlp.fc2.bias", "norm1.bias"])
@@ -247,22 +252,22 @@ def test_parameters_that_are_missing(kind, name):
     block = random_block(64, 2, 256)
     parent, _, parameter = name.rpartition(".")
     block.get_submodule(parent).register_parameter(parameter, None)
-    assert error(block, kernel(kind, block), tokens(2, 31, 64)) < CLOSE[kind]
+    assert error(block, kernel(kind, block), tokens(2, 31, 64)) < close(kind)
 
 
 def test_biases_of_other_dtypes(kind):
     block = random_block(64, 2, 256)
     as_kernel = kernel(kind, block)
-    assert error(block, as_kernel, tokens(2, 31, 64)) < CLOSE[kind]
+    assert error(block, as_kernel, tokens(2, 31, 64)) < close(kind)
     for dtype in (torch.bfloat16, torch.float64, torch.float16):
         half = block.mlp.fc1.bias.data.to(dtype)
         block.mlp.fc1.bias.data = half
         expected = random_block(64, 2, 256)
         expected.mlp.fc1.bias.data = half.float()
-        assert error(expected, as_kernel, tokens(2, 31, 64)) < CLOSE[kind]
+        assert error(expected, as_kernel, tokens(2, 31, 64)) < close(kind)
         half.add_(1)  # in place: the same address
         expected.mlp.fc1.bias.data = half.float()
-        assert error(expected, as_kernel, tokens(2, 31, 64)) < CLOSE[kind]
+        assert error(expected, as_kernel, tokens(2, 31, 64)) < close(kind)
         block.mlp.fc1.bias.data = random_block(64, 2, 256).mlp.fc1.bias.data
 
 
@@ -396,9 +401,9 @@ def test_shapes_that_fit(kind):
 def test_a_model_uses_them(kind):
     config = ModelConfig(embed_dim=64, depth=2, num_heads=2, input_size=(80, 64), patch_size=(16, 16))
     model = random_model(config).set_dtype(DTYPES[kind])
-    assert backends.choose_backend(model.encoder, torch.zeros(1)).engine == "modules"  # gradients are on
+    assert selection.choose_backend(model.encoder, torch.zeros(1)).engine == "modules"  # gradients are on
     with torch.no_grad():
-        assert backends.choose_backend(model.encoder, torch.zeros(1)).engine == "native"
+        assert selection.choose_backend(model.encoder, torch.zeros(1)).engine == "native"
         model.scene(tokens(1, 8000, 1)[..., 0])
     assert model.encoder._packed is not None
     assert model.encoder._packed.kernel is not None and not model.encoder._packed.copies
@@ -610,6 +615,7 @@ def test_the_build_hook_compiles_what_the_package_loads(sources, monkeypatch):
     target = hatch_build.compile_kernels(sources.parents[1])
     assert target is not None
     compiled = ctypes.CDLL(str(sources / "kernels.so"))
+    compiled.m2d_abi.restype = ctypes.c_uint32
     assert compiled.m2d_abi() == library.abi_number()
     is_arm = target.machine == "aarch64"
     assert_has_all(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import ORACLE, OracleCase
 
 from m2d_embed.config import ClapConfig, ModelConfig
-from m2d_embed.encoder import sincos_positions
+from m2d_embed.model.encoder import sincos_positions
 from m2d_embed.pretrain import objectives
 from m2d_embed.pretrain.objectives import Example
 from m2d_embed.pretrain.predictor import PredictorConfig

@@ -13,13 +13,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import m2d_embed
-from m2d_embed import backends, native, packed
-from m2d_embed.backends import Capabilities
+from m2d_embed.backends import native, packed, selection
+from m2d_embed.backends.selection import Capabilities
 from m2d_embed.errors import ConfigError, UnsupportedError
-from m2d_embed.model import M2D
+from m2d_embed.m2d import M2D
 
 SOUNDS = sorted([*(DATA / "digits").glob("*.opus"), *(DATA / "sounds").glob("*.oga")])
-onednn_int8 = "int8" in backends.capabilities().onednn
+onednn_int8 = "int8" in selection.capabilities().onednn
 needs_int8 = pytest.mark.skipif(not onednn_int8, reason="oneDNN's int8 sums overflow on this CPU")
 
 
@@ -36,7 +36,7 @@ WIDE = dataclasses.replace(TINY, embed_dim=64)
 def model(request, monkeypatch) -> M2D:
     """For oneDNN, or for kernels, in generic vectors where this processor cannot run them."""
     if request.param == "onednn":
-        if "fp32" not in backends.capabilities().onednn:
+        if "fp32" not in selection.capabilities().onednn:
             pytest.skip("oneDNN packs on x86 CPUs")
         return random_model(TINY)
     if not {"fp32", "bf16", "int8"} <= native.available().keys():
@@ -47,7 +47,7 @@ def model(request, monkeypatch) -> M2D:
 
 @pytest.fixture
 def onednn() -> M2D:
-    if "fp32" not in backends.capabilities().onednn:
+    if "fp32" not in selection.capabilities().onednn:
         pytest.skip("oneDNN packs on x86 CPUs")
     return random_model(TINY)
 
@@ -117,11 +117,11 @@ FLOAT_ALONE = {
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("engine", FLOAT_ALONE)
 def test_half_precision_without_hardware_for_it_is_float32_of_rounded_weights(request, monkeypatch, dtype, engine):
-    if engine == "onednn" and "fp32" not in backends.capabilities().onednn:
+    if engine == "onednn" and "fp32" not in selection.capabilities().onednn:
         pytest.skip("oneDNN packs on x86 CPUs")
     if engine == "native" and "fp32" not in native.available():
         use(monkeypatch, {"fp32": "generic"}, request.getfixturevalue("generic_kernels"))
-    monkeypatch.setattr(backends, "capabilities", lambda: FLOAT_ALONE[engine])
+    monkeypatch.setattr(selection, "capabilities", lambda: FLOAT_ALONE[engine])
     model, audio = random_model(WIDE), clips(3, 24_000)
     half = copy.deepcopy(model).set_dtype(dtype)
     found = fast(half, audio)
@@ -146,13 +146,13 @@ def test_half_precision_works_on_every_machine(bundled, dtype):
     for function in (m2d_embed.get_scene_embeddings, lambda *a: m2d_embed.get_timestamp_embeddings(*a)[0]):
         exact, found = function(audio, bundled).flatten(1), function(audio, model).flatten(1)
         assert torch.cosine_similarity(exact, found).min() > 0.9995
-    if not backends.capabilities().multiplies(dtype):
+    if not selection.capabilities().multiplies(dtype):
         assert model.encoder._packed.backend.kind == "fp32"
 
 
 def test_int8_is_close_on_real_sounds(request, monkeypatch, bundled):
     sounds = SOUNDS
-    if not backends.supports_int8():
+    if not selection.supports_int8():
         use(monkeypatch, {"fp32": "generic", "int8": "generic"}, request.getfixturevalue("generic_kernels"))
         sounds = SOUNDS[::4]  # which take their time
     rough = m2d_embed.load_model(device="cpu", dtype="int8")
@@ -163,7 +163,7 @@ def test_int8_is_close_on_real_sounds(request, monkeypatch, bundled):
 
 
 def test_int8_results_do_not_depend_on_other_clips(model):
-    if not backends.supports_int8():
+    if not selection.supports_int8():
         pytest.skip("oneDNN's int8 sums overflow on this CPU")
     model.set_dtype(torch.int8)
     loud, quiet = 30 * clips(1, 24_000), 1e-4 * clips(1, 24_000)
@@ -197,7 +197,7 @@ def test_int8_multiplies_integers(model):
 
 
 def test_a_clip_of_zeros_in_int8(model):
-    if not backends.supports_int8():
+    if not selection.supports_int8():
         pytest.skip("oneDNN's int8 sums overflow on this CPU")
     assert fast(model.set_dtype(torch.int8), torch.zeros(1, 8000)).isfinite().all()
 
@@ -212,16 +212,16 @@ def test_a_clip_of_zeros_in_int8(model):
     ],
 )
 def test_int8_needs_the_hardware_and_what_works_is_advised(tiny, monkeypatch, here, advice):
-    monkeypatch.setattr(backends, "capabilities", lambda: here)
+    monkeypatch.setattr(selection, "capabilities", lambda: here)
     with pytest.raises(UnsupportedError, match=f"int8 needs kernels .*{advice}"):
         tiny.set_dtype(torch.int8)
     with pytest.raises(UnsupportedError, match=f"int8 needs kernels .*{advice}"):
         m2d_embed.load_model(device="cpu", dtype="int8")
     monkeypatch.undo()
     with pytest.raises(ConfigError, match="int8 is for CPUs"):
-        from m2d_embed.model import _check_int8
+        from m2d_embed.backends.devices import check_int8
 
-        _check_int8(torch.device("cuda"))
+        check_int8(torch.device("cuda"))
 
 
 # --- staleness --------------------------------------------------------------------------------------------------------
@@ -425,7 +425,7 @@ def test_function_modes_see_the_operations_and_a_default_device_is_none(model):
         fast(model, audio)
     assert "linear" in names and "layer_norm" in names
     with torch.device("cpu"):
-        assert backends.watcher(audio) is None
+        assert selection.watcher(audio) is None
 
 
 def test_mapped_over_a_dimension(model):

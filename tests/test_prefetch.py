@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from m2d_embed.errors import AudioError
-from m2d_embed.prefetch import read_ahead
-from m2d_embed.profiling import DECODING, WAITING, Profile, Stopwatch
+from m2d_embed.runtime.prefetch import read_ahead
+from m2d_embed.runtime.profiling import DECODING, WAITING, Profile, Stopwatch
 
 SILENT = Stopwatch()
 

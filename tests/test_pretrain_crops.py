@@ -10,7 +10,7 @@ import soundfile
 import soxr
 from conftest import DATA
 
-from m2d_embed.audio import load_audio
+from m2d_embed.audio.clips import load_audio
 from m2d_embed.errors import AudioError
 from m2d_embed.pretrain.crops import fit, read_crop
 

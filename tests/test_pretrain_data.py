@@ -15,9 +15,9 @@ import soundfile
 import torch
 from conftest import DATA, TINY
 
-from m2d_embed.audio import load_audio
+from m2d_embed.audio.clips import load_audio
 from m2d_embed.errors import AudioError, ConfigError
-from m2d_embed.frontend import LogMel
+from m2d_embed.model.frontend import LogMel
 from m2d_embed.pretrain.datasets import (
     Batch,
     BatchSpec,

@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import TINY, random_model
 
-from m2d_embed.encoder import sincos_positions
 from m2d_embed.errors import ConfigError
-from m2d_embed.frontend import LogMel
+from m2d_embed.model.encoder import sincos_positions
+from m2d_embed.model.frontend import LogMel
 from m2d_embed.pretrain.batches import Batch
 from m2d_embed.pretrain.inputs import (
     Inputs,

@@ -1,5 +1,6 @@
 """Runs from a recipe to an exported model: resuming, several processes, stops, bad data, warm starts."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -893,6 +894,6 @@ def test_masks_command(tmp_path):
 
 
 def test_without_the_extra_the_command_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UnsupportedError, match=r"accelerate, yaml, tensorboard: pip install 'm2d-embed\[pretrain\]'"):
-        cli._require_extra("pretrain", "accelerate", "yaml", "tensorboard")
+        cli.options.require_extra("pretrain", "accelerate", "yaml", "tensorboard")

@@ -13,10 +13,10 @@ import m2d_embed
 from benchmarks import render
 from benchmarks.pretraining import blocks, record, release, trials
 from benchmarks.pretraining.encoders import read_encoder
-from m2d_embed.checkpoints import Checkpoint, write_native
+from m2d_embed.checkpoints.layouts import Checkpoint, write_native
 from m2d_embed.config import FeatureConfig, ModelConfig
-from m2d_embed.evaluate.labelled import read_labelled
-from m2d_embed.model import M2D
+from m2d_embed.labelled.clips import read_labelled
+from m2d_embed.m2d import M2D
 
 RECIPE = {
     "name": "mine",
@@ -289,7 +289,7 @@ def test_release_writes_a_model_that_loads_and_a_card(run, tmp_path, monkeypatch
     assert text.index("[`first`]") < text.index("999,000 in all") < text.index("[`mine`]") < text.index("6,400 in all")
     begun = text.index("begins with the encoder and predictor of the stage before;")
     assert text.index("from scratch;") < text.index("[`mine`]") < begun
-    assert "`m2d-embed pretrain first` and `m2d-embed pretrain mine`" in text
+    assert "`m2d-embed pretrain RECIPE.yaml` with each of these recipes" in text
     assert "The weights are the mean" not in text and "Embeddings are" not in text
     release.main(run, tmp_path / "manifest.csv", ["first"], layer=[0, -1])
     several = m2d_embed.load_model(str(card.parent))

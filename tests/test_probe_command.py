@@ -15,12 +15,12 @@ from test_cli import picture_size, run
 
 from m2d_embed.errors import AudioError, ConfigError, UnsupportedError
 from m2d_embed.evaluate import embedding_cache, mlp_probe
-from m2d_embed.evaluate.labelled import read_labelled
 from m2d_embed.evaluate.probe_run import ProbeOptions, data_name, notes_on, run_probe
 from m2d_embed.evaluate.report import format_report
 from m2d_embed.evaluate.scores import score_predictions
 from m2d_embed.jobs.settings import fingerprint
-from m2d_embed.model import M2D
+from m2d_embed.labelled.clips import read_labelled
+from m2d_embed.m2d import M2D
 
 DIGITS = sorted((DATA / "digits").glob("*.opus"))
 SOUNDS = sorted((DATA / "sounds").glob("*.oga"))

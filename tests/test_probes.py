@@ -11,7 +11,6 @@ from conftest import DATA
 
 from m2d_embed.errors import ConfigError, UnsupportedError
 from m2d_embed.evaluate import linear_probe, mlp_probe, probes
-from m2d_embed.evaluate.labelled import LabelledClips
 from m2d_embed.evaluate.linear_probe import choose_strength, fit_layer, linear_predictions
 from m2d_embed.evaluate.mlp_probe import GRID, MlpSettings, mlp_predictions, num_trainings
 from m2d_embed.evaluate.probes import (
@@ -23,6 +22,7 @@ from m2d_embed.evaluate.probes import (
     probe_embeddings,
 )
 from m2d_embed.evaluate.scores import mean_average_precision, score_predictions
+from m2d_embed.labelled.clips import LabelledClips
 
 DIGITS = sorted((DATA / "digits").glob("*.opus"))
 

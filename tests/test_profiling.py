@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from m2d_embed import profiling
-from m2d_embed.profiling import DECODING, ENCODER, OPENING, WAITING, WRITING, Profile, Stopwatch, peak_memory
+from m2d_embed.runtime import profiling
+from m2d_embed.runtime.profiling import DECODING, ENCODER, OPENING, WAITING, WRITING, Profile, Stopwatch, peak_memory
 
 
 def a_profile(monkeypatch, wall: float = 10.0, **seconds: float) -> Profile:

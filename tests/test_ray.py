@@ -20,15 +20,15 @@ import pytest
 import soundfile
 from conftest import DATA, TINY, random_model
 
-import m2d_embed.ray as module
-from m2d_embed.audio import load_audio
+import m2d_embed.jobs.on_ray as module
+from m2d_embed.audio.clips import load_audio
 from m2d_embed.config import FeatureConfig
 from m2d_embed.errors import AudioError, ConfigError, M2DEmbedError, UnsupportedError
 from m2d_embed.jobs.embed import Summary
+from m2d_embed.jobs.on_ray import Actors, embed_dataset
 from m2d_embed.jobs.outputs import read_scenes
 from m2d_embed.jobs.settings import job_settings
 from m2d_embed.jobs.store import Entry, PartStore, stamp_of
-from m2d_embed.ray import Actors, embed_dataset
 
 pytest.importorskip("ray", reason="needs the extra 'ray'")
 pytestmark = pytest.mark.skipif(not Path("/proc").exists(), reason="finds Ray's processes in /proc")
@@ -230,7 +230,7 @@ def test_rows_that_are_there_twice(cluster, saved, tmp_path):
 
 CALL = """
 import sys, ray
-from m2d_embed.ray import Actors, embed_dataset
+from m2d_embed.jobs.on_ray import Actors, embed_dataset
 ray.init(address=sys.argv[1], log_to_driver=False, include_dashboard=False)
 embed_dataset(sys.argv[2], sys.argv[3], sys.argv[4], clips_per_part=1, actors=Actors(number=1))
 """

@@ -12,11 +12,11 @@ from conftest import TINY, random_model
 from safetensors.torch import load_file
 
 import m2d_embed
-from m2d_embed import checkpoints
-from m2d_embed.checkpoints import Checkpoint, convert, read_native, write_native
+from m2d_embed.checkpoints import layouts
+from m2d_embed.checkpoints.layouts import Checkpoint, convert, read_native, write_native
 from m2d_embed.config import ClapConfig, FeatureConfig, ModelConfig
 from m2d_embed.errors import CheckpointError, ConfigError, M2DEmbedError
-from m2d_embed.model import M2D
+from m2d_embed.m2d import M2D
 
 CLAP = ClapConfig("mlp", (32, 24), (32, 24), "some/encoder", "mean", text_encoder_included=True)
 EVERY_DTYPE = (torch.float32, torch.bfloat16, torch.float16)
@@ -136,7 +136,7 @@ class Crash(BaseException):
 def crash_at(monkeypatch):
     """``crash_at(n)``: end at the n-th thing done to the disk; returns a function that says whether it came to that."""
     watched = [(Path, name) for name in ("touch", "write_text", "replace", "unlink")]
-    watched += [(checkpoints, "save_file"), (shutil, "copyfile")]
+    watched += [(layouts, "save_file"), (shutil, "copyfile")]
     originals = [(owner, name, getattr(owner, name)) for owner, name in watched]
 
     def arm(number: int):
@@ -205,7 +205,7 @@ def test_a_crash_leaves_one_model_or_none(tmp_path, crash_at, dtypes, old_has_te
                 found = held(folder, dtype)
             except M2DEmbedError as error:
                 with pytest.raises(M2DEmbedError, match=r"weights without a config\.json, as while a model is saved"):
-                    checkpoints.read_checkpoint(folder)
+                    layouts.read_checkpoint(folder)
                 found = type(error)
             outcomes.add(found)
             assert found in expected | {CheckpointError}, f"after {number}"
@@ -222,7 +222,7 @@ def test_a_full_disk_leaves_the_old_model_and_no_litter(tmp_path, monkeypatch):
         Path(file).write_bytes(b"begun")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "save_file", full)
+    monkeypatch.setattr(layouts, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         write_native(tmp_path, checkpoint_of("new", 2, False))
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
@@ -232,7 +232,7 @@ def test_saving_over_a_model_does_not_take_it_away_first(tmp_path, monkeypatch):
     """As the client's own ``save_pretrained`` does, whatever comes of it."""
     random_model(TINY).save_pretrained(tmp_path)
     before = (tmp_path / "config.json").read_bytes()
-    monkeypatch.setattr("m2d_embed.model.write_native", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+    monkeypatch.setattr("m2d_embed.m2d.write_native", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
     with pytest.raises(OSError, match="full"):
         random_model(TINY, seed=1).save_pretrained(tmp_path)
     assert (tmp_path / "config.json").read_bytes() == before

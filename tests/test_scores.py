@@ -11,7 +11,6 @@ from sklearn.metrics import average_precision_score, f1_score
 
 from m2d_embed.errors import ConfigError, UnsupportedError
 from m2d_embed.evaluate import scores as scores_module
-from m2d_embed.evaluate.labelled import LabelledClips
 from m2d_embed.evaluate.scores import (
     confusion,
     label_scores,
@@ -19,6 +18,7 @@ from m2d_embed.evaluate.scores import (
     predicted_labels,
     score_predictions,
 )
+from m2d_embed.labelled.clips import LabelledClips
 
 
 def made_up(labels, folds):

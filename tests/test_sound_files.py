@@ -14,10 +14,10 @@ import pytest
 import soundfile
 import torch
 
-from m2d_embed import sounds
-from m2d_embed.audio import load_audio, open_clip
+from m2d_embed.audio import sounds
+from m2d_embed.audio.clips import load_audio, open_clip
+from m2d_embed.audio.ffmpeg import FFmpegSound
 from m2d_embed.errors import AudioError
-from m2d_embed.ffmpeg import FFmpegSound
 from m2d_embed.pretrain.crops import read_crop
 
 MP3 = [
@@ -83,7 +83,7 @@ def lag(sound: np.ndarray, original: np.ndarray, reach: int = 3_000) -> int:
 
 def frames_of(mp3: bytes) -> list[bytes]:
     """The frames of an MP3 without tags before them."""
-    from m2d_embed.mp3 import parse_header
+    from m2d_embed.audio.mp3 import parse_header
 
     frames, at = [], 0
     while (header := parse_header(mp3[at : at + 4])) is not None:

@@ -17,7 +17,7 @@ import pytest
 import soundfile
 from conftest import DATA
 
-from m2d_embed.audio import load_audio
+from m2d_embed.audio.clips import load_audio
 from m2d_embed.errors import AudioError, ConfigError, UnsupportedError
 from m2d_embed.evaluate import sound_map
 from m2d_embed.evaluate.sound_map import place, write_map

@@ -19,11 +19,11 @@ from published import (
     under,
 )
 
-from m2d_embed.checkpoints import convert, read_checkpoint
+from m2d_embed.checkpoints.layouts import convert, read_checkpoint
 from m2d_embed.config import HeadConfig
 from m2d_embed.errors import UnsupportedError
-from m2d_embed.heads.tagging import Tag, TaggingHead, audioset_labels
-from m2d_embed.model import M2D
+from m2d_embed.m2d import M2D
+from m2d_embed.model.heads.tagging import Tag, TaggingHead, audioset_labels
 
 # --- labels ------------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from conftest import DATA
 from typer.testing import CliRunner
 
 import m2d_embed
-from m2d_embed import threads
+from m2d_embed.backends import threads
 from m2d_embed.cli import app
 from m2d_embed.errors import ConfigError
 

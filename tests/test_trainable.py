@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from conftest import TINY, random_model
 
 from m2d_embed.config import HeadConfig
-from m2d_embed.encoder import Block
 from m2d_embed.errors import ConfigError, UnsupportedError
 from m2d_embed.finetune.optim import layer_groups
-from m2d_embed.model import M2D
+from m2d_embed.m2d import M2D
+from m2d_embed.model.encoder import Block
 from m2d_embed.pretrain import objectives
 from m2d_embed.pretrain.predictor import PredictorConfig
 

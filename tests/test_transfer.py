@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from m2d_embed.transfer import CudaLink, PlainLink, link_to
+from m2d_embed.runtime.transfer import CudaLink, PlainLink, link_to
 
 
 def test_the_cpu_copies_nothing():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from m2d_embed.config import ModelConfig
-from m2d_embed.windows import WindowCutter, column_times, cut, interleave, pad_to_patch
+from m2d_embed.model.windows import WindowCutter, column_times, cut, interleave, pad_to_patch
 
 SHAPES = [((80, 64), (16, 16)), ((80, 70), (16, 16)), ((80, 20), (16, 4)), ((80, 12), (80, 2))]
 

@@ -25,10 +25,9 @@ import numpy as np
 import soundfile
 from tqdm.auto import tqdm
 
-from m2d_embed.audio import Samples, load_audio
+from m2d_embed.audio.clips import Samples, load_audio
 from m2d_embed.errors import AudioError, ConfigError
-from m2d_embed.evaluate.events import Event, is_event_table, read_events
-from m2d_embed.evaluate.labelled import (
+from m2d_embed.labelled.clips import (
     TRAIN_ONLY,
     VALIDATION,
     Integers,
@@ -37,6 +36,7 @@ from m2d_embed.evaluate.labelled import (
     named,
     read_labelled,
 )
+from m2d_embed.labelled.events import Event, is_event_table, read_events
 
 METADATA_FILE = "task_metadata.json"
 VOCABULARY_FILE = "labelvocabulary.csv"

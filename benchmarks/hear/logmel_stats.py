@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m2d_embed.audio import check_batch
+from m2d_embed.audio.clips import check_batch
 from m2d_embed.config import ModelConfig
 from m2d_embed.errors import ConfigError
-from m2d_embed.frontend import LogMel
+from m2d_embed.model.frontend import LogMel
 
 _BESIDE = 8  # frames of a window on each side of its centre: 170 ms in all
 _HOP_FRAMES = 5  # 50 ms, HEAR's coarsest

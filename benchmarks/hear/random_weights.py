@@ -10,7 +10,7 @@ import torch
 import m2d_embed
 from m2d_embed.errors import ConfigError
 from m2d_embed.hear import get_scene_embeddings, get_timestamp_embeddings
-from m2d_embed.model import M2D
+from m2d_embed.m2d import M2D
 
 __all__ = ["get_scene_embeddings", "get_timestamp_embeddings", "load_model"]
 

@@ -23,9 +23,9 @@ from benchmarks.hear.convert import METADATA_FILE, VOCABULARY_FILE
 from benchmarks.hear.run import DONE_FILE, SETTINGS_FILE
 from benchmarks.timing import machine
 from m2d_embed.errors import ConfigError
-from m2d_embed.evaluate.labelled import LabelledClips
 from m2d_embed.evaluate.scores import RESAMPLES, score_predictions
 from m2d_embed.files import write_text
+from m2d_embed.labelled.clips import LabelledClips
 
 RESULT = Path(__file__).parents[1] / "hear.json"
 SCORES_FILE = "test.predicted-scores.json"

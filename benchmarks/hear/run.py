@@ -23,7 +23,7 @@ import click
 from benchmarks.hear.compat import checkpoints_readable, load_heareval
 from benchmarks.hear.convert import METADATA_FILE
 from m2d_embed.errors import ConfigError
-from m2d_embed.evaluate.labelled import named
+from m2d_embed.labelled.clips import named
 
 SETTINGS_FILE = "settings.json"
 LOG_FILE = "log.txt"

@@ -20,9 +20,9 @@ import soundfile
 from tqdm.auto import tqdm
 
 from benchmarks.hear.convert import lay_out
-from m2d_embed.audio import Samples, load_audio
+from m2d_embed.audio.clips import Samples, load_audio
 from m2d_embed.errors import ConfigError
-from m2d_embed.evaluate.labelled import Integers, LabelledClips, named, read_labelled
+from m2d_embed.labelled.clips import Integers, LabelledClips, named, read_labelled
 
 EVENTS_FILE = "events.csv"
 SPLITS = ("train", "valid", "test")

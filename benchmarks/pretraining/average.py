@@ -15,7 +15,7 @@ import torch
 import typer
 
 from benchmarks.pretraining.encoders import read_encoder
-from m2d_embed.checkpoints import Checkpoint, write_native
+from m2d_embed.checkpoints.layouts import Checkpoint, write_native
 from m2d_embed.config import ModelConfig
 
 _MAY_DIFFER = ("name", "source", "license", "layers", "scene_pooling", "head", "clap")

@@ -17,9 +17,9 @@ from benchmarks.pretraining.record import FOLDER
 from m2d_embed.config import FeatureConfig
 from m2d_embed.evaluate.embedding_cache import embed_cached, hash_files
 from m2d_embed.evaluate.features import Vectors
-from m2d_embed.evaluate.labelled import LabelledClips, read_labelled
 from m2d_embed.evaluate.probes import linear_probe_accuracy
-from m2d_embed.model import M2D
+from m2d_embed.labelled.clips import LabelledClips, read_labelled
+from m2d_embed.m2d import M2D
 from m2d_embed.training.settings import read_yaml
 
 BY_BLOCKS = "linear probe by blocks kept, accuracy in %"

@@ -2,8 +2,8 @@
 
 import torch
 
-from m2d_embed.checkpoints import WEIGHT_FILES, Checkpoint, load_checkpoint
-from m2d_embed.hub import HubOptions, locate
+from m2d_embed.checkpoints.hub import HubOptions, locate
+from m2d_embed.checkpoints.layouts import WEIGHT_FILES, Checkpoint, load_checkpoint
 
 
 def read_encoder(model: str) -> Checkpoint:

@@ -22,8 +22,8 @@ from scipy.signal import stft
 from tqdm.auto import tqdm
 
 from benchmarks.pretraining.targets import read_rows
-from m2d_embed.audio import load_audio
-from m2d_embed.evaluate.labelled import read_labelled
+from m2d_embed.audio.clips import load_audio
+from m2d_embed.labelled.clips import read_labelled
 
 _RATE = 16_000
 _FFT, _HOP = 1024, 256

@@ -16,8 +16,8 @@ import typer
 
 from benchmarks.pretraining.targets import read_rows
 from m2d_embed.evaluate.features import Vectors
-from m2d_embed.evaluate.labelled import read_labelled
 from m2d_embed.evaluate.probes import linear_probe_accuracy
+from m2d_embed.labelled.clips import read_labelled
 
 
 def clip_means(manifest: Path) -> Vectors:

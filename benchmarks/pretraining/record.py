@@ -18,7 +18,7 @@ from benchmarks.quality import embed_by_model, measure
 from benchmarks.timing import machine
 from m2d_embed.config import FeatureConfig
 from m2d_embed.evaluate.embedding_cache import hash_files
-from m2d_embed.evaluate.labelled import read_labelled
+from m2d_embed.labelled.clips import read_labelled
 from m2d_embed.training.monitor import RunLog
 from m2d_embed.training.settings import read_yaml
 

@@ -24,9 +24,9 @@ from benchmarks.pretraining.record import FOLDER as RECORDS
 from benchmarks.pretraining.scenes import PACKAGE as SCENES
 from benchmarks.pretraining.targets import read_rows
 from benchmarks.render import CARD, on_cores, replace_section
-from m2d_embed.checkpoints import WEIGHT_FILES, Checkpoint, write_native
+from m2d_embed.checkpoints.layouts import WEIGHT_FILES, Checkpoint, write_native
+from m2d_embed.checkpoints.registry import BUNDLED_NAME
 from m2d_embed.config import ScenePooling, resolve_layers
-from m2d_embed.registry import BUNDLED_NAME
 from m2d_embed.training.settings import read_yaml
 
 _SOURCE = "m2d_embed.pretrain, recipe {recipe}: {hours:.0f} h of free audio, teachers YAMNet and Resemblyzer"
@@ -109,13 +109,12 @@ def training_section(
         numbers = ", ".join(str(number + 1) for number in resolve_layers(layers, kept))
         left += f"\n\nEmbeddings are the mean of blocks {numbers}, each after the final norm."
     left += blocks_table(list(stages.values())[-1].get(BY_BLOCKS, {}))
-    commands = _listed([f"m2d-embed pretrain {recipe}" for recipe in stages])
     return f"""{runs}{mean}{left}
 
 ![loss](loss.png)
 
-{commands}
-do it again, with the commands that the recipes name. What else was tried is in
+`m2d-embed pretrain RECIPE.yaml` with each of these recipes, one after the other, does it again, with the commands that
+they name. What else was tried is in
 [benchmarks/pretraining](../benchmarks/pretraining/README.md)."""
 
 

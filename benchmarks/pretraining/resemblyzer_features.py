@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from benchmarks.pretraining.targets import Job, save, todo, write_manifest
-from m2d_embed.audio import load_audio
+from m2d_embed.audio.clips import load_audio
 
 _RATE = 16_000
 _FRAME = 160  # samples

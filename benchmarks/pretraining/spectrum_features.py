@@ -20,7 +20,7 @@ import typer
 from tqdm.auto import tqdm
 
 from benchmarks.pretraining.targets import Job, save, todo, write_manifest
-from m2d_embed.audio import load_audio
+from m2d_embed.audio.clips import load_audio
 
 _RATE = 16_000
 _FFT = 4096  # samples

@@ -44,7 +44,9 @@ def recipe_of(name: str, plan: dict[str, Any], places: Places) -> Recipe:
     names = [f"name={name}", f"about={trial['about']}"]
     common = [f"data.source={places.source}", f"data.cache={places.cache}", f"output={places.runs / name}"]
     changes = [places.fill_in(text) for text in trial["set"]]
-    return load_recipe(plan["recipe"], [*names, *common, *plan["common"], *changes])
+    return load_recipe(
+        str(PLAN.with_name("recipes") / f"{plan['recipe']}.yaml"), [*names, *common, *plan["common"], *changes]
+    )
 
 
 def chosen(plan: dict[str, Any], only: list[str]) -> list[str]:

@@ -16,7 +16,7 @@ import typer
 from torch import Tensor
 
 from benchmarks.pretraining.encoders import read_encoder
-from m2d_embed.checkpoints import Checkpoint, write_native
+from m2d_embed.checkpoints.layouts import Checkpoint, write_native
 
 
 def doubled(tensor: Tensor, dim: int = 0) -> Tensor:

@@ -24,7 +24,7 @@ import typer
 from tqdm.auto import tqdm
 
 from benchmarks.pretraining.targets import Job, save, todo, write_manifest
-from m2d_embed.audio import load_audio
+from m2d_embed.audio.clips import load_audio
 
 _RATE = 16_000
 _WINDOW = 15_600  # samples that YAMNet hears at a time

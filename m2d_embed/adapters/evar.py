@@ -41,10 +41,10 @@ from typing import Any
 
 from torch import Tensor
 
-from m2d_embed.audio import check_batch
+from m2d_embed.audio.clips import check_batch
 from m2d_embed.errors import ConfigError, UnsupportedError
 from m2d_embed.hear import load_model
-from m2d_embed.model import M2D
+from m2d_embed.m2d import M2D
 
 try:
     from evar.ar_base import BaseAudioRepr, temporal_pooling

@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from m2d_embed.audio import ClipLike
+from m2d_embed.audio.clips import ClipLike
 from m2d_embed.config import ScenePooling
 from m2d_embed.errors import AudioError, UnsupportedError
 from m2d_embed.hear import load_model
-from m2d_embed.model import M2D
+from m2d_embed.m2d import M2D
 
 try:
     from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin

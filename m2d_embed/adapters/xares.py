@@ -31,9 +31,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from m2d_embed.audio import check_batch
+from m2d_embed.audio.clips import check_batch
 from m2d_embed.config import FeatureConfig
-from m2d_embed.model import M2D
+from m2d_embed.m2d import M2D
 
 MODEL_VARIABLE = "M2D_EMBED_MODEL"
 _MODEL = os.environ.get(MODEL_VARIABLE, "")

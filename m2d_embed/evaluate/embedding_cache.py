@@ -19,15 +19,15 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from m2d_embed import hub
-from m2d_embed.batching import encode_scenes
+from m2d_embed.checkpoints import hub
 from m2d_embed.errors import AudioError
 from m2d_embed.evaluate.features import Vectors
 from m2d_embed.jobs.arrays import ArrayReader
 from m2d_embed.jobs.outputs import EMBEDDINGS
 from m2d_embed.jobs.settings import fingerprint
 from m2d_embed.jobs.store import Entry, PartStore
-from m2d_embed.model import M2D
+from m2d_embed.m2d import M2D
+from m2d_embed.runtime.batching import encode_scenes
 
 log = logging.getLogger("m2d_embed")
 

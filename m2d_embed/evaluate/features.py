@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from m2d_embed.errors import ConfigError
-from m2d_embed.evaluate.labelled import Integers, LabelledClips, named
+from m2d_embed.labelled.clips import Integers, LabelledClips, named
 
 Vectors = npt.NDArray[np.float32]
 Scores = npt.NDArray[np.float64]

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from m2d_embed.errors import ConfigError
-from m2d_embed.evaluate.extra import require_sklearn
 from m2d_embed.evaluate.features import FoldPrediction, Scores, Vectors, check_embeddings, standardise
-from m2d_embed.evaluate.labelled import Bools, Integers, LabelledClips
+from m2d_embed.extras import require_sklearn
+from m2d_embed.labelled.clips import Bools, Integers, LabelledClips
 
 #: scikit-learn's ``C``: the larger, the weaker the L2 regularisation.
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from m2d_embed.errors import ConfigError
 from m2d_embed.evaluate.features import FoldPrediction, Scores, Vectors, check_embeddings
-from m2d_embed.evaluate.labelled import Integers, LabelledClips
 from m2d_embed.evaluate.scores import mean_average_precision
+from m2d_embed.labelled.clips import Integers, LabelledClips
 
 _HIDDEN = 1024
 _DROPOUT = 0.1

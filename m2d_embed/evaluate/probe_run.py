@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 
 from m2d_embed import __version__
-from m2d_embed.audio import open_sound
+from m2d_embed.audio.clips import open_sound
 from m2d_embed.errors import AudioError, ConfigError
 from m2d_embed.evaluate.embedding_cache import embed_cached, hash_files, refuse_failed
-from m2d_embed.evaluate.events import is_event_table
-from m2d_embed.evaluate.extra import require, require_sklearn
-from m2d_embed.evaluate.labelled import LabelledClips, check_contents, named, read_labelled
 from m2d_embed.evaluate.probes import PROBES, check_probes, probe_embeddings
 from m2d_embed.evaluate.report import ProbeReport, write_report, write_sound_map
 from m2d_embed.evaluate.scores import RESAMPLES, score_predictions
+from m2d_embed.extras import require, require_sklearn
 from m2d_embed.jobs.settings import fingerprint
-from m2d_embed.model import M2D
+from m2d_embed.labelled.clips import LabelledClips, check_contents, named, read_labelled
+from m2d_embed.labelled.events import is_event_table
+from m2d_embed.m2d import M2D
 
 _PACKAGES = ("torch", "numpy", "scikit-learn", "soundfile", "soxr")
 

@@ -20,13 +20,13 @@ import torch
 from tqdm.auto import tqdm
 
 from m2d_embed.errors import ConfigError
-from m2d_embed.evaluate.extra import require_sklearn
 from m2d_embed.evaluate.features import FoldPrediction, Scores, Vectors, check_embeddings, standardise
-from m2d_embed.evaluate.labelled import Bools, LabelledClips, named
 from m2d_embed.evaluate.linear_probe import STRENGTHS, linear_predictions
+from m2d_embed.extras import require_sklearn
+from m2d_embed.labelled.clips import Bools, LabelledClips, named
 
 if TYPE_CHECKING:
-    from m2d_embed.model import M2D
+    from m2d_embed.m2d import M2D
 
 PROBES = ("linear", "knn", "mlp")
 NEIGHBOURS = 10

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from m2d_embed.evaluate.features import Vectors
-from m2d_embed.evaluate.labelled import LABEL_SEPARATOR, LabelledClips
 from m2d_embed.evaluate.probes import ProbeResult
 from m2d_embed.evaluate.scores import RESAMPLES, Score, confusion, label_scores, predicted_labels
 from m2d_embed.files import write_json
+from m2d_embed.labelled.clips import LABEL_SEPARATOR, LabelledClips
 
 RESULTS_FILE = "results.json"
 PREDICTIONS_FILE = "predictions.csv"

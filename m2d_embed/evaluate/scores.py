@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from m2d_embed.errors import ConfigError
-from m2d_embed.evaluate.extra import require_sklearn
 from m2d_embed.evaluate.features import Scores
-from m2d_embed.evaluate.labelled import Bools, Integers, LabelledClips, named
+from m2d_embed.extras import require_sklearn
+from m2d_embed.labelled.clips import Bools, Integers, LabelledClips, named
 
 RESAMPLES = 1000
 THRESHOLD = 0.5  # from which on a clip of a multi-label set has a label

@@ -22,9 +22,9 @@ import numpy as np
 import numpy.typing as npt
 import soundfile
 
-from m2d_embed.audio import Clip, open_clip
+from m2d_embed.audio.clips import Clip, open_clip
 from m2d_embed.errors import ConfigError
-from m2d_embed.evaluate.extra import require
+from m2d_embed.extras import require
 from m2d_embed.files import atomic_write
 
 Array = npt.NDArray[np.float32]

@@ -23,15 +23,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from m2d_embed.audio import Clip, open_clip
+from m2d_embed.audio.clips import Clip, open_clip
 from m2d_embed.config import ModelConfig
 from m2d_embed.errors import AudioError, ConfigError
-from m2d_embed.evaluate.events import Event, LabelledEvents
-from m2d_embed.evaluate.labelled import Bools, Integers, LabelledClips, named
-from m2d_embed.frontend import LogMel
+from m2d_embed.labelled.clips import Bools, Integers, LabelledClips, named
+from m2d_embed.labelled.events import Event, LabelledEvents
+from m2d_embed.model.frontend import LogMel
+from m2d_embed.model.windows import Window, cut
 from m2d_embed.training.bad_files import BAD_SHARE
 from m2d_embed.training.sampling import ItemOrder, Purpose, rng_at
-from m2d_embed.windows import Window, cut
 
 #: Log-mels that take more memory are computed from the files whenever they are needed.
 MAX_CACHED_BYTES = 2_000_000_000

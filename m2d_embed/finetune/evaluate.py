@@ -13,13 +13,13 @@ import numpy.typing as npt
 import torch
 
 from m2d_embed.evaluate import scores
-from m2d_embed.evaluate.events import LabelledEvents
-from m2d_embed.evaluate.labelled import LABEL_SEPARATOR, Integers
 from m2d_embed.files import atomic_write
 from m2d_embed.finetune.crops import EvaluationClips
 from m2d_embed.finetune.frame_scores import ClipFrames, EventDecision, events_from_frames, score_frames
 from m2d_embed.finetune.task import Task
-from m2d_embed.model import M2D
+from m2d_embed.labelled.clips import LABEL_SEPARATOR, Integers
+from m2d_embed.labelled.events import LabelledEvents
+from m2d_embed.m2d import M2D
 
 Floats = npt.NDArray[np.float32]
 #: Row of the data -> probabilities, (L,) of the clip, or (T, L) of its columns.

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from m2d_embed import M2D
-from m2d_embed.audio import load_audio
-from m2d_embed.evaluate.labelled import read_labelled
+from m2d_embed.audio.clips import load_audio
 from m2d_embed.finetune.optim import layer_groups
+from m2d_embed.labelled.clips import read_labelled
 
 EPOCHS, BATCH, SECONDS, RATE = 20, 16, 3.0, 1e-3
 

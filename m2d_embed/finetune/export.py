@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m2d_embed.checkpoints import Checkpoint, model_card, write_native
+from m2d_embed.checkpoints.layouts import Checkpoint, model_card, write_native
 from m2d_embed.config import ModelConfig
 from m2d_embed.errors import ConfigError
 from m2d_embed.files import write_json, write_text

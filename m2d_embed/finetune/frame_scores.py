@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from m2d_embed.errors import ConfigError
-from m2d_embed.evaluate.events import Event
-from m2d_embed.evaluate.extra import require, require_sklearn
+from m2d_embed.extras import require, require_sklearn
+from m2d_embed.labelled.events import Event
 
 ONSET_TOLERANCE = 0.2  # seconds, as in HEAR (Turian et al., arXiv 2203.03022, appendix B)
 _ROUNDING = 1e-6  # seconds: times that are written in decimals are not exact in binary

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from m2d_embed.evaluate.labelled import Integers
 from m2d_embed.finetune.crops import EvaluationClips
-from m2d_embed.heads.tagging import TaggingHead
-from m2d_embed.model import M2D
+from m2d_embed.labelled.clips import Integers
+from m2d_embed.m2d import M2D
+from m2d_embed.model.heads.tagging import TaggingHead
 
 
 @torch.no_grad()

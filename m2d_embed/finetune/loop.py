@@ -23,7 +23,6 @@ from torch import Tensor
 from m2d_embed import __version__
 from m2d_embed.config import HeadConfig, ModelConfig, ScenePooling
 from m2d_embed.errors import ConfigError
-from m2d_embed.evaluate.labelled import Integers, named
 from m2d_embed.files import write_json
 from m2d_embed.finetune import evaluate, network
 from m2d_embed.finetune.augment import KeptPatches, frequency_warp, kept_patches, mixup, random_gain, spec_augment
@@ -35,7 +34,8 @@ from m2d_embed.finetune.optim import layer_groups, loss_per_row
 from m2d_embed.finetune.probe_start import probe_head
 from m2d_embed.finetune.recipe import ALL_FOLDS, FinetuneRecipe, whole_columns
 from m2d_embed.finetune.task import Parts, check_contents, choose_fold, choose_parts, notes_on, read_task
-from m2d_embed.model import M2D
+from m2d_embed.labelled.clips import Integers, named
+from m2d_embed.m2d import M2D
 from m2d_embed.training.processes import Setup
 from m2d_embed.training.run_state import RunState
 from m2d_embed.training.sampling import Purpose, rng_at

@@ -14,13 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from m2d_embed.collectors import pool_padded_scene
 from m2d_embed.config import ModelConfig
-from m2d_embed.encoder import Encoder
 from m2d_embed.errors import ConfigError, UnsupportedError
 from m2d_embed.finetune.recipe import LoraSection
-from m2d_embed.heads.tagging import TaggingHead
-from m2d_embed.model import M2D
+from m2d_embed.m2d import M2D
+from m2d_embed.model.encoder import Encoder
+from m2d_embed.model.heads.tagging import TaggingHead
+from m2d_embed.model.pooling import pool_scene
 from m2d_embed.training.positions import resize_positions
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class Classifier(nn.Module):
         features = patches.transpose(1, 2).flatten(2) if stacked else patches.mean(dim=1)  # (B, T, D)
         if self.per_column:
             return self._normalised_logits(features, mask)
-        scenes = pool_padded_scene(features, mask, self.config.head.scene_pooling)
+        scenes = pool_scene(features, self.config.head.scene_pooling, mask)
         return self._normalised_logits(scenes, mask.any(dim=1))
 
     def _normalised_logits(self, features: Tensor, mask: Tensor) -> Tensor:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from m2d_embed.evaluate.labelled import LabelledClips
 from m2d_embed.evaluate.linear_probe import STRENGTHS, choose_strength, fit_layer, rotate
 from m2d_embed.finetune.crops import EvaluationClips
 from m2d_embed.finetune.head_statistics import seen_by_head, set_statistics
 from m2d_embed.finetune.task import Parts
-from m2d_embed.model import M2D
+from m2d_embed.labelled.clips import LabelledClips
+from m2d_embed.m2d import M2D
 
 
 @torch.no_grad()

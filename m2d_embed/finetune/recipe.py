@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from m2d_embed.checkpoints.registry import BUNDLED_NAME
 from m2d_embed.config import ModelConfig, ScenePooling
 from m2d_embed.errors import ConfigError
-from m2d_embed.registry import BUNDLED_NAME
 from m2d_embed.training.settings import RunRecipe, TrainingSection, read_recipe, require
 
 RECIPES = Path(__file__).parent / "recipes"

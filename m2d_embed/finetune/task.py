@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from m2d_embed.errors import AudioError, ConfigError
-from m2d_embed.evaluate.events import LabelledEvents, is_event_table, read_events
-from m2d_embed.evaluate.extra import require
-from m2d_embed.evaluate.labelled import VALIDATION, Integers, LabelledClips, check_duplicates, named, read_labelled
+from m2d_embed.extras import require
 from m2d_embed.finetune.recipe import NO_FOLD, FinetuneRecipe
+from m2d_embed.labelled.clips import VALIDATION, Integers, LabelledClips, check_duplicates, named, read_labelled
+from m2d_embed.labelled.events import LabelledEvents, is_event_table, read_events
 
 _TRAIN, _VALID, _TEST = -1, -2, 0
 

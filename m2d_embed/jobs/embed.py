@@ -25,16 +25,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from m2d_embed.audio import Clip
-from m2d_embed.batching import DEFAULT_PIPELINE, Pipeline, Timestamps, encode_scenes, encode_timestamps
+from m2d_embed.audio.clips import Clip
 from m2d_embed.errors import AudioError, ConfigError
 from m2d_embed.files import atomic_write, atomic_writes
 from m2d_embed.jobs.arrays import write_array
 from m2d_embed.jobs.outputs import EMBEDDINGS, ENDINGS, TIMES, write_output
 from m2d_embed.jobs.settings import Kind, job_settings
 from m2d_embed.jobs.store import Entry, PartStore, Stamp, key_of, stamp_of, stamps_number
-from m2d_embed.model import M2D
-from m2d_embed.profiling import OPENING, WRITING
+from m2d_embed.m2d import M2D
+from m2d_embed.runtime.batching import DEFAULT_PIPELINE, Pipeline, Timestamps, encode_scenes, encode_timestamps
+from m2d_embed.runtime.profiling import OPENING, WRITING
 
 Array = npt.NDArray[Any]
 

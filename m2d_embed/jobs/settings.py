@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from m2d_embed.config import FeatureConfig, ModelConfig, resolve_layers
-from m2d_embed.model import M2D
+from m2d_embed.m2d import M2D
 
 Kind = Literal["scene", "timestamps"]
 

@@ -18,14 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from m2d_embed.batching import DEFAULT_PIPELINE, Pipeline
 from m2d_embed.errors import AudioError, ConfigError
 from m2d_embed.files import write_json
 from m2d_embed.jobs.embed import FileOutput, OnProgress, Options, Output, Summary, embed_missing, open_output
 from m2d_embed.jobs.outputs import names_in
 from m2d_embed.jobs.settings import Kind, job_settings
 from m2d_embed.jobs.store import compare_settings, key_of, stamp_of, stamps_number
-from m2d_embed.model import M2D
+from m2d_embed.m2d import M2D
+from m2d_embed.runtime.batching import DEFAULT_PIPELINE, Pipeline
 
 _SHARD = re.compile(r"(\d+)/(\d+)")
 #: What torchrun sets together; RANK and WORLD_SIZE alone are also set by notebooks and pods for ends of their own.

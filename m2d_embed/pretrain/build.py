@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from m2d_embed import model as inference
+from m2d_embed import m2d as inference
 from m2d_embed.config import ClapConfig, ModelConfig
 from m2d_embed.errors import UnsupportedError
 from m2d_embed.pretrain import inputs, objectives

@@ -14,8 +14,8 @@ from typing import BinaryIO, Literal
 import numpy as np
 import soxr
 
-from m2d_embed.audio import Samples, checked_blocks
-from m2d_embed.sounds import Sound, open_sound
+from m2d_embed.audio.clips import Samples, checked_blocks
+from m2d_embed.audio.sounds import Sound, open_sound
 
 #: Samples at the lower of the two rates that the resampler is given on both sides: twice what its filter reaches.
 _MARGIN = 256

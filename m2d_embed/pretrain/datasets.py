@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from m2d_embed.errors import AudioError, ConfigError, M2DEmbedError, TrainingError
-from m2d_embed.frontend import LogMel
+from m2d_embed.model.frontend import LogMel
 from m2d_embed.pretrain.batches import Batch, BatchBuilder, BatchSpec, DataConfig, Sample, read_features
 from m2d_embed.pretrain.crops import Crop, read_crop
 from m2d_embed.pretrain.mel_cache import MelCache, MelCrop, build_cache

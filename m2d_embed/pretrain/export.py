@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from m2d_embed.checkpoints import Checkpoint, model_card, write_native
+from m2d_embed.checkpoints.layouts import Checkpoint, model_card, write_native
 from m2d_embed.config import ModelConfig
 from m2d_embed.files import write_text
 from m2d_embed.pretrain.recipe import Recipe

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from m2d_embed.config import ClapConfig, ModelConfig
 from m2d_embed.errors import ConfigError
-from m2d_embed.frontend import LogMel
-from m2d_embed.heads.clap import TextEncoder
-from m2d_embed.model import M2D
+from m2d_embed.m2d import M2D
+from m2d_embed.model.frontend import LogMel
+from m2d_embed.model.heads.clap import TextEncoder
 from m2d_embed.pretrain.batches import Batch
 from m2d_embed.pretrain.objectives import Example
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from m2d_embed import model as inference
-from m2d_embed.audio import open_sound
+from m2d_embed import m2d as inference
+from m2d_embed.audio.clips import open_sound
 from m2d_embed.config import ModelConfig
 from m2d_embed.errors import ConfigError
-from m2d_embed.evaluate.labelled import LabelledClips, read_labelled
 from m2d_embed.evaluate.probes import embed_clips, knn_accuracy, linear_probe_accuracy
+from m2d_embed.labelled.clips import LabelledClips, read_labelled
 from m2d_embed.pretrain.batches import Batch
 from m2d_embed.pretrain.build import build_optimizers, build_task
 from m2d_embed.pretrain.data import TrainingData, label_names, open_data

@@ -21,14 +21,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from m2d_embed.audio import Samples, open_clip
+from m2d_embed.audio.clips import Samples, open_clip
 from m2d_embed.config import ModelConfig
 from m2d_embed.errors import AudioError, ConfigError, TrainingError
 from m2d_embed.files import atomic_write
-from m2d_embed.frontend import LogMel
 from m2d_embed.jobs.arrays import ArrayReader, write_array_header
 from m2d_embed.jobs.settings import NUMERICS
 from m2d_embed.jobs.store import Entry, PartStore, key_of, stamp_of
+from m2d_embed.model.frontend import LogMel
 from m2d_embed.pretrain.sources import Item
 from m2d_embed.pretrain.workers import start_worker
 

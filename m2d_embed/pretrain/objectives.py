@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2d_embed.config import ClapConfig, ModelConfig
-from m2d_embed.encoder import Encoder, init_linears
-from m2d_embed.heads.clap import ClapHead
+from m2d_embed.model.encoder import Encoder, init_linears
+from m2d_embed.model.heads.clap import ClapHead
 from m2d_embed.pretrain.predictor import Predictor, PredictorConfig
 
 Outputs = dict[str, Tensor]

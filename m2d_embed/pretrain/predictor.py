@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from m2d_embed.encoder import Block, init_linears, sincos_positions
 from m2d_embed.errors import ConfigError
+from m2d_embed.model.encoder import Block, init_linears, sincos_positions
 
 
 @dataclass(frozen=True)

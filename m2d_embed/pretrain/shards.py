@@ -30,8 +30,8 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset import tariterators
 
+from m2d_embed.audio.formats import AUDIO_SUFFIXES, AV_SUFFIXES
 from m2d_embed.errors import AudioError, ConfigError, M2DEmbedError
-from m2d_embed.formats import AUDIO_SUFFIXES, AV_SUFFIXES
 from m2d_embed.pretrain.batches import Batch, BatchBuilder, BatchSpec, Sample, read_features
 from m2d_embed.pretrain.crops import read_crop
 from m2d_embed.pretrain.datasets import ClipSource

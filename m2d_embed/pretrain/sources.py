@@ -14,7 +14,7 @@ from typing import overload
 import numpy as np
 import numpy.typing as npt
 
-from m2d_embed.audio import find_audio
+from m2d_embed.audio.clips import find_audio
 from m2d_embed.errors import ConfigError
 
 _REQUIRED_COLUMN = "file"

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from m2d_embed import hub
-from m2d_embed.checkpoints import WEIGHT_FILES, load_checkpoint, read_full_state
+from m2d_embed.checkpoints import hub
+from m2d_embed.checkpoints.layouts import WEIGHT_FILES, load_checkpoint, read_full_state
 from m2d_embed.config import ModelConfig
 from m2d_embed.errors import CheckpointError
 from m2d_embed.pretrain.objectives import Objective

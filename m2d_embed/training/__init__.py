@@ -1,1 +1,1 @@
-"""What pre-training and fine-tuning share: the loop (``trainer``), settings, schedules, checkpoints, log, orderly stop."""
+"""What pre-training and fine-tuning share: the loop (``trainer``), settings, schedules, checkpoints, log, stopping."""

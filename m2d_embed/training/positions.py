@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m2d_embed.encoder import sincos_positions
 from m2d_embed.errors import ConfigError
+from m2d_embed.model.encoder import sincos_positions
 
 
 def resize_positions(positions: Tensor, old_grid: tuple[int, int], fixed: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from m2d_embed.config import ModelConfig
-from m2d_embed.encoder import Encoder
 from m2d_embed.errors import AudioError, ConfigError, M2DEmbedError, TrainingError
 from m2d_embed.files import write_text
+from m2d_embed.model.encoder import Encoder
 from m2d_embed.training import run_state
 from m2d_embed.training.average import Average, scaled_decay
 from m2d_embed.training.bad_files import BadFiles, MicroBatch

@@ -1,0 +1,1 @@
+"""Labelled data: tables, folders, folds, events."""

@@ -1,0 +1,1 @@
+"""The network: log-mel front end, encoder, windows, pooling, heads."""

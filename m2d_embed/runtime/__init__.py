@@ -1,0 +1,1 @@
+"""Many clips at once: read ahead, cut into windows, batched, collected."""
