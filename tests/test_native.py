@@ -557,7 +557,7 @@ def test_what_is_no_library_is_said_once(monkeypatch, tmp_path, caplog):
         ("blocks.h", "int64_t windows, tokens;", "int64_t tokens, windows;"),  # exchanged: the same size
         ("log_mel.h", "float eps, mean, std;", "float eps, mean, std, gain, floor;"),
         ("parallel.h", "int (*num_threads)(void);\n", "int (*num_threads)(void);\n  void* more;\n"),
-        ("abi.c", "enum { MEANING = 2 };", "enum { MEANING = 3 };"),
+        ("abi.c", "enum { MEANING = 3 };", "enum { MEANING = 4 };"),
     ],
 )
 def test_a_library_of_other_sources_is_never_called(monkeypatch, tmp_path, caplog, header, was, becomes):
@@ -601,7 +601,7 @@ def test_impossible_limits_are_refused(monkeypatch):
 def sources(tmp_path, monkeypatch):
     """A checkout's kernels, and the hook that compiles them."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
-    folder = tmp_path / "m2d_embed" / "native"
+    folder = tmp_path / "m2d_embed" / "backends" / "native"
     shutil.copytree(Path(native.__file__).parent, folder, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     return folder
 
@@ -612,7 +612,7 @@ def test_the_build_hook_compiles_what_the_package_loads(sources, monkeypatch):
     import hatch_build
 
     monkeypatch.setenv("CC", f"{COMPILER} -Wall -Wextra -Werror")
-    target = hatch_build.compile_kernels(sources.parents[1])
+    target = hatch_build.compile_kernels(sources.parents[2])
     assert target is not None
     compiled = ctypes.CDLL(str(sources / "kernels.so"))
     compiled.m2d_abi.restype = ctypes.c_uint32
@@ -676,7 +676,7 @@ def test_the_compiler_says_what_it_compiles_for(sources, triple, expected, monke
     assert hatch_build.target_of([str(compiler)]) == expected
     if expected is None:
         monkeypatch.setenv("CC", str(compiler))
-        assert hatch_build.compile_kernels(sources.parents[1]) is None
+        assert hatch_build.compile_kernels(sources.parents[2]) is None
         assert "no kernels for what this compiler compiles for" in capfd.readouterr().err
 
 
@@ -686,7 +686,7 @@ def test_a_compiler_that_fails_leaves_no_library(sources, compiler, monkeypatch,
 
     (sources / "kernels.so").write_text("of other sources")
     monkeypatch.setenv("CC", compiler)
-    assert not hatch_build.compile_kernels(sources.parents[1])
+    assert not hatch_build.compile_kernels(sources.parents[2])
     assert "the kernels do not compile, PyTorch takes their place" in capfd.readouterr().err
     assert not (sources / "kernels.so").exists()
 
