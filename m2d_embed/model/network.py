@@ -12,7 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from m2d_embed.backends.devices import check_int8
+from m2d_embed.backends.devices import check_int8, stored_dtype
 from m2d_embed.config import FeatureConfig, ModelConfig
 from m2d_embed.errors import AudioError, UnsupportedError
 from m2d_embed.model.compiled import CompiledEncoder
@@ -264,7 +264,7 @@ class Network(nn.Module):
         if dtype == torch.int8:
             check_int8(self.device)
         self.encoder.quantize = dtype == torch.int8
-        stored = torch.bfloat16 if dtype == torch.int8 else dtype
+        stored = stored_dtype(dtype)
         for block in self.encoder.blocks:
             for module in block.modules():
                 if isinstance(module, nn.Linear):
