@@ -24,7 +24,7 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def stored_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What matrices that are multiplied in ``dtype`` are held in: int8 ones in bfloat16, from which they are rounded."""
+    """What matrices multiplied in ``dtype`` are held in: int8 ones in bfloat16, from which they are rounded."""
     return torch.bfloat16 if dtype == torch.int8 else dtype
 
 
