@@ -46,13 +46,13 @@ ONE = range(1)
 SHAPES = [(64, 2, 256), (192, 3, 768), (128, 1, 192), (768, 12, 3072)]  # width, heads, MLP
 
 
-def units(*kinds: native.Kind, but: frozenset[native.Unit] = frozenset()):
+def units(*kinds: native.Arithmetic, but: frozenset[native.Unit] = frozenset()):
     """A fixture's parameters: all units of some kinds."""
     chosen = [(kind, unit) for kind, unit in UNITS if kind in kinds and unit not in but]
     return {"params": chosen, "ids": [" ".join(pair) for pair in chosen]}
 
 
-def use_unit(request, monkeypatch) -> native.Kind:
+def use_unit(request, monkeypatch) -> native.Arithmetic:
     """Have a fixture's unit compute its kind: as compiled for this processor, or in generic vectors."""
     kind, unit = request.param
     is_here = unit in HERE[kind]
@@ -82,12 +82,12 @@ def on_vectors(request, monkeypatch):
     return use_unit(request, monkeypatch)
 
 
-def unit_of(kind: native.Kind) -> native.Unit:
+def unit_of(kind: native.Arithmetic) -> native.Unit:
     """What computes it in this test."""
     return native.blocks.available()[kind]
 
 
-def close(kind: native.Kind) -> float:
+def close(kind: native.Arithmetic) -> float:
     return CLOSE_OF_SEVEN_BITS if (kind, unit_of(kind)) == ("int8", "avx2") else CLOSE[kind]
 
 
@@ -113,7 +113,7 @@ def tokens(windows: int, count: int, dim: int, seed: int = 0) -> Tensor:
     return torch.randn(windows, count, dim, generator=torch.Generator().manual_seed(seed))
 
 
-def kernel(kind: native.Kind, *modules: Block) -> NativeBlocks:
+def kernel(kind: native.Arithmetic, *modules: Block) -> NativeBlocks:
     """Of blocks, with a norm that does something."""
     norm = torch.nn.LayerNorm(modules[0].norm1.normalized_shape[0], eps=1e-5)
     with torch.random.fork_rng():

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from m2d_embed.backends.native.library import (
     TILED,
+    Arithmetic,
     Kernels,
-    Kind,
     Scratch,
     Unit,
     available,
@@ -25,7 +25,7 @@ from m2d_embed.backends.native.library import (
 from m2d_embed.backends.native.structures import Block, Call, Linear, Norm
 
 #: Widths must be multiples of these: of a block's vectors, of those of one head.
-_MULTIPLES: dict[Kind, tuple[int, int]] = {"fp32": (32, 32), "bf16": (32, 32), "int8": (64, 32)}
+_MULTIPLES: dict[Arithmetic, tuple[int, int]] = {"fp32": (32, 32), "bf16": (32, 32), "int8": (64, 32)}
 #: What vector kernels read matrices and biases in, as ``blocks.h`` numbers it.
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _INT8_LARGEST = 127
@@ -97,7 +97,7 @@ class Shape(NamedTuple):
         return cls(block.attn.qkv.in_features, block.mlp.fc1.out_features, block.attn.num_heads)
 
 
-def fits(shape: Shape, kind: Kind) -> bool:
+def fits(shape: Shape, kind: Arithmetic) -> bool:
     """Whether the kernels compute blocks of this shape, where there are any."""
     multiple, head_multiple = _MULTIPLES[kind]
     whole_heads = shape.dim % (shape.heads * head_multiple) == 0
@@ -128,7 +128,7 @@ class NativeBlocks:
         kind: what products are computed in.
     """
 
-    def __init__(self, blocks: Sequence[BlockLike], norm: nn.LayerNorm | None, kind: Kind):
+    def __init__(self, blocks: Sequence[BlockLike], norm: nn.LayerNorm | None, kind: Arithmetic):
         self.kind = kind
         self.scratch = Scratch()
         compiled, unit = cast(Kernels, kernels()), available()[kind]
@@ -256,7 +256,7 @@ class _Packing(NamedTuple):
         return split.transpose(1, 2)
 
 
-def _packing(library: ctypes.CDLL, kind: Kind, unit: Unit) -> _Packing | None:
+def _packing(library: ctypes.CDLL, kind: Arithmetic, unit: Unit) -> _Packing | None:
     """How a kernel wants its weights; None if it is as they are."""
     if unit in TILED:  # rows of tiles are 64 bytes, 4 of each output
         return _Packing(16, 4 if kind == "int8" else 2)
@@ -266,7 +266,7 @@ def _packing(library: ctypes.CDLL, kind: Kind, unit: Unit) -> _Packing | None:
     return _Packing(library[f"{name}_outputs_together"](), library[f"{name}_inputs_together"]())
 
 
-def _lay_out(weights: list[Tensor], kind: Kind, unit: Unit, packing: _Packing | None) -> list[_Matrix]:
+def _lay_out(weights: list[Tensor], kind: Arithmetic, unit: Unit, packing: _Packing | None) -> list[_Matrix]:
     """Matrices, (out, in), as a kernel reads them; nothing if it reads them as they are."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}[kind]
     if packing is None and {weight.dtype for weight in weights} <= _FORMATS.keys():
