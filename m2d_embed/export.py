@@ -52,7 +52,7 @@ METADATA_FILE = "m2d_embed.json"
 _ATTENTION_OPSET = 23  # since when ONNX has an operator for attention
 _MAX_ONNX_BYTES = 2_000_000_000  # of weights: a protobuf message ends at 2 GiB
 
-Run = Callable[[Tensor], Sequence[Tensor]]
+Runner = Callable[[Tensor], Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -509,7 +509,7 @@ def _brief(error: Exception) -> str:
 # --- the check --------------------------------------------------------------------------------------------------------
 
 
-def _check(graph: _Graph, model: M2D, run: Run, path: Path) -> float:
+def _check(graph: _Graph, model: M2D, run: Runner, path: Path) -> float:
     """The largest difference between ``run`` and the model, on clips of other sizes than the traced one."""
     window = _window_samples(graph.config)
     worst = 0.0
@@ -552,7 +552,7 @@ def _window_samples(config: ModelConfig) -> int:
     return config.input_size[1] * config.hop_length
 
 
-def _onnx_runner(path: Path, graph: _Graph) -> Run:
+def _onnx_runner(path: Path, graph: _Graph) -> Runner:
     import onnxruntime
 
     try:
@@ -563,7 +563,7 @@ def _onnx_runner(path: Path, graph: _Graph) -> Run:
     return lambda audio: [torch.from_numpy(y) for y in session.run(list(graph.outputs), {"audio": audio.numpy()})]
 
 
-def _program_runner(path: Path) -> Run:
+def _program_runner(path: Path) -> Runner:
     with path.open("rb") as stream, _quiet():
-        program: Run = torch.export.load(stream).module()
+        program: Runner = torch.export.load(stream).module()
     return program

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from m2d_embed.audio.clips import Clip, ClipLike, open_clip
 from m2d_embed.backends import native
-from m2d_embed.backends.devices import best_device, check_int8, parse_device, parse_dtype
+from m2d_embed.backends.devices import best_device, check_int8, parse_device, parse_dtype, stored_dtype
 from m2d_embed.backends.threads import choose_threads
 from m2d_embed.checkpoints import hub
 from m2d_embed.checkpoints.layouts import (
@@ -261,7 +261,7 @@ class M2D(Network, ModelHubMixin, library_name="m2d-embed", tags=["audio", "embe
         target = parse_device(best_device() if device is None else device)
         if compute_dtype == torch.int8:
             check_int8(target)
-        prefer_half = [d for d in _HALF if d == compute_dtype]
+        prefer_half = [d for d in _HALF if d == stored_dtype(compute_dtype)]
         folder = None if cache_dir is None else Path(cache_dir)
         exact = [WEIGHT_FILES[d] for d in (*prefer_half, torch.float32)]
         location = hub.locate(
@@ -284,7 +284,7 @@ class M2D(Network, ModelHubMixin, library_name="m2d-embed", tags=["audio", "embe
         dtype: torch.dtype,
         features: FeatureConfig | None,
     ) -> M2D:
-        if checkpoint.file_dtype not in (dtype, torch.float32):
+        if checkpoint.file_dtype not in (stored_dtype(dtype), torch.float32):
             stored = str(checkpoint.file_dtype).removeprefix("torch.")
             log.warning("%s: there is no float32 file; the weights are those of %s, rounded.", origin, stored)
         if checkpoint.unused:

@@ -21,6 +21,11 @@
 #define DECLARE(name, call)                  \
   int64_t NAMED(name, _scratch)(const call*); \
   void NAMED(name, _run)(const call*);
+#define DECLARE_PACKING(name)                 \
+  int32_t NAMED(name, _outputs_together)(void); \
+  int32_t NAMED(name, _inputs_together)(void);
+DECLARE_PACKING(INT8)
+DECLARE_PACKING(INT8_DOT)
 DECLARE(FLOAT, Call)
 DECLARE(INT8, Call)
 DECLARE(INT8_DOT, Call)
@@ -115,7 +120,24 @@ static int8_t* int8s(int64_t count) {
   return found;
 }
 
-typedef enum { FLOAT32, BFLOAT16, INTEGER } Stored;
+// How the kernel that runs wants its int8 weights.
+static int32_t outputs_together, inputs_together;
+
+// (outputs, inputs) -> what lies side by side in the kernel.
+static int8_t* packed(const int8_t* weights, int64_t inputs, int64_t outputs) {
+  int8_t *found = memory(inputs * outputs), *to = found;
+  for (int64_t piece = 0; piece < outputs; piece += outputs_together) {
+    for (int64_t unit = 0; unit < inputs; unit += inputs_together) {
+      for (int64_t output = piece; output < piece + outputs_together; output++, to += inputs_together) {
+        memcpy(to, weights + output * inputs + unit, inputs_together);
+      }
+    }
+  }
+  return found;
+}
+
+typedef int Stored;  // as blocks.h numbers it, or
+enum { INTEGER = 3 };
 
 static Linear linear(int64_t inputs, int64_t outputs, Stored stored) {
   float size = 1.7f / sqrtf(inputs);
@@ -125,7 +147,7 @@ static Linear linear(int64_t inputs, int64_t outputs, Stored stored) {
     found.weight = bfloat16s(inputs * outputs, size), found.weight_format = BFLOAT16;
     found.bias = bfloat16s(outputs, 0.2f), found.bias_format = BFLOAT16;
   }
-  if (stored == INTEGER) found.weight = int8s(inputs * outputs), found.scales = floats(outputs, size / 1000, size / 127);
+  if (stored == INTEGER) found.weight = packed(int8s(inputs * outputs), inputs, outputs), found.scales = floats(outputs, size / 1000, size / 127);
   return found;
 }
 
@@ -209,13 +231,14 @@ static void run_largest(Kernel kernel, const char* name) {
   block.qkv = zeros(DIM, 3 * DIM), block.proj = zeros(DIM, DIM);
   block.fc1 = zeros(DIM, 64), block.fc2 = zeros(64, DIM);
   float *bias = floats(3 * DIM, 0, 0), *x = memory(FEW * DIM * sizeof(float));
-  int8_t* weights = (int8_t*)block.proj.weight;
+  int8_t* weights = memory(DIM * DIM);
   block.qkv.bias = bias;
   for (int64_t i = 0; i < (int64_t)DIM * DIM; i++) {
     int64_t row = i / DIM, column = i % DIM;
     int is_negative = row == 0 ? 0 : row == 1 ? 1 : row < 8 ? column >> (row - 2) & 1 : random_bits() >> 23;
     weights[i] = is_negative ? -127 : 127;
   }
+  block.proj.weight = packed(weights, DIM, DIM);
   for (int pattern = 0; pattern < 4; pattern++) {
     for (int i = 0; i < DIM; i++) {
       int is_negative = pattern == 0 ? 0 : pattern == 1 ? 1 : pattern == 2 ? i & 1 : random_bits() >> 23;
@@ -299,7 +322,10 @@ int main(int count, char** arguments) {
   run_blocks(on_floats, "fp32", FLOAT32, 64, 2, 832);
   run_blocks(on_floats, "fp32", FLOAT32, 96, 3, 160);
   run_blocks(on_floats, "bf16", BFLOAT16, 192, 3, 192);
+  outputs_together = NAMED(INT8, _outputs_together)(), inputs_together = NAMED(INT8, _inputs_together)();
   run_int8((Kernel){NAMED(INT8, _scratch), NAMED(INT8, _run)}, "int8");
-  if (!strcmp(arguments[2], "all")) run_int8((Kernel){NAMED(INT8_DOT, _scratch), NAMED(INT8_DOT, _run)}, "int8 dot");
+  if (strcmp(arguments[2], "all")) return 0;
+  outputs_together = NAMED(INT8_DOT, _outputs_together)(), inputs_together = NAMED(INT8_DOT, _inputs_together)();
+  run_int8((Kernel){NAMED(INT8_DOT, _scratch), NAMED(INT8_DOT, _run)}, "int8 dot");
   return 0;
 }

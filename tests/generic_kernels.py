@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from m2d_embed.backends import native, selection
-from m2d_embed.backends.native import Kind, NativeBlocks, NativeLogMel, Unit, library, make_tokens
+from m2d_embed.backends.native import Arithmetic, NativeBlocks, NativeLogMel, Unit, library, make_tokens
 from m2d_embed.backends.native.library import Kernels
 from m2d_embed.backends.selection import Capabilities
 from m2d_embed.config import ModelConfig
@@ -95,7 +95,7 @@ def compile_generic(folder: Path, *flags: str, sources: Path = SOURCES, compiler
     return library
 
 
-def use(monkeypatch: pytest.MonkeyPatch, units: Mapping[Kind, Unit], kernels: Kernels) -> None:
+def use(monkeypatch: pytest.MonkeyPatch, units: Mapping[Arithmetic, Unit], kernels: Kernels) -> None:
     """Have the package take these kernels, of these kinds and units, for all that there are on this machine."""
     for module in (native.blocks, native.log_mel, native.tokens):
         monkeypatch.setattr(module, "kernels", lambda: kernels)
@@ -104,7 +104,7 @@ def use(monkeypatch: pytest.MonkeyPatch, units: Mapping[Kind, Unit], kernels: Ke
     monkeypatch.setattr(selection, "capabilities", lambda: Capabilities(units, here.onednn, here.modules))
 
 
-def units_here() -> dict[Kind, list[Unit]]:
+def units_here() -> dict[Arithmetic, list[Unit]]:
     """All units of this machine that there are compiled kernels for, and not only the fastest."""
     compiled = native.kernels()
     flags = compiled.features() if compiled else set()
@@ -169,7 +169,7 @@ def run_front(unit: Unit) -> None:
     assert make_tokens(torch.randn(3, 1, 80, 64), projection, class_token, encoder.pos_embed, 7).isfinite().all()
 
 
-def run_blocks(kind: Kind, unit: Unit) -> None:
+def run_blocks(kind: Arithmetic, unit: Unit) -> None:
     """Several of them, and one whose MLP is computed in parts."""
     native.blocks.available = lambda: {kind: unit}
     encoder = Encoder(_SMALL)

@@ -17,6 +17,7 @@ from hub_server import HubServer, Request
 
 import m2d_embed
 from m2d_embed import CheckpointError, ConfigError, ModelNotFoundError
+from m2d_embed.backends import selection
 from m2d_embed.checkpoints.layouts import Checkpoint, write_native
 from m2d_embed.checkpoints.registry import BUNDLED_NAME, LICENSE_NOTICE, RELEASES, Release
 from m2d_embed.config import CheckpointName, ClapConfig, FeatureConfig
@@ -240,6 +241,18 @@ def test_bf16_takes_the_bf16_file_alone(hub, with_half, tiny, tmp_path):
     assert dtype_of(model) == torch.bfloat16
     assert_same(model, M2D.from_pretrained(tmp_path, dtype="bf16"))
     assert not torch.equal(numbers(model), numbers(tiny))
+
+
+@pytest.mark.skipif(not selection.supports_int8(), reason="no int8 on this processor")
+def test_int8_takes_the_bf16_file_alone(hub, with_half, tiny, tmp_path, caplog):
+    """It is rounded from bfloat16 anyway, and the file is half as much to fetch, to read and to keep."""
+    model = M2D.from_pretrained(REPOSITORY, dtype="int8", device="cpu")
+    assert hub.asked("GET") == ["config.json", BF16]
+    assert "rounded" not in caplog.text
+    tiny.save_pretrained(tmp_path)
+    of_float32 = M2D.from_pretrained(tmp_path, dtype="int8", device="cpu")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, of_float32.state_dict()[name]), name
 
 
 def test_cpu_takes_the_float32_file_alone(hub, with_half, tiny):

@@ -46,13 +46,13 @@ ONE = range(1)
 SHAPES = [(64, 2, 256), (192, 3, 768), (128, 1, 192), (768, 12, 3072)]  # width, heads, MLP
 
 
-def units(*kinds: native.Kind, but: frozenset[native.Unit] = frozenset()):
+def units(*kinds: native.Arithmetic, but: frozenset[native.Unit] = frozenset()):
     """A fixture's parameters: all units of some kinds."""
     chosen = [(kind, unit) for kind, unit in UNITS if kind in kinds and unit not in but]
     return {"params": chosen, "ids": [" ".join(pair) for pair in chosen]}
 
 
-def use_unit(request, monkeypatch) -> native.Kind:
+def use_unit(request, monkeypatch) -> native.Arithmetic:
     """Have a fixture's unit compute its kind: as compiled for this processor, or in generic vectors."""
     kind, unit = request.param
     is_here = unit in HERE[kind]
@@ -82,12 +82,12 @@ def on_vectors(request, monkeypatch):
     return use_unit(request, monkeypatch)
 
 
-def unit_of(kind: native.Kind) -> native.Unit:
+def unit_of(kind: native.Arithmetic) -> native.Unit:
     """What computes it in this test."""
     return native.blocks.available()[kind]
 
 
-def close(kind: native.Kind) -> float:
+def close(kind: native.Arithmetic) -> float:
     return CLOSE_OF_SEVEN_BITS if (kind, unit_of(kind)) == ("int8", "avx2") else CLOSE[kind]
 
 
@@ -113,7 +113,7 @@ def tokens(windows: int, count: int, dim: int, seed: int = 0) -> Tensor:
     return torch.randn(windows, count, dim, generator=torch.Generator().manual_seed(seed))
 
 
-def kernel(kind: native.Kind, *modules: Block) -> NativeBlocks:
+def kernel(kind: native.Arithmetic, *modules: Block) -> NativeBlocks:
     """Of blocks, with a norm that does something."""
     norm = torch.nn.LayerNorm(modules[0].norm1.normalized_shape[0], eps=1e-5)
     with torch.random.fork_rng():
@@ -557,7 +557,7 @@ def test_what_is_no_library_is_said_once(monkeypatch, tmp_path, caplog):
         ("blocks.h", "int64_t windows, tokens;", "int64_t tokens, windows;"),  # exchanged: the same size
         ("log_mel.h", "float eps, mean, std;", "float eps, mean, std, gain, floor;"),
         ("parallel.h", "int (*num_threads)(void);\n", "int (*num_threads)(void);\n  void* more;\n"),
-        ("abi.c", "enum { MEANING = 2 };", "enum { MEANING = 3 };"),
+        ("abi.c", "enum { MEANING = 3 };", "enum { MEANING = 4 };"),
     ],
 )
 def test_a_library_of_other_sources_is_never_called(monkeypatch, tmp_path, caplog, header, was, becomes):
@@ -601,7 +601,7 @@ def test_impossible_limits_are_refused(monkeypatch):
 def sources(tmp_path, monkeypatch):
     """A checkout's kernels, and the hook that compiles them."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
-    folder = tmp_path / "m2d_embed" / "native"
+    folder = tmp_path / "m2d_embed" / "backends" / "native"
     shutil.copytree(Path(native.__file__).parent, folder, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     return folder
 
@@ -612,7 +612,7 @@ def test_the_build_hook_compiles_what_the_package_loads(sources, monkeypatch):
     import hatch_build
 
     monkeypatch.setenv("CC", f"{COMPILER} -Wall -Wextra -Werror")
-    target = hatch_build.compile_kernels(sources.parents[1])
+    target = hatch_build.compile_kernels(sources.parents[2])
     assert target is not None
     compiled = ctypes.CDLL(str(sources / "kernels.so"))
     compiled.m2d_abi.restype = ctypes.c_uint32
@@ -676,7 +676,7 @@ def test_the_compiler_says_what_it_compiles_for(sources, triple, expected, monke
     assert hatch_build.target_of([str(compiler)]) == expected
     if expected is None:
         monkeypatch.setenv("CC", str(compiler))
-        assert hatch_build.compile_kernels(sources.parents[1]) is None
+        assert hatch_build.compile_kernels(sources.parents[2]) is None
         assert "no kernels for what this compiler compiles for" in capfd.readouterr().err
 
 
@@ -686,7 +686,7 @@ def test_a_compiler_that_fails_leaves_no_library(sources, compiler, monkeypatch,
 
     (sources / "kernels.so").write_text("of other sources")
     monkeypatch.setenv("CC", compiler)
-    assert not hatch_build.compile_kernels(sources.parents[1])
+    assert not hatch_build.compile_kernels(sources.parents[2])
     assert "the kernels do not compile, PyTorch takes their place" in capfd.readouterr().err
     assert not (sources / "kernels.so").exists()
 

@@ -6,7 +6,7 @@ Data flows one way: ``lists -> packages, repositories (by git) -> containers -> 
 
 from benchmarks.corpus.build import Progress, build_debian, build_repositories
 from benchmarks.corpus.errors import CorpusError
-from benchmarks.corpus.kinds import KINDS, Kind, kind_of
+from benchmarks.corpus.kinds import KINDS, SoundKind, kind_of
 from benchmarks.corpus.manifest import CorpusSummary
 from benchmarks.corpus.packages import read_package_list
 from benchmarks.corpus.repositories import Part, Repository, read_repository_list
@@ -15,10 +15,10 @@ __all__ = [
     "KINDS",
     "CorpusError",
     "CorpusSummary",
-    "Kind",
     "Part",
     "Progress",
     "Repository",
+    "SoundKind",
     "build_debian",
     "build_repositories",
     "kind_of",

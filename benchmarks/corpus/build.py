@@ -17,7 +17,7 @@ import filelock
 from benchmarks.corpus.containers import Entries
 from benchmarks.corpus.convert import SAMPLE_RATE, read_sound, segment_names, write_segment
 from benchmarks.corpus.errors import CorpusError
-from benchmarks.corpus.kinds import Kind
+from benchmarks.corpus.kinds import SoundKind
 from benchmarks.corpus.manifest import (
     CorpusSummary,
     PackageRecord,
@@ -55,8 +55,8 @@ class Source(Protocol):
     def statement(self, downloads: Path) -> str | None:
         """Its statement of licences, if that is not among its files."""
 
-    def kind_and_licence(self, member: str) -> tuple[Kind, str] | None:
-        """Kind and licence of a member, where the list of sources tells."""
+    def kind_and_licence(self, member: str) -> tuple[SoundKind, str] | None:
+        """SoundKind and licence of a member, where the list of sources tells."""
 
 
 def build_debian(

@@ -6,11 +6,11 @@ import re
 from pathlib import PurePosixPath
 from typing import Literal, get_args
 
-Kind = Literal["music", "speech", "effects", "ambience", "instrument"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+SoundKind = Literal["music", "speech", "effects", "ambience", "instrument"]
+KINDS: tuple[SoundKind, ...] = get_args(SoundKind)
 
 #: Patterns of package and path that settle it, the first that fits counts: packages of one kind, places of odd names
-_PLACES: tuple[tuple[str, str, Kind], ...] = (
+_PLACES: tuple[tuple[str, str, SoundKind], ...] = (
     (r"soundfont|hydrogen|drumkit|lmms|sonic-pi|^exadrums|^horgand|^chuck", r"", "instrument"),
     (r"^minuet", r"\.sf2/", "instrument"),
     (r"asterisk|^gcin-voice|^pocketsphinx|^ktuberling|^fillets-ng-data-|^klettres|^festvox|^saytime", r"", "speech"),
@@ -25,7 +25,7 @@ _PLACES: tuple[tuple[str, str, Kind], ...] = (
 )
 
 #: Words in names of folders and files; where a name has words of several kinds, the kind that stands first here counts
-_WORDS: dict[Kind, str] = {
+_WORDS: dict[SoundKind, str] = {
     "speech": "announcer codriver comments dialog dialogs dialogue narration speech taunt taunts vo voice voices",
     "music": "jingle jingles music musics song songs soundtrack soundtracks stdmusic theme",
     "ambience": "ambiance ambience ambient atmosphere env environment nature rain weather wind",
@@ -33,8 +33,8 @@ _WORDS: dict[Kind, str] = {
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 
 
-def kind_of(package: str, path: str) -> Kind:
-    """Kind of a member: music, speech, ambience, instrument (single notes and beats), or else effects.
+def kind_of(package: str, path: str) -> SoundKind:
+    """SoundKind of a member: music, speech, ambience, instrument (single notes and beats), or else effects.
 
     Some packages are of one kind throughout, and some have places that are known to be. Otherwise the words in the
     name of the nearest folder that has one of a kind decide, then those in the file's own name.

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.corpus.errors import CorpusError
-from benchmarks.corpus.kinds import KINDS, Kind, kind_of
+from benchmarks.corpus.kinds import KINDS, SoundKind, kind_of
 from benchmarks.corpus.licences import SEE_COPYRIGHT, Licences
 from m2d_embed.files import atomic_write, write_text
 
@@ -40,7 +40,7 @@ class SoundRecord:
     seconds: float
     sha256: str
     segments: list[tuple[str, float]]
-    kind: Kind | None = None
+    kind: SoundKind | None = None
     licence: str | None = None
 
 
@@ -94,7 +94,7 @@ class CorpusSummary:
     were left out; ``undecodable`` are members that should have been audio, as ``package: member``, with the reason.
     """
 
-    hours: dict[Kind, float]
+    hours: dict[SoundKind, float]
     done: tuple[str, ...] = ()
     missing: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
@@ -150,7 +150,7 @@ def write_manifest(out: Path) -> CorpusSummary:
         writer.writerows(rows)
     for package in lost:
         forget(out, package)
-    seconds: defaultdict[Kind, float] = defaultdict(float)
+    seconds: defaultdict[SoundKind, float] = defaultdict(float)
     for _, length, kind, *_ in rows:
         seconds[kind] += float(length)
     return CorpusSummary(
@@ -216,7 +216,7 @@ def _sounds(records: Iterable[PackageRecord]) -> Iterator[tuple[PackageRecord, S
 
 def _rows(
     out: Path, record: PackageRecord, kept: set[tuple[str, str]]
-) -> Iterator[tuple[str, str, Kind, str, str, str, str]]:
+) -> Iterator[tuple[str, str, SoundKind, str, str, str, str]]:
     file = copyright_file(out, record.package)
     licences = Licences(file.read_text(encoding="utf-8", errors="replace")) if file.is_file() else None
     for sound in record.sounds:

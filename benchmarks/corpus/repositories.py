@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from benchmarks.corpus import git
 from benchmarks.corpus.containers import Entries
 from benchmarks.corpus.errors import CorpusError
-from benchmarks.corpus.kinds import Kind
+from benchmarks.corpus.kinds import SoundKind
 from benchmarks.corpus.lists import read_list
 from benchmarks.corpus.manifest import file_stem
 from m2d_embed.config import from_dict
@@ -35,7 +35,7 @@ class Part:
     """
 
     folder: str
-    kind: Kind
+    kind: SoundKind
     licence: str
     only: tuple[str, ...] = ("*",)
     without: tuple[str, ...] = ()
@@ -118,7 +118,7 @@ class Repository:
             texts.append(f"{path}:\n\n{stream.read().decode('utf-8', 'replace').strip()}\n")
         return "\n".join(texts)
 
-    def kind_and_licence(self, member: str) -> tuple[Kind, str] | None:
+    def kind_and_licence(self, member: str) -> tuple[SoundKind, str] | None:
         """What the list says of a member; of one in an archive, what it says of that archive."""
         parts = (self.part_of(str(path)) for path in (member, *PurePosixPath(member).parents))
         return next(((part.kind, part.licence) for part in parts if part), None)

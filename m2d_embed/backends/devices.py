@@ -23,6 +23,11 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return parsed
 
 
+def stored_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What matrices multiplied in ``dtype`` are held in: int8 ones in bfloat16, from which they are rounded."""
+    return torch.bfloat16 if dtype == torch.int8 else dtype
+
+
 def best_device() -> str:
     """Where a model goes if nobody says: "cuda" if there is such a GPU, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2d_embed.backends import native
-from m2d_embed.backends.native import BlockLike, Kind, NativeBlocks
+from m2d_embed.backends.native import Arithmetic, BlockLike, NativeBlocks
 from m2d_embed.backends.selection import Backend
 
 _MOST_PACKED = 280_000_000  # bytes of copies; beyond it the second layers of MLPs, the last first, stay as they are
@@ -84,7 +84,7 @@ class PackedBlocks:
         parameters = [layer._parameters.get(name) for layer in self._layers for name in self._copied]
         self._views = [_spread(parameter) for parameter in parameters if parameter is not None]
         self._samples = torch.cat(self._views)
-        layers, kind = list(_as_blocks(blocks)), cast(Kind, backend.kind)
+        layers, kind = list(_as_blocks(blocks)), cast(Arithmetic, backend.kind)
         is_usual = type(norm) is nn.LayerNorm and norm.normalized_shape == (layers[0].attn.qkv.in_features,)
         self._readable = cast(nn.LayerNorm, norm) if is_usual else None
         self.kernel = NativeBlocks(layers, self._readable, kind) if backend.engine == "native" else None

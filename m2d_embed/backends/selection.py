@@ -27,7 +27,7 @@ from torch.nn.modules import module as nn_module
 from torch.utils._device import DeviceContext
 
 from m2d_embed.backends import native
-from m2d_embed.backends.native import Kind, NativeLogMel, Shape, Unit
+from m2d_embed.backends.native import Arithmetic, NativeLogMel, Shape, Unit
 
 #: What the matrices of the blocks are stored in.
 Stored = Literal["fp32", "bf16", "fp16"]
@@ -58,11 +58,11 @@ class Capabilities:
         modules: kinds that PyTorch's modules compute; float32 is always one.
     """
 
-    kernels: Mapping[Kind, Unit]
-    onednn: frozenset[Kind] = frozenset()
-    modules: frozenset[Kind] = frozenset({"fp32"})
+    kernels: Mapping[Arithmetic, Unit]
+    onednn: frozenset[Arithmetic] = frozenset()
+    modules: frozenset[Arithmetic] = frozenset({"fp32"})
 
-    def multiplies(self, kind: Kind) -> bool:
+    def multiplies(self, kind: Arithmetic) -> bool:
         """Whether products of a kind are fast here."""
         return kind in self.kernels or kind in self.onednn or kind in self.modules
 
@@ -97,9 +97,9 @@ def capabilities() -> Capabilities:
     return capabilities_of(native.available(), torch_facts())
 
 
-def capabilities_of(kernels: Mapping[Kind, Unit], facts: TorchFacts) -> Capabilities:
+def capabilities_of(kernels: Mapping[Arithmetic, Unit], facts: TorchFacts) -> Capabilities:
     """What kernels and torch offer together."""
-    onednn: set[Kind] = set()
+    onednn: set[Arithmetic] = set()
     if facts.packs:
         onednn.add("fp32")
         is_held = facts.vectors in ("DEFAULT", "NO AVX", "AVX2")  # torch's own loops, for what is between products
@@ -107,7 +107,7 @@ def capabilities_of(kernels: Mapping[Kind, Unit], facts: TorchFacts) -> Capabili
             onednn.add("bf16")
         if facts.vnni and not is_held and facts.onednn_limit.upper() not in _WITHOUT_VNNI:
             onednn.add("int8")
-    modules: set[Kind] = {"fp32", "bf16"} if facts.other_bf16 else {"fp32"}
+    modules: set[Arithmetic] = {"fp32", "bf16"} if facts.other_bf16 else {"fp32"}
     return Capabilities(kernels, frozenset(onednn), frozenset(modules))
 
 
@@ -191,7 +191,7 @@ class Backend:
     """
 
     engine: Engine
-    kind: Kind | None
+    kind: Arithmetic | None
     reason: str
 
     def __str__(self) -> str:
@@ -235,14 +235,14 @@ def choose(here: Capabilities, encoder: Traits) -> Backend:
     return Backend("widened", "fp32", why)
 
 
-def _kernels(here: Capabilities, kind: Kind) -> str:
+def _kernels(here: Capabilities, kind: Arithmetic) -> str:
     """The kernels of a kind, in words."""
     unit = here.kernels[kind]
     widened = ", weights of 16 bits, products in float32" if kind == "bf16" and unit not in native.TILED else ""
     return f"{kind} kernels ({unit}{widened})"
 
 
-def _kinds(encoder: Traits) -> tuple[Kind, ...]:
+def _kinds(encoder: Traits) -> tuple[Arithmetic, ...]:
     """What the products may be computed in, the best first."""
     if encoder.quantize:
         return ("int8", "bf16", "fp32")

@@ -13,7 +13,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 
-from m2d_embed.backends.devices import check_int8
+from m2d_embed.backends.devices import check_int8, stored_dtype
 from m2d_embed.config import FeatureConfig, HeadConfig, ModelConfig, ScenePooling
 from m2d_embed.errors import AudioError, ConfigError, UnsupportedError
 from m2d_embed.model.compiled import CompiledEncoder
@@ -276,7 +276,7 @@ class Network(nn.Module):
         if head.config.scene_pooling != "mean":
             raise UnsupportedError(
                 f"The head of {self.config.name or 'this model'} takes standard deviations over time, which a single "
-                "time column has not; fine-tune one with scene_pooling=mean for labels over time."
+                "time column has not; fine-tune one with model.scene_pooling=mean for labels over time."
             )
         return head
 
@@ -317,7 +317,7 @@ class Network(nn.Module):
         if dtype == torch.int8:
             check_int8(self.device)
         self.encoder.quantize = dtype == torch.int8
-        stored = torch.bfloat16 if dtype == torch.int8 else dtype
+        stored = stored_dtype(dtype)
         for block in self.encoder.blocks:
             for module in block.modules():
                 if isinstance(module, nn.Linear):

@@ -17,7 +17,7 @@ from m2d_embed.backends.native.blocks import BlockLike, NativeBlocks, Shape, fit
 from m2d_embed.backends.native.library import (
     ISA_VARIABLE,
     TILED,
-    Kind,
+    Arithmetic,
     Unit,
     available,
     isa_limit,
@@ -30,8 +30,8 @@ from m2d_embed.backends.native.tokens import fits_tokens, make_tokens
 __all__ = [
     "ISA_VARIABLE",
     "TILED",
+    "Arithmetic",
     "BlockLike",
-    "Kind",
     "NativeBlocks",
     "NativeLogMel",
     "Shape",

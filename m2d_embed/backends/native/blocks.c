@@ -4,8 +4,10 @@
 //   M2D_INT8  products of int8 weights, whose rows have a scale each, with levels of rows of A; else of float32 with
 //             weights that are stored in float32, bfloat16 or float16
 //
-// Weights are used as they are, with no copy of them all: 64 rows of a matrix at a time are laid out for the product,
-// in a cache of the core, and used for some hundred tokens. What is between products is float32, exp and erf to 2e-7.
+// Float weights are used as they are, with no copy of them all: 64 rows of a matrix at a time are laid out for the
+// product, in a cache of the core, and used for some hundred tokens. int8 weights come laid out ("packed"): in pieces of
+// WIDTH outputs, [piece][unit][output], a unit being VALUES inputs. What is between products is float32, exp and erf to
+// 2e-7.
 // Each sum is one number that products are added to in the order of the inputs, whatever else is computed beside it: a
 // window's values do not depend on the others.
 
@@ -31,6 +33,9 @@ enum {
 typedef float Unit __attribute__((may_alias));
 #ifdef M2D_INT8
 enum { VALUES = PER_UNIT };  // in a unit
+typedef struct {
+  int8_t values[VALUES];
+} Weights;  // of a unit
 #if PER_UNIT == 2
 typedef int16_t Level;
 #elif defined(LEVELS_ARE_UNSIGNED)
@@ -40,6 +45,7 @@ typedef int8_t Level;
 #endif
 #else
 enum { VALUES = 1 };
+typedef Unit Weights;
 #endif
 #ifdef LEVELS_ARE_UNSIGNED
 enum { OFFSET = 128 };  // of levels
@@ -87,7 +93,7 @@ static Shape shape_of(const Call* call) {
   s.windows = at_most(at_least(1, CHUNK_ROWS / s.tokens), (call->windows + teams - 1) / teams);
   s.members = (call->threads + teams - 1) / teams;
   s.part = at_most(HIDDEN, s.hidden);
-  int64_t attention = (s.head_dim + rounded_up(s.head_dim, WIDTH) + ROWS) * s.width, panel = at_least(s.dim, s.part) * PANEL;
+  int64_t attention = (s.head_dim + rounded_up(s.head_dim, WIDTH) + ROWS) * s.width, panel = VALUES > 1 ? 0 : at_least(s.dim, s.part) * PANEL;
   s.member_floats = rounded_up(at_least(attention, panel), 16);
   return s;
 }
@@ -138,12 +144,12 @@ INLINE V gelu(V x) {
 }
 
 // sums += a (rows x inner) b (inner x vectors)
-#define ADD_PRODUCTS(name, Sum, product)                                                                            \
-  INLINE void name(const Unit* a, int64_t a_stride, const Unit* b, int64_t b_stride, int64_t inner, int rows,       \
+#define ADD_PRODUCTS(name, Sum, Weights, load, product)                                                             \
+  INLINE void name(const Unit* a, int64_t a_stride, const Weights* b, int64_t b_stride, int64_t inner, int rows,    \
                    int vectors, Sum sums[ROWS][VECTORS]) {                                                          \
     for (int64_t k = 0; k < inner; k++) {                                                                           \
       V v[VECTORS];                                                                                                 \
-      UNROLLED(int j = 0; j < vectors; j++) v[j] = v_load(b + k * b_stride + LANES * j);                            \
+      UNROLLED(int j = 0; j < vectors; j++) v[j] = load(b + k * b_stride + LANES * j);                              \
       UNROLLED(int r = 0; r < rows; r++) {                                                                          \
         V value = v_set1(a[r * a_stride + k]);                                                                      \
         UNROLLED(int j = 0; j < vectors; j++) sums[r][j] = product(sums[r][j], value, v[j]);                        \
@@ -152,12 +158,12 @@ INLINE V gelu(V x) {
   }
 
 INLINE V plus_product(V sum, V a, V b) { return v_fma(a, b, sum); }
-ADD_PRODUCTS(add_products, V, plus_product)
+ADD_PRODUCTS(add_products, V, Unit, v_load, plus_product)
 
 #ifdef M2D_INT8
 typedef W Sum;
 INLINE W plus_levels(W sum, V a, V b) { return w_dot(sum, (W)a, (W)b); }
-ADD_PRODUCTS(add_levels, W, plus_levels)
+ADD_PRODUCTS(add_levels, W, Weights, w_load_units, plus_levels)
 #else
 typedef V Sum;
 #define add_levels add_products
@@ -166,7 +172,8 @@ typedef V Sum;
 typedef enum { TO_OUTPUT, TO_RESIDUAL, TO_HIDDEN } Destination;
 
 typedef struct {
-  const Unit *a, *panel;
+  const Unit* a;
+  const Weights* weights;  // [unit][WIDTH]
   const float *bias, *scales, *row_scales;  // scales: int8
   const int32_t* surplus;                   // of sums, as levels have an offset
   float* out;
@@ -191,7 +198,7 @@ INLINE void multiply(Product* p, int rows, int vectors) {
   Sum sums[ROWS][VECTORS] = {0};
   for (int64_t k = 0; k < p->inner; k += STEP) {
     fetch(p->ahead);
-    add_levels(p->a + k, p->inner, p->panel + k * WIDTH, WIDTH, at_most(STEP, p->inner - k), rows, vectors, sums);
+    add_levels(p->a + k, p->inner, p->weights + k * WIDTH, WIDTH, at_most(STEP, p->inner - k), rows, vectors, sums);
   }
   UNROLLED(int r = 0; r < rows; r++) {
     UNROLLED(int j = 0; j < vectors; j++) {
@@ -240,7 +247,7 @@ INLINE Matrix outputs_from(Matrix m, int64_t first, int64_t count) {
 
 // The bias is added to the product of the first inputs.
 INLINE Matrix inputs_from(Matrix m, int64_t first, int64_t count) {
-  m.weight += first * m.bytes, m.inputs = count;
+  m.weight += first * m.bytes * (VALUES > 1 ? WIDTH : 1), m.inputs = count;
   if (first) m.bias = NULL;
   return m;
 }
@@ -256,24 +263,25 @@ INLINE V load_floats(const void* from, int format) {
   return format == BFLOAT16 ? v_from_bf16(from) : v_from_fp16(from);
 }
 
-INLINE V load_units(const uint8_t* from, int format) {
 #ifdef M2D_INT8
-  (void)format;
-  return w_load_units((const int8_t*)from);
-#else
-  return load_floats(from, format);
-#endif
-}
+// int8: how weights are to be packed.
+int32_t NAMED(M2D_NAME, _outputs_together)(void) { return WIDTH; }
+int32_t NAMED(M2D_NAME, _inputs_together)(void) { return VALUES; }
 
-// `width` outputs, in pieces of WIDTH: [piece][unit][output]
+// The weights of the outputs from one on, as far as their piece goes.
+INLINE const Weights* weights_from(const Matrix* m, int64_t column) {
+  return (const Weights*)m->weight + column / WIDTH * (m->stride / VALUES) * WIDTH + column % WIDTH;
+}
+#else
+// `width` outputs, in pieces of WIDTH: [piece][input][output]
 INLINE void lay_out_panel_of(const Matrix* m, int64_t column, int64_t width, int format, Unit* panel) {
-  int64_t units = m->inputs / VALUES, line = m->stride * m->bytes;
+  int64_t line = m->stride * m->bytes;
   for (int64_t j = 0; j < width; j += LANES) {
     const uint8_t* from = m->weight + (column + j) * line;
-    Unit* to = panel + j / WIDTH * units * WIDTH + j % WIDTH;
-    for (int64_t k = 0; k < units; k += LANES, from += LANES * VALUES * m->bytes, to += LANES * WIDTH) {
+    Unit* to = panel + j / WIDTH * m->inputs * WIDTH + j % WIDTH;
+    for (int64_t k = 0; k < m->inputs; k += LANES, from += LANES * m->bytes, to += LANES * WIDTH) {
       V r[LANES];
-      for (int i = 0; i < LANES; i++) r[i] = load_units(from + i * line, format);
+      for (int i = 0; i < LANES; i++) r[i] = load_floats(from + i * line, format);
       v_transpose(r);
       for (int i = 0; i < LANES; i++) v_store(to + i * WIDTH, r[i]);
     }
@@ -281,12 +289,13 @@ INLINE void lay_out_panel_of(const Matrix* m, int64_t column, int64_t width, int
 }
 
 static void lay_out_panel(const Matrix* m, int64_t column, int64_t width, Unit* panel) {
-  switch (VALUES > 1 ? FLOAT32 : m->format) {
+  switch (m->format) {
     case BFLOAT16: lay_out_panel_of(m, column, width, BFLOAT16, panel); break;
     case FLOAT16: lay_out_panel_of(m, column, width, FLOAT16, panel); break;
     default: lay_out_panel_of(m, column, width, FLOAT32, panel);
   }
 }
+#endif
 
 // What is added to the sums of a panel's outputs, and what they are multiplied with.
 typedef struct {
@@ -294,32 +303,30 @@ typedef struct {
   int32_t surplus[PANEL];
 } Outputs;
 
-static void choose_outputs(Outputs* o, const Matrix* m, int64_t column, int64_t width, const Unit* panel) {
+static void choose_outputs(Outputs* o, const Matrix* m, int64_t column, int64_t width) {
   for (int64_t j = 0; j < width; j += LANES) {
     v_store(o->bias + j, m->bias ? load_floats(m->bias + (column + j) * bytes_of(m->bias_format), m->bias_format) : v_zero());
 #ifdef M2D_INT8
     v_store(o->scales + j, v_load(m->scales + column + j));
     W offset = {0}, surplus = {0};
     offset += (int32_t)(OFFSET * 0x01010101u);
-    int64_t units = m->inputs / VALUES;
-    const Unit* b = panel + j / WIDTH * units * WIDTH + j % WIDTH;
-    for (int64_t k = 0; OFFSET > 0 && k < units; k++) surplus = w_dot(surplus, offset, (W)v_load(b + k * WIDTH));
+    const Weights *b = weights_from(m, column + j), *stop = b + m->inputs / VALUES * WIDTH;
+    for (; OFFSET > 0 && b < stop; b += WIDTH) surplus = w_dot(surplus, offset, (W)w_load_units(b));
     v_store(o->surplus + j, (V)surplus);
-#else
-    (void)panel;
 #endif
   }
 }
 
-// Rows of a matrix, from `column` of the output to `stop`, or of the one that is used after it.
+// What is read of a matrix for its outputs from `column` to `stop`, or of the one that is used after it.
 INLINE Ahead ahead_of(const Chunk* chunk, const Matrix* m, int64_t column, int64_t stop, const Matrix* then,
                       int64_t fetches) {
   Share next = {column, stop};
   if (column == stop && then) m = then, next = columns_of(chunk->team, then);
-  int64_t rows = at_most(PANEL, next.stop - next.first), lines = (m->inputs * m->bytes + LINE - 1) / LINE;
-  int64_t at_once = (rows * lines + fetches - 1) / fetches;
-  const uint8_t* from = m->weight + next.first * m->stride * m->bytes;
-  return (Ahead){from, lines, lines, rows, m->stride * m->bytes - lines * LINE, at_once};
+  int together = VALUES > 1 ? WIDTH : 1;  // outputs whose weights lie side by side
+  int64_t outputs = at_most(PANEL, next.stop - next.first), runs = (outputs + together - 1) / together;
+  int64_t lines = (m->inputs * m->bytes * together + LINE - 1) / LINE, stride = m->stride * m->bytes * together;
+  int64_t at_once = (runs * lines + fetches - 1) / fetches;
+  return (Ahead){m->weight + next.first / together * stride, lines, lines, runs, stride - lines * LINE, at_once};
 }
 
 // out = a times a matrix. While the last of it is multiplied, `then` is fetched, the matrix of the next product, or
@@ -330,20 +337,27 @@ static void layer(const Chunk* chunk, const Factor* a, Matrix m, float* out, int
   static void (*const narrow[])(Product*) = FUNCTIONS(multiply_narrow);
   const Unit* units = VALUES > 1 ? a->levels : a->values;
   int64_t rows = chunk->windows * chunk->shape->tokens, inner = m.inputs / VALUES, strips = num_strips(rows), width;
-  Unit* panel = chunk->scratch->members + chunk->team.rank * chunk->shape->member_floats;
   Share share = columns_of(chunk->team, &m);
   for (int64_t column = share.first; column < share.stop; column += width) {
-    width = at_most(PANEL, share.stop - column);
+    width = at_most(PANEL - column % PANEL, share.stop - column);
+#ifndef M2D_INT8
+    Unit* panel = chunk->scratch->members + chunk->team.rank * chunk->shape->member_floats;
     lay_out_panel(&m, column, width, panel);
+#endif
     Outputs o;
-    choose_outputs(&o, &m, column, width, panel);
+    choose_outputs(&o, &m, column, width);
     int64_t pieces = (width + WIDTH - 1) / WIDTH;
     Ahead ahead = ahead_of(chunk, &m, column + width, share.stop, then, strips * pieces * ((inner + STEP - 1) / STEP));
     for (int64_t i = 0; i < strips; i++) {
       int64_t row = strip(rows, i), next = strip(rows, i + 1);
       const float* row_scales = VALUES > 1 ? a->scales + row : NULL;
       for (int64_t j = 0; j < width; j += WIDTH) {
-        Product p = {units + row * inner, panel + j * inner, o.bias + j, o.scales + j, row_scales, o.surplus + j,
+#ifdef M2D_INT8
+        const Weights* weights = weights_from(&m, column + j);
+#else
+        const Weights* weights = panel + j * inner;
+#endif
+        Product p = {units + row * inner, weights, o.bias + j, o.scales + j, row_scales, o.surplus + j,
                      out + row * out_stride + column + j, inner, out_stride, destination, &ahead};
         (width - j < WIDTH ? narrow : wide)[next - row](&p);
       }

@@ -11,7 +11,7 @@
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 
 typedef struct {
-  const void* weight;   // (outputs, inputs), or tiles: see the file that reads it
+  const void* weight;   // (outputs, inputs), tiles, or packed int8: see the file that reads it
   const float* scales;  // int8: what a step of each output's weights is worth
   const void* bias;     // or NULL
   int32_t bias_format, weight_format;

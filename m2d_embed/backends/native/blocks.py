@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from m2d_embed.backends.native.library import (
     TILED,
+    Arithmetic,
     Kernels,
-    Kind,
     Scratch,
     Unit,
     available,
@@ -25,7 +25,7 @@ from m2d_embed.backends.native.library import (
 from m2d_embed.backends.native.structures import Block, Call, Linear, Norm
 
 #: Widths must be multiples of these: of a block's vectors, of those of one head.
-_MULTIPLES: dict[Kind, tuple[int, int]] = {"fp32": (32, 32), "bf16": (32, 32), "int8": (64, 32)}
+_MULTIPLES: dict[Arithmetic, tuple[int, int]] = {"fp32": (32, 32), "bf16": (32, 32), "int8": (64, 32)}
 #: What vector kernels read matrices and biases in, as ``blocks.h`` numbers it.
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _INT8_LARGEST = 127
@@ -97,7 +97,7 @@ class Shape(NamedTuple):
         return cls(block.attn.qkv.in_features, block.mlp.fc1.out_features, block.attn.num_heads)
 
 
-def fits(shape: Shape, kind: Kind) -> bool:
+def fits(shape: Shape, kind: Arithmetic) -> bool:
     """Whether the kernels compute blocks of this shape, where there are any."""
     multiple, head_multiple = _MULTIPLES[kind]
     whole_heads = shape.dim % (shape.heads * head_multiple) == 0
@@ -128,7 +128,7 @@ class NativeBlocks:
         kind: what products are computed in.
     """
 
-    def __init__(self, blocks: Sequence[BlockLike], norm: nn.LayerNorm | None, kind: Kind):
+    def __init__(self, blocks: Sequence[BlockLike], norm: nn.LayerNorm | None, kind: Arithmetic):
         self.kind = kind
         self.scratch = Scratch()
         compiled, unit = cast(Kernels, kernels()), available()[kind]
@@ -142,7 +142,8 @@ class NativeBlocks:
         ]
         self._norms = [*([] if norm is None else [norm]), *(norm for norms, _ in self._parts for norm in norms)]
         self._bias_dtypes = {torch.float32, torch.bfloat16} if unit in TILED else _FORMATS.keys()
-        self._matrices = _lay_out([layer.weight for _, layers in self._parts for layer in layers], kind, unit)
+        weights = [layer.weight for _, layers in self._parts for layer in layers]
+        self._matrices = _lay_out(weights, kind, unit, _packing(compiled.library, kind, unit))
         self._pointed = _Pointed([], (Block * 0)(), Norm(), [])  # replaced as a whole: threads may exchange it
 
     def __call__(self, x: Tensor, blocks: range) -> Tensor:
@@ -238,15 +239,37 @@ class NativeBlocks:
 
 
 class _Matrix(NamedTuple):
-    weight: Tensor  # (out, in), or tiles, as ``tiles.h`` describes them
+    weight: Tensor  # (out, in), or packed
     scales: Tensor | None  # int8: what a step of each row is worth
 
 
-def _lay_out(weights: list[Tensor], kind: Kind, unit: Unit) -> list[_Matrix]:
+class _Packing(NamedTuple):
+    """Which weights lie side by side: those of some outputs, and of each of these some inputs."""
+
+    outputs: int
+    inputs: int
+
+    def of(self, weight: Tensor) -> Tensor:
+        """(out, in) -> (out / ``outputs``, in / ``inputs``, ``outputs``, ``inputs``), a view."""
+        rows, columns = weight.shape
+        split = weight.view(rows // self.outputs, self.outputs, columns // self.inputs, self.inputs)
+        return split.transpose(1, 2)
+
+
+def _packing(library: ctypes.CDLL, kind: Arithmetic, unit: Unit) -> _Packing | None:
+    """How a kernel wants its weights; None if it is as they are."""
+    if unit in TILED:  # rows of tiles are 64 bytes, 4 of each output
+        return _Packing(16, 4 if kind == "int8" else 2)
+    if kind != "int8":
+        return None
+    name = f"m2d_{functions_of(kind, unit)}"
+    return _Packing(library[f"{name}_outputs_together"](), library[f"{name}_inputs_together"]())
+
+
+def _lay_out(weights: list[Tensor], kind: Arithmetic, unit: Unit, packing: _Packing | None) -> list[_Matrix]:
     """Matrices, (out, in), as a kernel reads them; nothing if it reads them as they are."""
-    in_tiles = unit in TILED
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}[kind]
-    if not in_tiles and kind != "int8" and {weight.dtype for weight in weights} <= _FORMATS.keys():
+    if packing is None and {weight.dtype for weight in weights} <= _FORMATS.keys():
         return []
     sizes = [weight.numel() * dtype.itemsize for weight in weights]
     outputs = [len(weight) for weight in weights]
@@ -256,7 +279,7 @@ def _lay_out(weights: list[Tensor], kind: Kind, unit: Unit) -> list[_Matrix]:
     found = []
     for weight, memory, scales in zip(weights, memories, kept, strict=True):
         rounded, steps = (weight.detach().to(dtype), None) if kind != "int8" else rounded_to_int8(weight, largest)
-        arranged = _as_tiles(rounded) if in_tiles else rounded
+        arranged = rounded if packing is None else packing.of(rounded)
         laid_out = memory.view(dtype).view(arranged.shape).copy_(arranged)
         found.append(_Matrix(laid_out, None if steps is None else scales.copy_(steps)))
     return found
@@ -268,10 +291,3 @@ def rounded_to_int8(weight: Tensor, levels: int = _INT8_LARGEST) -> tuple[Tensor
     largest = torch.maximum(values.amax(dim=1), -values.amin(dim=1))
     scales = (largest / levels).clamp_min(_SMALLEST_SCALE)
     return values.div_(scales[:, None]).round_().to(torch.int8), scales
-
-
-def _as_tiles(weight: Tensor) -> Tensor:
-    """(out, in) -> (out / 16, in / (16 * n), 16, 16, n), a view; n is 2 in bfloat16, 4 in int8."""
-    rows, columns = weight.shape
-    together = 4 // weight.itemsize
-    return weight.view(rows // 16, 16, columns // (16 * together), 16, together).permute(0, 2, 3, 1, 4)

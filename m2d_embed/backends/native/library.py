@@ -28,7 +28,7 @@ from m2d_embed.errors import ConfigError
 log = logging.getLogger("m2d_embed")
 
 #: What a block's products are computed in.
-Kind = Literal["fp32", "bf16", "int8"]
+Arithmetic = Literal["fp32", "bf16", "int8"]
 #: What of the processor computes them: a matrix unit, or vectors.
 Unit = Literal["amx", "avx512_bf16", "avx512", "avx_vnni", "avx2", "neon_dot", "neon"]
 
@@ -36,13 +36,13 @@ ISA_VARIABLE = "M2D_EMBED_ISA"
 _LARGE_PAGE = 2 << 20
 _LIBRARY = Path(__file__).with_name("kernels.so")
 _NAMES = 512  # bytes of the names of all features
-_BYTES: dict[Kind, int] = {"fp32": 4, "bf16": 2, "int8": 1}  # of a weight
+_BYTES: dict[Arithmetic, int] = {"fp32": 4, "bf16": 2, "int8": 1}  # of a weight
 _AVX2 = {"avx2", "fma", "f16c"}
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
 _AVX512_BF16 = _AVX512 | {"avx512_bf16"}
 _AMX = _AVX512_BF16 | {"amx_tile", "amx_bf16"}
 #: What of the processor each kind needs in which unit, the fastest unit first.
-_FEATURES: dict[Kind, dict[Unit, set[str]]] = {
+_FEATURES: dict[Arithmetic, dict[Unit, set[str]]] = {
     "fp32": {"avx512": _AVX512, "avx2": _AVX2, "neon": {"asimd"}},
     "bf16": {"amx": _AMX, "avx512_bf16": _AVX512_BF16, "avx512": _AVX512, "avx2": _AVX2, "neon": {"asimd"}},
     "int8": {
@@ -73,7 +73,7 @@ _LIMITS: dict[str, set[str]] = {
 TILED: frozenset[Unit] = frozenset({"amx", "avx512_bf16"})
 
 
-def functions_of(kind: Kind, unit: Unit) -> str:
+def functions_of(kind: Arithmetic, unit: Unit) -> str:
     """What the functions are called by that compute blocks."""
     if unit in TILED:
         return f"{unit.removesuffix('_bf16')}_tiles"
@@ -98,7 +98,7 @@ class Kernels:
         """Ask the system for the use of the matrix unit, which is granted to whole processes."""
         return bool(self.library.m2d_request_amx() == 0)
 
-    def faults(self, products: Mapping[Kind, Unit]) -> dict[Kind, str]:
+    def faults(self, products: Mapping[Arithmetic, Unit]) -> dict[Arithmetic, str]:
         """What is wrong with kernels for kinds of products in units, in words, as tried in a child process."""
         trials = {kind: Trial(f"m2d_{functions_of(kind, unit)}_probe", _BYTES[kind]) for kind, unit in products.items()}
         found = faults(self.file, self.features(), [*trials.values()])
@@ -184,7 +184,7 @@ def isa_limit() -> str | None:
 
 
 @cache
-def available() -> Mapping[Kind, Unit]:
+def available() -> Mapping[Arithmetic, Unit]:
     """The kinds of products that there are kernels for on this machine, and what computes them.
 
     The first time on a machine, a child process tries them.
@@ -199,14 +199,14 @@ def available() -> Mapping[Kind, Unit]:
         return MappingProxyType({})
     flags = compiled.features() if allowed is None else compiled.features() & allowed
     missing = set() if flags >= _AMX and compiled.request_amx() else {"amx"}
-    possible: dict[Kind, list[Unit]] = {
+    possible: dict[Arithmetic, list[Unit]] = {
         kind: [unit for unit, features in units.items() if features <= flags and unit not in missing]
         for kind, units in _FEATURES.items()
     }
     return MappingProxyType(_working(compiled, possible))
 
 
-def _working(compiled: Kernels, possible: Mapping[Kind, list[Unit]]) -> dict[Kind, Unit]:
+def _working(compiled: Kernels, possible: Mapping[Arithmetic, list[Unit]]) -> dict[Arithmetic, Unit]:
     """The first unit of each kind whose kernels work; what is wrong with those before is said, once."""
     excluded: list[str] = []
     while True:

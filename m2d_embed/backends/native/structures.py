@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p, sizeof
 
-_MEANING = 2  # as in abi.c
+_MEANING = 3  # as in abi.c
 
 
 class Runtime(Structure):

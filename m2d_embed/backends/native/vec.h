@@ -6,7 +6,7 @@
 //   v_greater (a > b ? yes : no), v_round (to the nearest whole number), v_to_int (of whole numbers), v_from_int,
 //   v_from_bf16, v_from_fp16, v_transpose (LANES vectors as rows of a matrix);
 //   and for int8: LEVELS, what values of A are stored in; PER_UNIT, how many of them are in 32 bits; w_dot (sum + the
-//   products of the LEVELS in each 32 bits, exact), w_load_units (LANES units of a row of int8 weights).
+//   products of the LEVELS in each 32 bits, exact), w_load_units (LANES units of int8 weights).
 // Nothing else is contracted to fused multiplications (-ffp-contract=off): the same numbers in every function.
 
 #ifndef M2D_VEC_H

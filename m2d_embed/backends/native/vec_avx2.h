@@ -46,7 +46,7 @@ INLINE void v_transpose(V r[LANES]) {
 INLINE W w_dot(W sum, W levels, W weights) {
   return (W)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)levels, (__m256i)weights);
 }
-INLINE V w_load_units(const int8_t* from) { return v_load(from); }
+INLINE V w_load_units(const void* from) { return v_load(from); }
 #else
 // Pairs of products are summed in 16 bits, with saturation: of 255 x 63 they are no more than 32,130.
 #define LEVELS_ARE_UNSIGNED 1
@@ -56,5 +56,5 @@ INLINE W w_dot(W sum, W levels, W weights) {
   __m256i pairs = _mm256_maddubs_epi16((__m256i)levels, (__m256i)weights);
   return sum + (W)_mm256_madd_epi16(pairs, ones);
 }
-INLINE V w_load_units(const int8_t* from) { return v_load(from); }
+INLINE V w_load_units(const void* from) { return v_load(from); }
 #endif

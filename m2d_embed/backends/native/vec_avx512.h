@@ -49,5 +49,5 @@ INLINE void v_transpose(V r[LANES]) {
 INLINE W w_dot(W sum, W levels, W weights) {
   return (W)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)levels, (__m512i)weights);
 }
-INLINE V w_load_units(const int8_t* from) { return v_load(from); }
+INLINE V w_load_units(const void* from) { return v_load(from); }
 #endif

@@ -69,15 +69,16 @@ INLINE W w_dot(W sum, W levels, W weights) {
   }
   return sum;
 }
-INLINE V w_load_units(const int8_t* from) { return v_load(from); }
+INLINE V w_load_units(const void* from) { return v_load(from); }
 #else
 #define PER_UNIT 2
 INLINE W w_dot(W sum, W levels, W weights) {
   return sum + (levels << 16 >> 16) * (weights << 16 >> 16) + (levels >> 16) * (weights >> 16);
 }
-INLINE V w_load_units(const int8_t* from) {
+INLINE V w_load_units(const void* from) {
+  const int8_t* bytes = from;
   int16_t wide[PER_UNIT * LANES];
-  for (int i = 0; i < PER_UNIT * LANES; i++) wide[i] = from[i];
+  for (int i = 0; i < PER_UNIT * LANES; i++) wide[i] = bytes[i];
   return v_load(wide);
 }
 #endif

@@ -33,12 +33,12 @@ INLINE void v_transpose(V r[LANES]) {
 INLINE W w_dot(W sum, W levels, W weights) {
   return (W)vdotq_s32((int32x4_t)sum, (int8x16_t)levels, (int8x16_t)weights);
 }
-INLINE V w_load_units(const int8_t* from) { return v_load(from); }
+INLINE V w_load_units(const void* from) { return v_load(from); }
 #else
 #define PER_UNIT 2
 INLINE W w_dot(W sum, W levels, W weights) {
   int16x8_t a = (int16x8_t)levels, b = (int16x8_t)weights;
   return sum + (W)vpaddq_s32(vmull_s16(vget_low_s16(a), vget_low_s16(b)), vmull_high_s16(a, b));
 }
-INLINE V w_load_units(const int8_t* from) { return (V)vmovl_s8(vld1_s8(from)); }
+INLINE V w_load_units(const void* from) { return (V)vmovl_s8(vld1_s8(from)); }
 #endif
