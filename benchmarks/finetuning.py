@@ -59,7 +59,8 @@ def main(
 ) -> None:
     """Fine-tune, probe, print, and write the JSON."""
     name = set_name(data)
-    recipe = load_recipe(None, overrides or (), data=str(data), fold=fold, output=str(output / name))
+    places = [f"data.source={data}", f"data.fold={fold}", f"output={output / name}"]
+    recipe = load_recipe("", [*(overrides or ()), *places])
     scores = finetune(recipe)
     if scores is None:
         raise SystemExit("stopped; give the same command again to go on")
@@ -72,7 +73,7 @@ def main(
         "tested clips": int((clips.folds >= 0).sum()),
         "training minutes": training_minutes(recipe),
         "accuracy in % with 95 % interval": {
-            "linear probe": linear_probe(M2D.from_pretrained(recipe.model), clips),
+            "linear probe": linear_probe(M2D.from_pretrained(recipe.start.model), clips),
             "fine-tuned": [round(100 * accuracy[key], 2) for key in ("value", "low", "high")],
         },
     }

@@ -23,7 +23,7 @@ from m2d_embed.pretrain.loop import pretrain
 from m2d_embed.pretrain.recipe import load_recipe
 
 RESULT = Path(__file__).with_suffix(".json")
-SETTINGS = ["data.cache=null", "training.effective_batch=64", "training.micro_batch=64", "training.base_lr=4e-3"]
+SETTINGS = ["data.cache=null", "training.batch_size=64", "training.micro_batch=64", "training.lr=1e-3"]
 
 
 def probe(model: M2D, data: Path) -> dict[str, dict[str, float]]:
@@ -59,7 +59,7 @@ def main(corpus: str, data: Path, steps: int = 1000, output: Path = Path("runs/s
         "machine": machine(),
         "recipe": f"tiny-cpu with {' '.join(SETTINGS)}",
         "minutes": round(minutes, 1),
-        "crops": steps * recipe.training.effective_batch,
+        "crops": steps * recipe.training.batch_size,
         "accuracy in %": scores,
     }
     RESULT.write_text(json.dumps(result, indent=1) + "\n")

@@ -34,12 +34,14 @@ from benchmarks.reference_style import ReferenceStyleM2D, ReferenceTraining, mel
 from benchmarks.timing import machine, product_rates
 from m2d_embed.config import ModelConfig
 from m2d_embed.model.frontend import LogMel
-from m2d_embed.pretrain import loop
 from m2d_embed.pretrain.datasets import DataConfig
+from m2d_embed.pretrain.loop import Pretraining
 from m2d_embed.pretrain.masking import MaskingConfig, num_visible
 from m2d_embed.pretrain.predictor import PredictorConfig
-from m2d_embed.pretrain.recipe import ModelSection, Precision, Recipe, Size, TrainingSection
+from m2d_embed.pretrain.recipe import ModelSection, PretrainingSection, Recipe, Size
+from m2d_embed.training.settings import Precision
 from m2d_embed.training.stop import Stop
+from m2d_embed.training.trainer import Trainer
 
 RESULT = Path(__file__).with_suffix(".json")
 GPU_RESULT = RESULT.with_stem("training-gpu")
@@ -111,13 +113,11 @@ class OurTraining:
     """The loop of ``m2d-embed pretrain``, as the command runs it."""
 
     def __init__(self, recipe: Recipe):
-        self.run = loop._Run(recipe, Stop())
-        self.batches = self.run.data.batches(recipe.training.micro_batch, 0, 1, self.run.accumulation, 0)
+        self.trainer = Trainer(recipe, Pretraining, Stop())
+        self.batches = self.trainer.task.batches(0)
 
     def step(self) -> float:
-        values = self.run._step(self.batches)
-        self.run.step += 1
-        return values["waited"]
+        return self.trainer.take_step(self.batches)["waited"]
 
     def close(self) -> None:
         self.batches.close()
@@ -162,9 +162,9 @@ def our_recipe(trained: Shape, sounds: Sounds, precision: Precision, workers: in
             cache=str(sounds.folder / "cache") if cached else None,
             workers=workers,
         ),
-        training=TrainingSection(
+        training=PretrainingSection(
             steps=_NEVER,
-            effective_batch=trained.batch,
+            batch_size=trained.batch,
             micro_batch=trained.batch,
             precision=precision,
             log_every=_NEVER,

@@ -29,7 +29,7 @@ def optimizers_of(objective, name):
     """SGD, with Muon for the matrices of blocks if asked; AdamW makes large steps of the least differences."""
     optimizers = []
     if name == "muon":
-        recipe = load_recipe("debug", ["data.source=.", "training.optimizer=muon", "training.base_lr=0.5"])
+        recipe = load_recipe("debug", ["data.source=.", "training.optimizer=muon", "training.lr=0.0625"])
         optimizers = build_optimizers(objective, recipe)[1:]
     taken = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     others = [p for p in objective.parameters() if p.requires_grad and id(p) not in taken]

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY, random_model
 from safetensors.torch import load_file
+from torch import nn
+from torch.nn import BatchNorm1d
 from typer.testing import CliRunner
 
 import m2d_embed
@@ -25,21 +27,29 @@ from m2d_embed import cli
 from m2d_embed.config import HeadConfig
 from m2d_embed.errors import AudioError, ConfigError, TrainingError
 from m2d_embed.evaluate.linear_probe import linear_predictions
-from m2d_embed.finetune import evaluate, loop
+from m2d_embed.finetune import evaluate
 from m2d_embed.finetune.augment import kept_patches
 from m2d_embed.finetune.crops import TrainingClips, num_columns
 from m2d_embed.finetune.loop import finetune
 from m2d_embed.finetune.network import build_classifier
-from m2d_embed.finetune.optim import Average, layer_groups, loss_per_row, scaled_decay
-from m2d_embed.finetune.recipe import FinetuneRecipe, load_recipe
+from m2d_embed.finetune.optim import layer_groups, loss_per_row
+from m2d_embed.finetune.recipe import DataSection, FinetuneRecipe, StartSection, load_recipe
 from m2d_embed.labelled.clips import read_labelled
 from m2d_embed.model.encoder import attend, sincos_positions
 from m2d_embed.training import run_state
+from m2d_embed.training.average import Average, scaled_decay
 from m2d_embed.training.monitor import RunLog
 from m2d_embed.training.run_state import RunState
+from m2d_embed.training.trainer import Trainer
 
 RATE = 16_000
-QUICK = ("precision=fp32", "batch_size=8", "lr=0.01", "log_every=1", "epochs=2")
+QUICK = (
+    "training.precision=fp32",
+    "training.batch_size=8",
+    "training.lr=0.01",
+    "training.log_every=1",
+    "training.epochs=2",
+)
 
 
 @pytest.fixture(scope="module")
@@ -97,11 +107,11 @@ def events(tmp_path_factory):
 
 @pytest.fixture
 def recipe(tmp_path, tones, base):
-    """``recipe("steps=3", ...)``: a quick run with overrides."""
+    """``recipe("training.steps=3", ...)``: a quick run with overrides."""
 
     def make(*overrides, data=None, output="run", model=base, **fields):
-        given = {"data": str(data or tones / "tones.csv"), "model": str(model), "output": str(tmp_path / output)}
-        return load_recipe(None, [*QUICK, *overrides], **given, **fields)
+        given = [f"data.source={data or tones / 'tones.csv'}", f"start.model={model}", f"output={tmp_path / output}"]
+        return load_recipe("", [*QUICK, *overrides, *given, *(f"data.{key}={value}" for key, value in fields.items())])
 
     return make
 
@@ -129,66 +139,68 @@ def predictions(run):
 
 def stop_at(monkeypatch, step):
     """Have the run see a stop signal once it has taken ``step`` steps."""
-    original = loop._Run._step
+    original = Trainer.take_step
 
-    def stepping(self, share):
-        values = original(self, share)
-        self.stop.wanted = self.step + 1 >= step
+    def stepping(self, batches):
+        values = original(self, batches)
+        self.stop.wanted = self.step >= step
         return values
 
-    monkeypatch.setattr(loop._Run, "_step", stepping)
+    monkeypatch.setattr(Trainer, "take_step", stepping)
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
 def test_settings_round_trip_through_yaml(tmp_path, recipe):
-    run = recipe("lora.rank=4", "patch_dropout=[0, 1]", "lr=1e-3", fold="2")
+    run = recipe("lora.rank=4", "augment.patch_dropout=[0, 1]", "training.lr=1e-3", fold="2")
     (tmp_path / "again.yaml").write_text(run.to_yaml())
-    again = load_recipe(tmp_path / "again.yaml")
+    again = load_recipe(str(tmp_path / "again.yaml"))
     assert again == run
     assert again.differences(run.to_dict()) == []
-    changed = load_recipe(tmp_path / "again.yaml", ["lora.rank=8", "log_every=7"], output="elsewhere")
+    changed = load_recipe(str(tmp_path / "again.yaml"), ["lora.rank=8", "training.log_every=7", "output=elsewhere"])
     assert changed.differences(run.to_dict()) == ["lora.rank: 4 -> 8"]
-    (tmp_path / "number.yaml").write_text("data: x\nfold: 1\n")
-    assert load_recipe(tmp_path / "number.yaml").fold == "1"
+    (tmp_path / "number.yaml").write_text("data: {source: x, fold: 1}\n")
+    assert load_recipe(str(tmp_path / "number.yaml")).data.fold == "1"
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["epoch=3"], "there is no key 'epoch'.*epochs"),
+        (["training.epoch=3"], "there is no key 'training.epoch'.*training.epochs"),
         (["rank=3"], "did you mean lora.rank"),
-        (["epochs=many"], "'epochs' must be float"),
-        (["epochs=0"], "epochs must be positive"),
-        (["batch_size=1"], "batch_size must be 2 or more"),
-        (["layer_decay=0"], "layer_decay"),
-        (["warmup=1"], "warmup"),
-        (["label_smoothing=1"], "label_smoothing"),
-        (["ema_decay=1"], "ema_decay"),
-        (["mixup=-1"], "mixup"),
-        (["lr=.nan"], "lr must be positive"),
-        (["precision=fp8"], "'precision' must be"),
-        (["features=both"], "'features' must be"),
-        (["scene_pooling=max"], "'scene_pooling' must be"),
+        (["training.epochs=many"], "'epochs' must be float"),
+        (["training.epochs=0"], "epochs must be positive"),
+        (["training.batch_size=1"], "batch_size must be 2 or more"),
+        (["training.layer_decay=0"], "layer_decay"),
+        (["training.warmup=1"], "warmup"),
+        (["training.label_smoothing=1"], "label_smoothing"),
+        (["training.average_decay=1"], "training.average_decay"),
+        (["augment.mixup=-1"], "mixup"),
+        (["training.lr=.nan"], "lr must be positive"),
+        (["training.precision=fp8"], "'precision' must be"),
+        (["model.features=both"], "'features' must be"),
+        (["model.scene_pooling=max"], "'scene_pooling' must be"),
         (["spec_augment.max_freq=16"], "spec_augment.max_freq is a share"),
         (["lora.targets=[query]"], "lora.targets are among qkv, proj, fc1, fc2, not query"),
-        (["lora.rank=2", "freeze_encoder=true"], "contradict"),
-        (["patch_dropout=[1, 0]"], "stacked features need every row"),
-        (["fold=first"], "fold is a number"),
-        (["fold=none", "patience=3"], "patience needs clips"),
+        (["lora.rank=2", "model.freeze_encoder=true"], "contradict"),
+        (["augment.patch_dropout=[1, 0]"], "stacked features need every row"),
+        (["data.fold=first"], "fold is a number"),
+        (["data.fold=none", "training.patience=3"], "patience needs clips"),
     ],
 )
 def test_impossible_settings_are_named(overrides, message):
     with pytest.raises(ConfigError, match=message):
-        load_recipe(None, overrides, data="x")
+        load_recipe("", [*overrides, "data.source=x"])
 
 
 def test_names_of_data_and_runs():
-    recipe = FinetuneRecipe(data="/sounds/esc50/metadata.csv")
+    recipe = FinetuneRecipe(DataSection("/sounds/esc50/metadata.csv"))
     assert recipe.folder == Path("runs/finetune-esc50-m2d_vit_tiny-80x304p16x16")
-    assert FinetuneRecipe(data="/sounds/birds.csv", model="a/b").folder == Path("runs/finetune-birds-b")
-    assert FinetuneRecipe(data="/sounds/dogs/").data_name == "dogs"
+    assert FinetuneRecipe(DataSection("/sounds/birds.csv"), start=StartSection("a/b")).folder == Path(
+        "runs/finetune-birds-b"
+    )
+    assert FinetuneRecipe(DataSection("/sounds/dogs/")).data_name == "dogs"
 
 
 # --- model and optimiser ----------------------------------------------------------------------------------------------
@@ -326,7 +338,7 @@ def test_average_of_the_weights():
 
 
 def test_a_run_learns_and_exports_a_classifier(recipe, tones, base):
-    run = recipe("epochs=10", "mixup=0")
+    run = recipe("training.epochs=10", "augment.mixup=0")
     scores = finetune(run)
     assert scores["accuracy"]["value"] == 1.0
     assert results(run)["scores"]["accuracy"]["value"] == 1.0
@@ -363,7 +375,7 @@ def test_a_run_learns_and_exports_a_classifier(recipe, tones, base):
 def test_the_head_sees_what_scene_embeddings_of_the_model_are_made_of(recipe, tmp_path, chosen, expected):
     folder = tmp_path / "deviating"
     random_model(dataclasses.replace(TINY, scene_pooling="mean_std")).save_pretrained(folder)
-    run = recipe("epochs=10", "mixup=0", f"scene_pooling={chosen}", model=folder)
+    run = recipe("training.epochs=10", "augment.mixup=0", f"model.scene_pooling={chosen}", model=folder)
     assert finetune(run)["accuracy"]["value"] == 1.0
     model = exported(run)
     assert model.config.head.scene_pooling == expected
@@ -376,19 +388,19 @@ def test_the_head_sees_what_scene_embeddings_of_the_model_are_made_of(recipe, tm
         assert top.score == pytest.approx(float(row[top.label]), abs=1e-4)
 
 
-@pytest.mark.parametrize("setting", ["scene_pooling=mean_std", "head_start=probe"])
+@pytest.mark.parametrize("setting", ["model.scene_pooling=mean_std", "start.head=probe"])
 def test_what_is_of_whole_clips_is_not_for_events(recipe, events, setting):
     with pytest.raises(ConfigError, match=rf"{setting} is of whole clips.*leave it out"):
         finetune(recipe(setting, data=events))
 
 
 @pytest.mark.parametrize("table", ["tones.csv", "several.csv"])
-@pytest.mark.parametrize("settings", [(), ("lora.rank=2",), ("features=flat", "scene_pooling=mean_std")])
+@pytest.mark.parametrize("settings", [(), ("lora.rank=2",), ("model.features=flat", "model.scene_pooling=mean_std")])
 def test_fine_tuning_begins_where_the_linear_probe_ends(recipe, tones, base, table, settings):
     """A run whose steps change nothing says of the tested clips what the linear probe says."""
-    run = recipe("steps=1", "lr=1e-12", "ema_decay=0", *settings, data=tones / table)
+    run = recipe("training.steps=1", "training.lr=1e-12", "training.average_decay=0", *settings, data=tones / table)
     finetune(run)
-    model = m2d_embed.load_model(str(base), flat="features=flat" in settings)
+    model = m2d_embed.load_model(str(base), flat="model.features=flat" in settings)
     model.features = dataclasses.replace(model.features, scene_pooling=exported(run).config.head.scene_pooling)
     clips = read_labelled(tones / table)
     embeddings = np.stack([model.encode(file) for file in clips.files])
@@ -400,7 +412,7 @@ def test_fine_tuning_begins_where_the_linear_probe_ends(recipe, tones, base, tab
         assert found == pytest.approx(scores.tolist(), abs=0.02)
 
 
-@pytest.mark.parametrize("settings", [(), ("lora.rank=2",), ("scene_pooling=mean_std", "head_start=random")])
+@pytest.mark.parametrize("settings", [(), ("lora.rank=2",), ("model.scene_pooling=mean_std", "start.head=random")])
 def test_the_head_normalises_with_statistics_of_whole_clips(recipe, tones, settings):
     """Not with those of the crops it was trained on, which augmentation has changed."""
     run = recipe(*settings)
@@ -418,7 +430,7 @@ def test_the_head_normalises_with_statistics_of_whole_clips(recipe, tones, setti
 
 
 def test_the_head_for_events_normalises_with_statistics_of_columns(recipe, events):
-    run = recipe("steps=1", data=events)
+    run = recipe("training.steps=1", data=events)
     finetune(run)
     model = exported(run)
     model.features = model.head_features()
@@ -431,20 +443,20 @@ def test_the_head_for_events_normalises_with_statistics_of_columns(recipe, event
 
 
 def test_a_head_that_begins_at_random(recipe, capsys):
-    run = recipe("steps=1", "head_start=random", "lr=null")
+    run = recipe("training.steps=1", "start.head=random", "training.lr=null")
     finetune(run)
     assert "begins as the linear probe" not in capsys.readouterr().err
     assert (results(run)["head_start"], results(run)["lr"]) == ("random", 1e-3)
 
 
 def test_the_rate_after_a_probe_is_lower(recipe):
-    run = recipe("steps=1", "lr=null")
+    run = recipe("training.steps=1", "training.lr=null")
     finetune(run)
     assert (results(run)["head_start"], results(run)["lr"]) == ("probe", 3e-4)
 
 
 def test_several_labels_a_clip(recipe, tones):
-    run = recipe("epochs=10", data=tones / "several.csv")
+    run = recipe("training.epochs=10", data=tones / "several.csv")
     scores = finetune(run)
     assert scores.keys() == {"macro-F1", "mAP"}
     assert scores["mAP"]["value"] > 0.95
@@ -453,7 +465,7 @@ def test_several_labels_a_clip(recipe, tones):
 
 
 def test_events_in_time(recipe, events):
-    run = recipe("epochs=60", "mixup=0", "label_smoothing=0", data=events)
+    run = recipe("training.epochs=60", "augment.mixup=0", "training.label_smoothing=0", data=events)
     scores = finetune(run)
     assert scores["frame map"]["value"] > 0.9
     assert results(run)["task"] == "events"
@@ -467,7 +479,7 @@ def test_events_in_time(recipe, events):
 
 
 def test_events_with_dropped_columns(recipe, events):
-    run = recipe("patch_dropout=[0, 2]", "features=flat", "steps=3", data=events)
+    run = recipe("augment.patch_dropout=[0, 2]", "model.features=flat", "training.steps=3", data=events)
     finetune(run)
     assert np.isfinite(losses(run.folder)).all()
 
@@ -486,7 +498,13 @@ def test_steps_follow_the_recipe(recipe, monkeypatch):
         return original(self, *arguments, **options)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    run = recipe("steps=4", "warmup=0.5", "layer_decay=0.5", "weight_decay=0.03", "clip_norm=0.01")
+    run = recipe(
+        "training.steps=4",
+        "training.warmup=0.5",
+        "training.layer_decay=0.5",
+        "training.weight_decay=0.03",
+        "training.clip_norm=0.01",
+    )
     finetune(run)
     for share, groups in zip((1 / 3, 2 / 3, 1.0, 0.5), seen[:4], strict=True):
         expected = {(0.01 * share * 0.5**level, decay) for level in range(5) for decay in (0.0, 0.03)}
@@ -498,14 +516,21 @@ def test_steps_follow_the_recipe(recipe, monkeypatch):
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("mixup=0.5", "gain_db=6", "patch_dropout=[2, 1]", "features=flat", "balanced=true"),
-        ("lora.rank=2", "patience=5"),
-        ("ema_decay=0.5", "freeze_patch_embed=true", "crop_seconds=0.3"),
+        (
+            "augment.mixup=0.5",
+            "augment.gain_db=6",
+            "augment.patch_dropout=[2, 1]",
+            "model.features=flat",
+            "data.balanced=true",
+        ),
+        ("lora.rank=2", "training.patience=5"),
+        ("training.average_decay=0.5", "model.freeze_patch_embed=true", "data.crop_seconds=0.3"),
+        ("training.micro_batch=4", "training.average_decay=0", "training.save_every=1", "training.drop_path=0.5"),
     ],
 )
 def test_resuming_changes_nothing(overrides, recipe, tones, monkeypatch):
-    data = tones / "split.csv" if "patience=5" in overrides else None
-    whole, broken = (recipe(*overrides, "epochs=3", data=data, output=name) for name in ("whole", "broken"))
+    data = tones / "split.csv" if "training.patience=5" in overrides else None
+    whole, broken = (recipe(*overrides, "training.epochs=3", data=data, output=name) for name in ("whole", "broken"))
     expected = finetune(whole)
     total = len(losses(whole.folder))
     assert total == 3 if data else 6
@@ -525,8 +550,19 @@ def test_resuming_changes_nothing(overrides, recipe, tones, monkeypatch):
         assert torch.equal(tensor, models[1][name]), name
 
 
+def test_accumulated_micro_batches_are_one_batch(recipe, monkeypatch):
+    """But for the statistics of the head, which are of a micro-batch; here they stay as they are."""
+    monkeypatch.setattr(BatchNorm1d, "train", lambda self, mode=True: nn.Module.train(self, False))
+    settings = ("training.epochs=3", "model.features=flat", "augment.patch_dropout=[0, 1]")
+    at_once, pieces = recipe(*settings, output="once"), recipe(*settings, "training.micro_batch=2", output="pieces")
+    finetune(at_once)
+    finetune(pieces)
+    assert len(losses(pieces.folder)) == 6
+    assert losses(pieces.folder) == pytest.approx(losses(at_once.folder), abs=1e-5)
+
+
 def test_each_fold_in_turn(recipe, tones):
-    run = recipe("steps=2", fold="all")
+    run = recipe("training.steps=2", fold="all")
     together = finetune(run)
     parts = [json.loads((run.folder / f"fold-{fold}" / "results.json").read_text()) for fold in range(3)]
     accuracy = [part["scores"]["accuracy"]["value"] for part in parts]
@@ -541,7 +577,7 @@ def test_groups_on_both_sides_are_noted(recipe, tones, tmp_path, capsys):
     with (tones / "tones.csv").open(newline="") as stream:
         rows = [{**row, "file": tones / row["file"], "group": f"g{i}"} for i, row in enumerate(csv.DictReader(stream))]
     rows[0]["group"] = "g3"
-    run = recipe("steps=1", data=write_table(tmp_path / "groups.csv", rows))
+    run = recipe("training.steps=1", data=write_table(tmp_path / "groups.csv", rows))
     finetune(run)
     assert results(run)["notes"] == ["1 groups are in training and in test: 'g3'; scores on new ones may be lower."]
     assert "note: 1 groups" in capsys.readouterr().err
@@ -552,13 +588,13 @@ def test_labels_that_are_not_tested_are_noted(recipe, tones, tmp_path):
         rows = [{**row, "file": tones / row["file"]} for row in csv.DictReader(stream)]
     for fold in ("1", "2"):
         next(row for row in rows if row["fold"] == fold)["label"] = "new"
-    run = recipe("steps=1", data=write_table(tmp_path / "new.csv", rows))
+    run = recipe("training.steps=1", data=write_table(tmp_path / "new.csv", rows))
     finetune(run)
     assert results(run)["notes"] == ["the test part has no clip of 'new', left out of macro-F1 and mAP."]
 
 
 def test_no_fold_trains_on_everything(recipe):
-    run = recipe("steps=2", fold="none")
+    run = recipe("training.steps=2", fold="none")
     assert finetune(run) == {}
     assert results(run)["parts"] == "24 trained on"
     assert not (run.folder / "predictions.csv").exists()
@@ -574,7 +610,9 @@ def test_validation_keeps_the_best_epoch_and_ends_the_run(recipe, tones, monkeyp
         return "accuracy", next(said)
 
     monkeypatch.setattr(evaluate, "main_score", score)
-    run = recipe("epochs=5", "patience=2", "mixup=0", "head_start=random", data=tones / "split.csv")
+    run = recipe(
+        "training.epochs=5", "training.patience=2", "augment.mixup=0", "start.head=random", data=tones / "split.csv"
+    )
     finetune(run)
     assert len(kept) == 4
     assert results(run)["best"] == {"step": 2, "score": 0.9, "name": "accuracy"}
@@ -592,7 +630,7 @@ def test_validation_keeps_the_best_epoch_and_ends_the_run(recipe, tones, monkeyp
 def test_patience_is_kept_over_a_stop(recipe, tones, monkeypatch):
     said = iter([0.9, 0.5, 0.4, 0.3, 0.2])
     monkeypatch.setattr(evaluate, "main_score", lambda *_: ("accuracy", next(said)))
-    run = recipe("epochs=5", "patience=2", "head_start=random", data=tones / "split.csv")
+    run = recipe("training.epochs=5", "training.patience=2", "start.head=random", data=tones / "split.csv")
     with monkeypatch.context() as patched:
         stop_at(patched, 2)
         assert finetune(run) is None
@@ -604,20 +642,36 @@ def test_patience_is_kept_over_a_stop(recipe, tones, monkeypatch):
 def test_the_probe_is_kept_if_fine_tuning_is_no_better(recipe, tones, monkeypatch):
     said = iter([0.9, 0.5, 0.4])
     monkeypatch.setattr(evaluate, "main_score", lambda *_: ("accuracy", next(said)))
-    run = recipe("epochs=5", "patience=2", data=tones / "split.csv")
+    run = recipe("training.epochs=5", "training.patience=2", data=tones / "split.csv")
     finetune(run)
     assert results(run)["steps"] == 2
     assert results(run)["best"] == {"step": 0, "score": 0.9, "name": "accuracy"}
     assert [row["step"] for row in RunLog.read(run.folder) if "valid/accuracy" in row] == [0, 1, 2]
-    untouched = recipe("steps=1", "lr=1e-12", "ema_decay=0", data=tones / "split.csv", output="probe")
+    untouched = recipe(
+        "training.steps=1", "training.lr=1e-12", "training.average_decay=0", data=tones / "split.csv", output="probe"
+    )
     monkeypatch.setattr(evaluate, "main_score", lambda *_: ("accuracy", 0.9))
     finetune(untouched)
     for row, expected in zip(predictions(run), predictions(untouched), strict=True):
         assert float(row["high"]) == pytest.approx(float(expected["high"]), abs=1e-3)
 
 
+def test_the_last_weights_are_exported_if_asked_for(recipe, tones, monkeypatch):
+    said = iter([0.9, 0.5, 0.4])
+    monkeypatch.setattr(evaluate, "main_score", lambda *_: ("accuracy", next(said)))
+    run = recipe("training.export=last", "training.average_decay=0", data=tones / "split.csv")
+    finetune(run)
+    assert results(run)["best"] == {}
+    assert not list((run.folder / "checkpoints").glob("best-*"))
+    last = final_state(run.folder)
+    assert last.best["step"] == 0
+    exported_weights = exported(run).state_dict()
+    for name, tensor in last.model.items():
+        assert "running" in name or "num_batches" in name or torch.equal(exported_weights[name], tensor), name
+
+
 def test_patience_without_a_validation_part_holds_some_out(recipe):
-    run = recipe("steps=2", "patience=2")
+    run = recipe("training.steps=2", "training.patience=2")
     finetune(run)
     assert results(run)["parts"] == "8 trained on, 8 validated on, 8 tested"
 
@@ -625,8 +679,8 @@ def test_patience_without_a_validation_part_holds_some_out(recipe):
 def test_frozen_parts_stay_as_they_are(recipe, base):
     before = m2d_embed.load_model(str(base)).state_dict()
     head, patches = (
-        recipe("steps=3", "freeze_encoder=true", output="a"),
-        recipe("steps=3", "freeze_patch_embed=true", output="b"),
+        recipe("training.steps=3", "model.freeze_encoder=true", output="a"),
+        recipe("training.steps=3", "model.freeze_patch_embed=true", output="b"),
     )
     finetune(head)
     after = exported(head).state_dict()
@@ -641,7 +695,7 @@ def test_frozen_parts_stay_as_they_are(recipe, base):
 def test_adapters_are_merged_on_export(recipe, base):
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 
-    run = recipe("steps=4", "lora.rank=2", "lora.targets=[qkv, fc2]")
+    run = recipe("training.steps=4", "lora.rank=2", "lora.targets=[qkv, fc2]")
     finetune(run)
     before, model = m2d_embed.load_model(str(base)), exported(run)
     after = model.state_dict()
@@ -660,20 +714,20 @@ def test_adapters_are_merged_on_export(recipe, base):
 
 
 def test_another_window(recipe):
-    run = recipe("steps=2", "window_seconds=1.0", "crop_seconds=0.8")
+    run = recipe("training.steps=2", "model.window_seconds=1.0", "data.crop_seconds=0.8")
     finetune(run)
     config = exported(run).config
     assert config.input_size == (80, 112)
     assert torch.equal(exported(run).encoder.pos_embed, sincos_positions(32, (5, 7)))
-    with pytest.raises(ConfigError, match=r"crop_seconds 0\.8 is longer.*window_seconds=0\.8"):
-        finetune(recipe("crop_seconds=0.8", output="other"))
+    with pytest.raises(ConfigError, match=r"data\.crop_seconds 0\.8 is longer.*model\.window_seconds=0\.8"):
+        finetune(recipe("data.crop_seconds=0.8", output="other"))
     with pytest.raises(ConfigError, match="less than a patch"):
-        finetune(recipe("window_seconds=0.05", output="other"))
+        finetune(recipe("model.window_seconds=0.05", output="other"))
 
 
 def test_bf16_follows_float32(recipe):
-    exact = recipe("steps=3", "head_start=random", output="exact")
-    half = recipe("steps=3", "head_start=random", "precision=bf16", output="half")
+    exact = recipe("training.steps=3", "start.head=random", output="exact")
+    half = recipe("training.steps=3", "start.head=random", "training.precision=bf16", output="half")
     finetune(exact)
     finetune(half)
     assert losses(half.folder) == pytest.approx(losses(exact.folder), abs=0.03)
@@ -682,9 +736,9 @@ def test_bf16_follows_float32(recipe):
 
 
 def test_a_head_that_was_there_is_replaced(recipe, capsys):
-    first = recipe("steps=1")
+    first = recipe("training.steps=1")
     finetune(first)
-    second = recipe("steps=1", "features=flat", output="second", model=first.folder / "export")
+    second = recipe("training.steps=1", "model.features=flat", output="second", model=first.folder / "export")
     finetune(second)
     assert "its head of 2 labels is replaced" in capsys.readouterr().err
     assert exported(second).config.head.features == "flat"
@@ -699,7 +753,7 @@ def launch(run, *overrides, processes=1):
     (run.folder.parent / "run.yaml").write_text(run.to_yaml())
     recipe = ["--recipe", str(run.folder.parent / "run.yaml"), *overrides]
     return subprocess.Popen(
-        [sys.executable, "-m", *module, "finetune", run.data, *recipe],
+        [sys.executable, "-m", *module, "finetune", run.data.source, *recipe],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -709,7 +763,13 @@ def launch(run, *overrides, processes=1):
 
 def test_two_processes_are_as_one(recipe, events, tmp_path):
     """Clips of unequal numbers of columns, so that the processes have unequal shares of them."""
-    overrides = ("mixup=0.5", "crop_seconds=0.6", "steps=4", "ema_decay=0.5", "batch_size=6")
+    overrides = (
+        "augment.mixup=0.5",
+        "data.crop_seconds=0.6",
+        "training.steps=4",
+        "training.average_decay=0.5",
+        "training.batch_size=6",
+    )
     short = events.parent / "1.wav"
     samples, rate = soundfile.read(short)
     data = tmp_path / "uneven"
@@ -730,7 +790,7 @@ def test_two_processes_are_as_one(recipe, events, tmp_path):
 
 
 def test_a_signal_saves_and_ends_well(recipe):
-    run = recipe("steps=100000")
+    run = recipe("training.steps=100000")
     process = launch(run)
     deadline = time.monotonic() + 60
     while not ((run.folder / "log.jsonl").exists() and losses(run.folder)):
@@ -764,7 +824,7 @@ def test_the_same_sound_in_training_and_test(recipe, spoiled):
     data = spoiled(lambda folder: shutil.copy(folder / "00.wav", folder / "02.wav"))
     with pytest.raises(ConfigError, match=r"known from training.*00.wav.*02.wav|02.wav.*00.wav"):
         finetune(recipe(data=data))
-    finetune(recipe("steps=1", data=data, fold="2"))  # both are trained on
+    finetune(recipe("training.steps=1", data=data, fold="2"))  # both are trained on
 
 
 def test_the_same_sound_with_two_labels(recipe, spoiled):
@@ -782,28 +842,50 @@ def test_unreadable_files_are_all_named(recipe, spoiled):
         finetune(recipe(data=spoiled(edit)))
 
 
+def test_one_unreadable_file_in_a_hundred_is_named_and_skipped(recipe, tmp_path, capsys):
+    rows = []
+    for i in range(150):
+        tone(tmp_path / f"{i}.wav", 300 + 2000 * (i % 2), 0.2, i)
+        rows.append({"file": f"{i}.wav", "label": ["low", "high"][i % 2], "split": "test" if i < 8 else "train"})
+    (tmp_path / "100.wav").write_bytes(b"no audio")
+    run = recipe("training.epochs=1", data=write_table(tmp_path / "table.csv", rows))
+    assert finetune(run)["accuracy"]["value"] > 0.5
+    assert "100.wav" in capsys.readouterr().err
+    assert list(final_state(run.folder).bad_files) == [str(tmp_path / "100.wav")]
+
+
+def test_runs_of_the_other_kind_are_refused(recipe):
+    run = recipe("training.steps=1")
+    finetune(run)
+    state = final_state(run.folder)
+    state.kind = "pre-training"
+    state.write(run.folder, keep=1)
+    with pytest.raises(ConfigError, match="holds a run of pre-training"):
+        finetune(run)
+
+
 def test_data_and_folds_that_make_no_sense(recipe, tmp_path, tones):
     with pytest.raises(ConfigError, match="no such file or folder"):
         finetune(recipe(data=tmp_path / "nothing.csv"))
     with pytest.raises(ConfigError, match="there is no fold 7 to test, but '0', '1', '2'"):
         finetune(recipe(fold="7"))
     with pytest.raises(ConfigError, match="one must be left"):
-        finetune(recipe("patch_dropout=[0, 4]"))
+        finetune(recipe("augment.patch_dropout=[0, 4]"))
     with pytest.raises(ConfigError, match="fp16 needs a GPU"):
-        finetune(recipe("precision=fp16"))
+        finetune(recipe("training.precision=fp16"))
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_a_run_goes_on_only_as_it_was_begun(recipe, spoiled, tmp_path):
     data = spoiled(lambda folder: None)
-    finetune(recipe("steps=1", data=data))
-    with pytest.raises(ConfigError, match=r"another recipe \(lr: 0.01 -> 0.02\)"):
-        finetune(recipe("steps=1", "lr=0.02", data=data))
+    finetune(recipe("training.steps=1", data=data))
+    with pytest.raises(ConfigError, match=r"another recipe \(training.lr: 0.01 -> 0.02\)"):
+        finetune(recipe("training.steps=1", "training.lr=0.02", data=data))
     moved = data.parent.rename(tmp_path / "moved") / data.name
-    finetune(recipe("steps=1", data=moved))
+    finetune(recipe("training.steps=1", data=moved))
     moved.write_text(moved.read_text().replace("03.wav,high", "03.wav,low"))
     with pytest.raises(ConfigError, match="has changed since the run was begun"):
-        finetune(recipe("steps=1", data=moved))
+        finetune(recipe("training.steps=1", data=moved))
 
 
 def test_a_loss_that_is_not_finite_names_the_files(recipe, monkeypatch):
@@ -817,7 +899,7 @@ def test_a_loss_that_is_not_finite_names_the_files(recipe, monkeypatch):
         return made
 
     monkeypatch.setattr(TrainingClips, "batch", batch)
-    run = recipe("mixup=0", "steps=5")
+    run = recipe("augment.mixup=0", "training.steps=5")
     with pytest.raises(TrainingError, match=r"step 2: loss is nan.*saved as it was before that step") as error:
         finetune(run)
     assert batch.names[3] in str(error.value)
@@ -835,8 +917,17 @@ def test_command(tones, base, tmp_path):
     arguments = ["finetune", str(tones / "tones.csv"), "--model", str(base), "--output", str(output), *QUICK]
     shown = CliRunner().invoke(cli.app, [*arguments, "--show"])
     assert "batch_size: 8" in shown.stdout
+    (tmp_path / "mine.yaml").write_text(shown.stdout)
+    assert CliRunner().invoke(cli.app, ["finetune", "--recipe", str(tmp_path / "mine.yaml"), "--show"]).stdout == (
+        shown.stdout
+    )
+    named = ["finetune", "--recipe", "lora", f"data.source={tones / 'tones.csv'}", "training.lr=0.5", "--show"]
+    assert "rank: 8" in CliRunner().invoke(cli.app, named).stdout
+    assert "lora" in CliRunner().invoke(cli.app, ["finetune", "--list"]).stdout
+    missing = CliRunner().invoke(cli.app, ["finetune", "training.lr=0.5"])
+    assert "data.source is missing" in str(missing.exception)
     assert not output.exists()
-    done = CliRunner().invoke(cli.app, [*arguments, "--fold", "1", "steps=2"])
+    done = CliRunner().invoke(cli.app, [*arguments, "--fold", "1", "training.steps=2"])
     assert done.exit_code == 0, done.output
     assert "accuracy" in done.stdout
     assert "fold 1 of 0, 1, 2 (--fold takes another) is tested" in done.stderr

@@ -161,13 +161,36 @@ def test_a_long_file_on_the_fly_is_read_in_pieces(tmp_path):
     torch.testing.assert_close(batches[0].log_mel, batches[1].log_mel, rtol=0, atol=2e-3)
 
 
-def test_a_file_that_became_shorter_is_named(tmp_path):
+def test_a_file_that_became_shorter_is_named_and_replaced(tmp_path):
     files = (write_noise(tmp_path, 1.0, 0), write_noise(tmp_path, 1.0, 1))
     clips = LabelledClips(files, np.array([0, 1]), LABELS, np.zeros(2, dtype=np.int64))
     on_the_fly = training(clips, 100, max_cached_bytes=0)
+    before = on_the_fly.batch(0, 2)
+    assert sorted(before.names) == sorted(map(str, files))
+    assert before.bad == {}
     write_noise(tmp_path, 0.2, 1)
-    with pytest.raises(AudioError, match=r"1\.wav: has become shorter"):
+    batch = on_the_fly.batch(0, 2)
+    assert batch.names == [str(files[0])] * 2
+    assert "1.wav: has become shorter" in batch.bad[str(files[1])]
+    write_noise(tmp_path, 0.2, 0)
+    with pytest.raises(AudioError, match=r"11 files drawn .* could not be read; the last: .*\.wav: has become shorter"):
         on_the_fly.batch(0, 2)
+
+
+@pytest.mark.parametrize("max_cached_bytes", [0, 10**9])
+def test_one_unreadable_file_in_a_hundred_is_named_and_replaced(tmp_path, max_cached_bytes):
+    files = tuple(write_noise(tmp_path, 0.2, i) for i in range(100))
+    files[7].write_text("not a sound")
+    clips = LabelledClips(files, np.arange(100) % 2, LABELS, np.zeros(100, dtype=np.int64))
+    data = training(clips, 10, max_cached_bytes=max_cached_bytes)
+    batch = data.batch(0, 100)
+    assert set(batch.names) == {str(file) for file in files} - {str(files[7])}
+    assert list(batch.bad) == [str(files[7])]
+    assert data.readable.tolist() == [row for row in range(100) if row != 7]
+    assert data.batch(0, 100).names == batch.names
+    assert longest_frames(TINY, clips, np.arange(100)) > 0
+    with pytest.raises(AudioError, match="1 of 100 files"):
+        EvaluationClips(TINY, clips, np.arange(100), progress=False)
 
 
 def test_unreadable_files_are_named_all_at_once(files, tmp_path):

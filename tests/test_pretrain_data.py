@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import math
 import os
 import pickle
@@ -20,7 +19,6 @@ from m2d_embed.audio.clips import load_audio
 from m2d_embed.errors import AudioError, ConfigError
 from m2d_embed.model.frontend import LogMel
 from m2d_embed.pretrain.datasets import (
-    BadFiles,
     Batch,
     BatchSpec,
     CropDataset,
@@ -32,6 +30,7 @@ from m2d_embed.pretrain.datasets import (
 )
 from m2d_embed.pretrain.masking import MaskingConfig
 from m2d_embed.pretrain.sources import Item, read_source
+from m2d_embed.training.bad_files import BadFiles
 from m2d_embed.training.sampling import ItemOrder
 
 RATE = 16_000
@@ -438,17 +437,6 @@ def test_at_most_ten_bad_files_are_named():
     with pytest.raises(AudioError, match=r"14 of 20(?s:.*)f9: why\n  and 4 more\nRepair") as caught:
         bad.check()
     assert "f10" not in str(caught.value)
-
-
-def test_bad_files_are_remembered_over_a_stop():
-    bad = BadFiles(total=None)
-    bad.add(bad_batch("a", "b", size=150))
-    again = BadFiles(total=None)
-    again.restore(json.loads(json.dumps(bad.state())))
-    again.check(seen=200)
-    with pytest.raises(AudioError, match="2 of 150"):
-        again.check()
-    assert again.add(bad_batch("a")) == {}
 
 
 # --- statistics ----------------------------------------------------------------------------------------------------

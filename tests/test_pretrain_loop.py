@@ -37,8 +37,10 @@ from m2d_embed.pretrain.loop import pretrain
 from m2d_embed.pretrain.recipe import WITH_TEACHER, load_recipe
 from m2d_embed.pretrain.warm_start import PUBLISHED_PARTS
 from m2d_embed.training import run_state
+from m2d_embed.training.bad_files import BadFiles
 from m2d_embed.training.monitor import RunLog
 from m2d_embed.training.run_state import RunState
+from m2d_embed.training.trainer import Trainer
 
 RATE = 16_000
 TINY_RUN = {
@@ -49,9 +51,9 @@ TINY_RUN = {
     "data": {"norm_crops": 8, "workers": 0},
     "training": {
         "steps": 6,
-        "effective_batch": 4,
+        "batch_size": 4,
         "micro_batch": 4,
-        "base_lr": 0.02,
+        "lr": 0.02 * 4 / 256,
         "ema_decay": [0.9, 0.99],
         "precision": "fp32",
         "log_every": 1,
@@ -90,14 +92,14 @@ def losses(folder):
 
 def stop_at(monkeypatch, step):
     """Have the run see a stop signal once it has taken ``step`` steps."""
-    original = loop._Run._step
+    original = Trainer.take_step
 
     def stepping(self, batches):
         values = original(self, batches)
-        self.stop.wanted = self.step + 1 >= step
+        self.stop.wanted = self.step >= step
         return values
 
-    monkeypatch.setattr(loop._Run, "_step", stepping)
+    monkeypatch.setattr(Trainer, "take_step", stepping)
 
 
 def final_state(folder):
@@ -123,7 +125,7 @@ def test_a_run_learns_and_exports_a_model(recipe, tmp_path, sounds, capsys):
     assert -12 < mean < -3
     assert 1 < std < 8
     card = (exported / "README.md").read_text()
-    for said in ("40 steps of 4 crops", "160 crops", "20 files", "m2d", "loss.png", "base_lr: 0.02", f"{mean:.4f}"):
+    for said in ("40 steps of 4 crops", "160 crops", "20 files", "m2d", "loss.png", "lr: 0.0003125", f"{mean:.4f}"):
         assert said in card, said
     assert (exported / "loss.png").stat().st_size > 5000
     assert (exported / "model.bf16.safetensors").exists()
@@ -278,6 +280,30 @@ def test_accumulated_micro_batches_are_one_batch(recipe):
     pretrain(at_once)
     pretrain(pieces)
     assert losses(pieces.folder) == pytest.approx(losses(at_once.folder), abs=1e-5)
+
+
+def test_drop_path_is_resumed_exactly(recipe, monkeypatch):
+    settings = ["training.drop_path=0.5", "training.micro_batch=2"]
+    whole, broken, plain = recipe(*settings, output="whole"), recipe(*settings, output="broken"), recipe(output="plain")
+    state = torch.get_rng_state()
+    for run in (whole, plain):
+        pretrain(run)
+    assert torch.equal(torch.get_rng_state(), state)  # that of the process is left alone
+    with monkeypatch.context() as patched:
+        stop_at(patched, 3)
+        assert pretrain(broken) is None
+    pretrain(broken)
+    assert losses(broken.folder) == losses(whole.folder)
+    assert losses(whole.folder) != pytest.approx(losses(plain.folder), abs=1e-3)
+    with pytest.raises(ConfigError, match=r"training\.micro_batch: 2 -> 4"):
+        pretrain(recipe("training.drop_path=0.5", output="whole"))
+
+
+def test_gradient_checkpointing_changes_nothing(recipe):
+    usual, saving = recipe(output="usual"), recipe("training.grad_checkpointing=true", output="saving")
+    pretrain(usual)
+    pretrain(saving)
+    assert losses(saving.folder) == losses(usual.folder)
 
 
 def test_workers_change_nothing(recipe):
@@ -480,8 +506,8 @@ def test_more_bad_files_end_the_run(recipe, sounds, tmp_path):
 
 def test_an_error_loses_no_step(recipe, sounds, tmp_path, monkeypatch):
     run = recipe()
-    original = loop.BadFiles.check
-    monkeypatch.setattr(loop.BadFiles, "check", lambda self, seen=None: fail(self.seen))
+    original = BadFiles.check
+    monkeypatch.setattr(BadFiles, "check", lambda self, seen=None: fail(self.seen))
 
     def fail(seen):
         if seen > 4 * 3:
@@ -490,7 +516,7 @@ def test_an_error_loses_no_step(recipe, sounds, tmp_path, monkeypatch):
     with pytest.raises(AudioError, match="too many"):
         pretrain(run)
     assert final_state(run.folder).step == 3 == len(losses(run.folder))
-    monkeypatch.setattr(loop.BadFiles, "check", original)
+    monkeypatch.setattr(BadFiles, "check", original)
     assert pretrain(run) is not None
 
 
@@ -539,7 +565,7 @@ def test_shards_need_the_same_number_of_processes(recipe, sounds, tmp_path):
 def test_what_a_cpu_cannot_do(recipe, monkeypatch):
     with pytest.raises(ConfigError, match="fp16 needs a GPU"):
         pretrain(recipe("training.precision=fp16"))
-    monkeypatch.setattr(loop.shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(ConfigError, match=r"C\+\+ compiler"):
         pretrain(recipe("training.compile=true"))
 
@@ -603,7 +629,7 @@ def test_the_last_checkpoints_are_kept(recipe):
 
 
 def test_batch_that_does_not_divide(recipe):
-    with pytest.raises(ConfigError, match=r"effective_batch 4 is not a multiple of training\.micro_batch 3"):
+    with pytest.raises(ConfigError, match=r"batch_size 4 is not a multiple of training\.micro_batch 3"):
         pretrain(recipe("training.micro_batch=3"))
 
 
@@ -649,6 +675,62 @@ def test_probes_are_logged(recipe, sounds, tmp_path):
     assert losses(run.folder) == losses(quiet.folder)  # looking on changes nothing
 
 
+@pytest.fixture
+def labelled(sounds, tmp_path):
+    """The clips in a folder for each of two labels."""
+    for i, file in enumerate(sorted(sounds.iterdir())):
+        label = tmp_path / "labelled" / ("low" if i < 10 else "high")
+        label.mkdir(parents=True, exist_ok=True)
+        (label / file.name).symlink_to(file)
+    return tmp_path / "labelled"
+
+
+def exported_encoder(run):
+    return m2d_embed.load_model(str(run.folder / "export")).encoder.state_dict()
+
+
+def test_the_best_probe_is_exported_and_patience_ends_the_run(recipe, labelled, monkeypatch):
+    said = iter([0.5, 0.9, 0.8, 0.9, 1.0, 1.0])
+    monkeypatch.setattr(loop, "linear_probe_accuracy", lambda *_: next(said))
+    probed = [f"probe.data={labelled}", "probe.every=1", "training.export=best", "training.keep=9"]
+    run = recipe(*probed, "training.patience=2", "training.save_every=1")
+    with monkeypatch.context() as patched:
+        stop_at(patched, 3)  # the count of validations is kept over a stop
+        assert pretrain(run) is None
+    assert pretrain(run) is not None
+    state = final_state(run.folder)
+    assert (state.step, state.stale) == (4, 2)
+    assert state.best == {"step": 2, "score": 0.9, "name": "linear probe"}
+    then = RunState.read(run.folder / "checkpoints" / "step-000000002.ckpt").model
+    for name, tensor in exported_encoder(run).items():
+        assert torch.equal(tensor, then[f"encoder.{name}"])
+    assert not torch.equal(then["encoder.cls_token"], state.model["encoder.cls_token"])
+    assert loop.export_latest(run) == run.folder / "export"
+
+
+def test_averaged_weights_are_probed_exported_and_resumed(recipe, labelled, monkeypatch):
+    seen = []
+    monkeypatch.setattr(loop, "embed_clips", lambda model, clips: seen.append(model.encoder.state_dict()))
+    monkeypatch.setattr(loop, "knn_accuracy", lambda *_: 0.5)
+    monkeypatch.setattr(loop, "linear_probe_accuracy", lambda *_: 0.5)
+    averaged = ["training.average_decay=0.5", f"probe.data={labelled}"]
+    whole, broken = recipe(*averaged, output="whole"), recipe(*averaged, output="broken")
+    plain = recipe(output="plain")
+    for run in (whole, plain):
+        pretrain(run)
+    assert losses(whole.folder) == losses(plain.folder)  # averaging changes no step
+    with monkeypatch.context() as patched:
+        stop_at(patched, 3)
+        assert pretrain(broken) is None
+    pretrain(broken)
+    average = final_state(whole.folder).average
+    assert all(torch.equal(average[n], t) for n, t in final_state(broken.folder).average.items())
+    for name, tensor in exported_encoder(whole).items():
+        assert torch.equal(tensor, average[f"encoder.{name}"])
+        assert torch.equal(tensor, seen[0][name])
+    assert not torch.equal(average["encoder.cls_token"], final_state(plain.folder).model["encoder.cls_token"])
+
+
 # --- warm starts -------------------------------------------------------------------------------------------------
 
 
@@ -659,7 +741,7 @@ def test_starting_from_an_exported_model_of_another_window(recipe):
         f"start.model={exported}",
         "model={input_size: [80, 96]}",
         "training.steps=1",
-        "training.base_lr=1e-12",
+        "training.lr=1e-14",
         output="second",
     )
     pretrain(second)
@@ -697,7 +779,7 @@ def test_starting_from_a_full_checkpoint(recipe, tmp_path, kind):
         f"start={{model: {file}, parts: all}}",
         "model={}",
         "training.steps=1",
-        "training.base_lr=1e-12",
+        "training.lr=1e-14",
         "training.ema_decay=[1, 1]",
         output="second",
     )
@@ -712,7 +794,7 @@ def test_an_additional_task_begins_on_a_full_checkpoint_without_it(recipe, optio
     first = recipe("training.steps=2", output="first")
     pretrain(first)
     state, file = final_state(first.folder), run_state.latest(first.folder)
-    still = ["training.steps=1", "training.base_lr=1e-12", "training.ema_decay=[1, 1]"]
+    still = ["training.steps=1", "training.lr=1e-14", "training.ema_decay=[1, 1]"]
     second = recipe("objective=m2d_as", *options("m2d_as"), f"start={{model: {file}, parts: all}}", *still, output="b")
     pretrain(second)
     after = final_state(second.folder).model
@@ -726,7 +808,7 @@ def test_starting_with_the_predictor_and_a_new_head(recipe, options):
     first = recipe(*task, "training.steps=2", output="first")
     pretrain(first)
     before, file = final_state(first.folder).model, run_state.latest(first.folder)
-    still = ["training.steps=1", "training.base_lr=1e-12", "training.ema_decay=[1, 1]", "training.seed=5"]
+    still = ["training.steps=1", "training.lr=1e-14", "training.ema_decay=[1, 1]", "training.seed=5"]
     second = recipe(*task, f"start={{model: {file}, parts: predictor}}", *still, output="b")
     pretrain(second)
     after = final_state(second.folder).model
@@ -775,6 +857,15 @@ def test_command_line(recipe, tmp_path, sounds):
 
 def invoke(*arguments):
     return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def test_a_recipe_is_named_by_argument_or_option():
+    for arguments in (["debug", "data.source=x"], ["--recipe", "debug", "data.source=x"]):
+        shown = invoke("pretrain", *arguments, "training.lr=0.5", "--show")
+        assert yaml.safe_load(shown.output)["name"] == "debug"
+        assert yaml.safe_load(shown.output)["training"]["lr"] == 0.5
+    twice = invoke("pretrain", "debug", "--recipe", "tiny-cpu", "data.source=x")
+    assert isinstance(twice.exception, ConfigError)
 
 
 def test_list_and_show():

@@ -30,8 +30,8 @@ RECIPE = {
     "start": {"model": "", "parts": "encoder"},
     "training": {
         "steps": 200,
-        "effective_batch": 32,
-        "base_lr": 6.4e-3,
+        "batch_size": 32,
+        "lr": 8e-4,
         "warmup": 0.03,
         "weight_decay": 0.05,
         "precision": "bf16",
@@ -132,7 +132,7 @@ def test_every_trial_changes_one_thing_and_is_a_recipe(tmp_path):
     recipes = {name: trials.recipe_of(name, plan, places) for name in plan["trials"]}
     first = next(iter(plan["trials"]))
     assert plan["trials"][first]["set"] == []
-    seconds = {r.training.steps * r.training.effective_batch * r.model.input_size[1] for r in recipes.values()}
+    seconds = {r.training.steps * r.training.batch_size * r.model.input_size[1] for r in recipes.values()}
     assert len(seconds) == 1
     for name, recipe in recipes.items():
         changed = {line.split(":")[0].split("[")[0] for line in recipes[first].differences(recipe.to_dict())} - {"name"}

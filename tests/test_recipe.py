@@ -1,11 +1,17 @@
 """Recipes: strict, complete, overridable."""
 
+import dataclasses
+
 import pytest
 import yaml
 
 from m2d_embed.config import ModelConfig
 from m2d_embed.errors import ConfigError
-from m2d_embed.pretrain.recipe import RECIPES, known_recipes, load_recipe
+from m2d_embed.finetune.recipe import RECIPES as FINETUNE_RECIPES
+from m2d_embed.finetune.recipe import FinetuneRecipe
+from m2d_embed.finetune.recipe import load_recipe as load_finetune_recipe
+from m2d_embed.pretrain.recipe import RECIPES, Recipe, load_recipe
+from m2d_embed.training.settings import TrainingSection, known_keys, known_recipes
 
 NAMES = sorted(file.stem for file in RECIPES.glob("*.yaml"))
 EXPECTED = {"audioset-base", "librispeech-speech", "further", "tiny-cpu", "small-gpu", "debug"}
@@ -26,7 +32,7 @@ MINIMAL = "name: run\nobjective: m2d\ndata: {source: sounds}\ntraining: {steps: 
 
 def test_the_promised_recipes_are_there():
     assert set(NAMES) >= EXPECTED
-    assert all(known_recipes().values()), "each says what it is about"
+    assert all(known_recipes(RECIPES).values()), "each says what it is about"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -35,7 +41,7 @@ def test_packaged_recipes_load_and_describe_a_model(name):
     assert recipe.name == name
     config = recipe.model_config(None, (-7.0, 4.0))
     assert config.norm_stats == (-7.0, 4.0)
-    assert recipe.training.effective_batch % recipe.training.micro_batch == 0
+    assert recipe.training.batch_size % recipe.training.micro_batch == 0
 
 
 def test_published_settings():
@@ -45,7 +51,7 @@ def test_published_settings():
     assert (config.input_size, config.patch_size) == ((80, 608), (16, 16))
     assert (recipe.predictor.dim, recipe.predictor.depth, recipe.predictor.num_heads) == (512, 8, 16)
     assert (recipe.masking.strategy, recipe.masking.mask_ratio) == ("random", 0.7)
-    assert (training.epochs, training.effective_batch, training.base_lr) == (300, 2048, 3e-4)
+    assert (training.epochs, training.batch_size, training.peak_lr) == (300, 2048, 3e-4 * 8)
     assert training.warmup == pytest.approx(20 / 300)
     assert (training.betas, training.weight_decay, training.clip_norm) == ((0.9, 0.95), 0.05, 3.0)
     assert training.ema_decay == (0.99995, 0.99999)
@@ -53,9 +59,9 @@ def test_published_settings():
 
 def test_overrides_and_round_trip(write):
     recipe = load_recipe(
-        write(MINIMAL), ["training.base_lr=1e-3", "masking.strategy=spans", "model={size: tiny}", "data.cache=/c"]
+        write(MINIMAL), ["training.lr=1e-3", "masking.strategy=spans", "model={size: tiny}", "data.cache=/c"]
     )
-    assert recipe.training.base_lr == 1e-3
+    assert recipe.training.lr == recipe.training.peak_lr == 1e-3
     assert recipe.masking.strategy == "spans"
     assert recipe.model_config(None, (0.0, 1.0)).embed_dim == 192
     again = load_recipe(write(recipe.to_yaml()))
@@ -92,7 +98,10 @@ def test_overrides_and_round_trip(write):
         (MINIMAL, ["training.betas=[1.0, 1.0]"], "training.betas"),
         (MINIMAL, ["training.optimizer=lion"], "'optimizer' must be"),
         (MINIMAL, ["training.optimizer=muon", "training.precision=fp16"], "muon goes with .* bf16 or fp32"),
-        (MINIMAL, ["training.base_lr=.inf"], "training.base_lr must be positive"),
+        (MINIMAL, ["training.lr=.inf"], "training.lr must be positive"),
+        (MINIMAL, ["training.patience=2"], "training.patience needs probe.data"),
+        (MINIMAL, ["training.micro_batch=0"], "training.micro_batch must be positive"),
+        (MINIMAL, ["training.average_decay=1"], "training.average_decay must be 0 or more"),
         (MINIMAL, ["training.seed=100000000000000000000000000"], "training.seed"),
         (MINIMAL, ["predictor.mlp_ratio=0.001"], "predictor.mlp_ratio"),
         (MINIMAL, ["offline.joint_dim=0"], "offline.joint_dim"),
@@ -165,6 +174,8 @@ def test_differences_leave_out_what_may_change(write):
         "masking.mask_ratio: 0.7 -> 0.6",
         "training.steps: 10 -> 11",
     ]
+    patient = [load_recipe(write(MINIMAL), ["probe.data=x", "training.patience=2", f"probe.every={n}"]) for n in (1, 2)]
+    assert patient[1].differences(patient[0].to_dict()) == ["probe.every: 1 -> 2"]
     shards = [load_recipe(write(MINIMAL), ["data.source=a.tar", f"data.workers={n}"]) for n in (1, 2)]
     assert shards[1].differences(shards[0].to_dict()) == ["data.workers: 1 -> 2"]
 
@@ -172,3 +183,26 @@ def test_differences_leave_out_what_may_change(write):
 def test_recipes_are_plain_yaml():
     for name in NAMES:
         assert isinstance(yaml.safe_load((RECIPES / f"{name}.yaml").read_text()), dict)
+
+
+def test_both_kinds_of_training_have_the_same_names():
+    kinds = [known_keys(Recipe), known_keys(FinetuneRecipe)]
+    shared = {key for key in kinds[0] if key in kinds[1]}
+    assert {"data.source", "start.model", "output", "about"} < shared
+    assert {f"training.{field.name}" for field in dataclasses.fields(TrainingSection)} < shared
+    for key in shared - {"data", "model", "start", "training"}:
+        assert kinds[0][key] == kinds[1][key], key
+
+
+@pytest.mark.parametrize("name", sorted(known_recipes(FINETUNE_RECIPES)))
+def test_packaged_recipes_of_fine_tuning_load(name):
+    recipe = load_finetune_recipe(name, ["data.source=sounds"])
+    assert recipe.about
+    assert (
+        recipe.differences(load_finetune_recipe("full", ["data.source=sounds"]).to_dict())
+        == {
+            "full": [],
+            "head": ["model.freeze_encoder: False -> True"],
+            "lora": ["lora.rank: 0 -> 8"],
+        }[name]
+    )

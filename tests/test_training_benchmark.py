@@ -133,9 +133,9 @@ def test_precisions_are_those_of_the_recipes(sounds):
     log_mel, order = torch.randn(2, 1, 80, 64), torch.rand(2, 20).argsort(dim=1)
     seen = []
     for contestant in (exact, half):
-        linear = contestant.run.objective.encoder.blocks[0].attn.qkv
+        linear = contestant.trainer.task.network.encoder.blocks[0].attn.qkv
         linear.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-        contestant.run.model(Example(log_mel, order, 6))
+        contestant.trainer.task.model(Example(log_mel, order, 6))
     assert seen == [torch.float32, torch.bfloat16]
 
 

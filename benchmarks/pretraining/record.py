@@ -126,7 +126,7 @@ def keep(run: Path, data: Path | None, folder: Path) -> dict[str, list[float]]:
     """Probe a run, if there is data, write its record into a folder and the table of all anew; returns the scores."""
     recipe = read_yaml(run / "recipe.yaml")
     rows = [row for row in RunLog.read(run) if "loss" in row]
-    batch = recipe["training"]["effective_batch"]
+    batch = recipe["training"]["batch_size"]
     scores = probes(run / "export", data) if data else {}
     record = {
         "about": recipe["about"],

@@ -79,7 +79,7 @@ def stage(recipe: str, record: dict[str, Any]) -> str:
     start = settings["start"]
     begun = f"begins with the {_BEGUN[start['parts']]} of the stage before;" if start["model"] else "from scratch;"
     optimizer = "Muon and AdamW" if training.get("optimizer") == "muon" else "AdamW"
-    batch, last = training["effective_batch"], record["curve"][-1]
+    batch, last = training["batch_size"], record["curve"][-1]
     lines = [
         f"* [`{recipe}`](../m2d_embed/pretrain/recipes/{recipe}.yaml): objective `{settings['objective']}`,",
         begun,
@@ -87,7 +87,7 @@ def stage(recipe: str, record: dict[str, Any]) -> str:
         f"the loss is {pixels:g} x pixels + {offline:g} x offline targets;",
         f"a predictor of {predictor['depth']} layers, {predictor['dim']}-d;",
         f"{training['steps']:,} steps of {batch} crops of 3.04 s, {record['crops']:,} in all;",
-        f"{optimizer}, peak learning rate {training['base_lr'] * batch / 256:g} after a warm-up of",
+        f"{optimizer}, peak learning rate {training['lr'] or 3e-4 * batch / 256:g} after a warm-up of",
         f"{training['warmup']:.0%}, then a cosine; weight decay {training['weight_decay']:g};",
         f"{training['precision']}; seed {training['seed']}.",
         f"{record['minutes']:.0f} minutes on {on_cores(machine)}.",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -26,6 +27,20 @@ from m2d_embed.cli.options import (
     require_extra,
 )
 from m2d_embed.errors import ConfigError
+
+if TYPE_CHECKING:
+    from m2d_embed.training.settings import RunRecipe
+
+T = TypeVar("T")
+R = TypeVar("R", bound="RunRecipe")
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Settings, e.g. data.source=sounds/ training.epochs=20 training.lr=5e-4"),
+]
+RecipeName = Annotated[str, typer.Option("--recipe", help="A YAML file, or the name of a recipe of the package.")]
+Show = Annotated[bool, typer.Option("--show", help="Print the whole recipe, defaults included, and stop.")]
+ListRecipes = Annotated[bool, typer.Option("--list", help="List the recipes of the package.")]
 
 
 @app.command()
@@ -71,15 +86,14 @@ def probe(
 
 @app.command()
 def pretrain(
-    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe of the package (--list).")] = "",
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="E.g. data.source=sounds/ training.steps=1000")
-    ] = None,
+    name: Annotated[str, typer.Argument(metavar="RECIPE", help="The same as --recipe.")] = "",
+    overrides: Overrides = None,
+    recipe: RecipeName = "",
     export: Annotated[
         bool, typer.Option("--export", help="Export the newest checkpoint of the run, without training further.")
     ] = False,
-    show: Annotated[bool, typer.Option("--show", help="Print the whole recipe, defaults included, and stop.")] = False,
-    list_recipes: Annotated[bool, typer.Option("--list", help="List the recipes of the package.")] = False,
+    show: Show = False,
+    list_recipes: ListRecipes = False,
 ) -> None:
     """Pre-train a model. Needs the extra 'pretrain'.
 
@@ -87,79 +101,103 @@ def pretrain(
     -m m2d_embed pretrain ..., or accelerate launch.
     """
     require_extra("pretrain", "accelerate", "yaml", "tensorboard", "webdataset", "braceexpand", "sklearn")
-    from m2d_embed.pretrain.recipe import known_recipes, load_recipe
+    from m2d_embed.pretrain.recipe import RECIPES, load_recipe
 
     if list_recipes:
-        for name, about in known_recipes().items():
-            print(f"{name:<20}{about}")
+        _print_recipes(RECIPES)
         return
-    if not recipe:
+    name, settings = _split_settings(name, overrides)
+    if name and recipe:
+        raise ConfigError(f"two recipes, {name} and {recipe}; give one.")
+    if not (name or recipe):
         raise ConfigError("which recipe? Give a YAML file, or one of the names that --list shows.")
-    loaded = load_recipe(recipe, overrides or ())
+    loaded = load_recipe(recipe or name, settings)
     if show:
         print(loaded.to_yaml(), end="")
         return
     from m2d_embed.pretrain import loop
-    from m2d_embed.training.processes import is_main_process
 
     if export:
         print(loop.export_latest(loaded))
         return
-    try:
-        exported = loop.pretrain(loaded)
-    except KeyboardInterrupt as error:  # before the first step, or a second one
-        print("interrupted; what is done is kept, try again to go on", file=sys.stderr)
-        raise typer.Exit(130) from error
-    if not is_main_process():
-        return
-    print(exported or f"stopped and saved in {loaded.folder}; give the same command again to go on")
+    done = _train(loop.pretrain, loaded)
+    if done is not None:
+        print(done)
 
 
 @app.command()
 def finetune(
-    data: Annotated[Path, typer.Argument(help="A folder with a sub-folder a label, or a CSV of clips or of events.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="E.g. epochs=20 lr=5e-4 lora.rank=8")
+    data: Annotated[
+        str, typer.Argument(help="A folder with a sub-folder a label, or a CSV of clips or of events (data.source).")
+    ] = "",
+    overrides: Overrides = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Which model; the bundled one by default (start.model).")
     ] = None,
-    model: Annotated[str | None, typer.Option("--model", "-m", help="Which model; the bundled one by default.")] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder of the run; runs/finetune-<data>-<model> by default.")
+        str | None, typer.Option("--output", "-o", help="Folder of the run; runs/finetune-<data>-<model> by default.")
     ] = None,
     fold: Annotated[
-        str | None, typer.Option(help="The fold to test; the lowest by default. 'all': each in turn; 'none': no test.")
+        str | None,
+        typer.Option(help="The fold to test; the lowest by default. 'all': each in turn; 'none': no test (data.fold)."),
     ] = None,
-    recipe: Annotated[Path | None, typer.Option(help="A YAML file with settings, e.g. an earlier recipe.yaml.")] = None,
-    show: Annotated[bool, typer.Option("--show", help="Print all settings, defaults included, and stop.")] = False,
+    recipe: RecipeName = "",
+    show: Show = False,
+    list_recipes: ListRecipes = False,
 ) -> None:
-    """Train a classifier on labelled clips or events, from a pretrained model. Needs the extra 'eval'.
+    """Train a classifier on labelled clips or events, from a pretrained model. Needs the extra 'finetune'.
 
     Give the same command again to go on with a run that was stopped. The model is in <output>/export; 'tag' takes it.
     On several devices: torchrun --nproc-per-node N -m m2d_embed finetune ..., or accelerate launch.
     """
-    require_extra("eval", "accelerate", "yaml", "tensorboard", "sklearn")
-    from m2d_embed.finetune.recipe import load_recipe
+    require_extra("finetune", "accelerate", "yaml", "tensorboard", "sklearn")
+    from m2d_embed.finetune.recipe import RECIPES, load_recipe
 
-    given = {"data": data, "model": model, "output": output, "fold": fold}
-    named = {key: os.path.expanduser(value) for key, value in given.items() if value is not None}  # noqa: PTH111
-    loaded = load_recipe(recipe, overrides or (), **named)
+    if list_recipes:
+        _print_recipes(RECIPES)
+        return
+    data, settings = _split_settings(data, overrides)
+    given = {"data.source": data or None, "start.model": model, "output": output, "data.fold": fold}
+    settings += [f"{key}={value}" for key, value in given.items() if value is not None]
+    loaded = load_recipe(recipe, settings)
     if show:
         print(loaded.to_yaml(), end="")
         return
     from m2d_embed.finetune.evaluate import describe
     from m2d_embed.finetune.loop import finetune as run
+
+    scores = _train(run, loaded)
+    if scores is not None:
+        print(f"{loaded.folder}: {describe(scores) if scores else 'trained on all clips, not tested'}")
+
+
+def _split_settings(first: str, others: list[str] | None) -> tuple[str, list[str]]:
+    """A first argument that is none of KEY=VALUE, "" if there is none, and those that are."""
+    is_setting = re.match(r"[a-z_.]+=", first) is not None and not Path(first).exists()
+    return ("", [first, *(others or ())]) if is_setting else (first, list(others or ()))
+
+
+def _print_recipes(folder: Path) -> None:
+    from m2d_embed.training.settings import known_recipes
+
+    for name, about in known_recipes(folder).items():
+        print(f"{name:<20}{about}")
+
+
+def _train(run: Callable[[R], T | None], recipe: R) -> T | None:
+    """What a run comes to, in the main process; None elsewhere and if it was stopped, which is said."""
     from m2d_embed.training.processes import is_main_process
 
     try:
-        scores = run(loaded)
+        done = run(recipe)
     except KeyboardInterrupt as error:  # before the first step, or a second one
         print("interrupted; what is done is kept, try again to go on", file=sys.stderr)
         raise typer.Exit(130) from error
     if not is_main_process():
-        return
-    if scores is None:
-        print(f"stopped and saved in {loaded.folder}; give the same command again to go on")
-        return
-    print(f"{loaded.folder}: {describe(scores) if scores else 'trained on all clips, not tested'}")
+        return None
+    if done is None:
+        print(f"stopped and saved in {recipe.folder}; give the same command again to go on")
+    return done
 
 
 @app.command()

@@ -2,5 +2,5 @@
 
 What is trained on: ``crops`` (random crops, whole clips, targets), changed by ``augment``. ``frame_scores`` judges the
 detection of events. What is learned from which clips: ``recipe`` and ``task``. What is trained and how: ``network`` and
-``optim``, in the steps of ``loop``, which ``evaluate`` and ``export`` end. ``example`` is a loop to copy.
+``optim``, as the task in ``loop``, which ``evaluate`` and ``export`` end. ``example`` is a loop to copy.
 """

@@ -8,11 +8,13 @@ clips and the place of each crop are keyed by the seed and by a *position* in th
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Self, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -28,10 +30,12 @@ from m2d_embed.labelled.clips import Bools, Integers, LabelledClips, named
 from m2d_embed.labelled.events import Event, LabelledEvents
 from m2d_embed.model.frontend import LogMel
 from m2d_embed.model.windows import Window, cut
+from m2d_embed.training.bad_files import BAD_SHARE
 from m2d_embed.training.sampling import ItemOrder, Purpose, rng_at
 
 #: Log-mels that take more memory are computed from the files whenever they are needed.
 MAX_CACHED_BYTES = 2_000_000_000
+_TRIES = 10  # files tried in place of one that cannot be read
 _NAMED_FILES = 100  # unreadable files a message lists at most
 _TOLERANCE = 1e-6  # frames: times that are written in decimals are not exact in binary
 
@@ -48,6 +52,7 @@ class Batch:
         mask: (B, T) bool: the columns that hold audio. Inference gives no others, so train on the mean over these.
         valid_frames: (B,) int64: the frames that hold audio.
         names: of the files.
+        bad: files that could not be read, and why; others took their place.
     """
 
     log_mel: Tensor
@@ -55,19 +60,22 @@ class Batch:
     mask: Tensor
     valid_frames: Tensor
     names: list[str]
+    bad: dict[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.log_mel)
 
-    def to(self, device: torch.device | str) -> Batch:
+    def to(self, device: torch.device | str) -> Self:
         """The same batch on a device."""
-        return dataclasses.replace(
-            self,
-            log_mel=self.log_mel.to(device),
-            targets=self.targets.to(device),
-            mask=self.mask.to(device),
-            valid_frames=self.valid_frames.to(device),
-        )
+        return self._mapped(lambda tensor: tensor.to(device))
+
+    def rows(self, start: int, stop: int) -> Self:
+        """Some of the crops."""
+        return dataclasses.replace(self._mapped(lambda tensor: tensor[start:stop]), names=self.names[start:stop])
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Self:
+        tensors = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return dataclasses.replace(self, **cast(dict[str, Any], tensors))
 
 
 class TrainingClips:
@@ -78,6 +86,8 @@ class TrainingClips:
 
     Log-mels are computed in float32 and kept in memory in float16, 10 million frames of 80 mels in 1.6 GB. That rounds
     them by less than 0.1 dB, before augmentation changes them by far more. Crops are the same where there is no room.
+
+    In place of a clip that cannot be read another is drawn, by the position.
 
     Args:
         config: of the model: front end, patches, windows.
@@ -91,7 +101,7 @@ class TrainingClips:
         progress: show a progress bar while the files are read.
 
     Raises:
-        AudioError: if files cannot be read; it names them.
+        AudioError: if more than 1 % of the files cannot be read; it names them.
         ConfigError: if there are no clips, or an event begins after the end of its clip.
     """
 
@@ -110,7 +120,9 @@ class TrainingClips:
             raise ConfigError(f"crop_frames must be 1 or more, not {crop_frames}.")
         self.crop_frames = crop_frames
         self.seed = seed
-        self._data = _Data(config, clips, indices, torch.float16, max_cached_bytes, progress)
+        self._data = _Data(config, clips, indices, torch.float16, max_cached_bytes, progress, BAD_SHARE)
+        bad = self._data.log_mels.bad
+        self.readable: Integers = np.array([row for item, row in enumerate(indices) if item not in bad], dtype=np.int64)
         weights = balanced_weights(self._data.targets) if balanced else np.ones(len(self._data))
         self._order = ItemOrder(weights, seed)
 
@@ -132,9 +144,10 @@ class TrainingClips:
         """The crops of the ``batch_size`` positions from ``position`` on; the same whenever they are asked for.
 
         Raises:
-            AudioError: if a file that is not in memory cannot be read any more.
+            AudioError: if many files in a row, which are not in memory, cannot be read any more.
         """
-        items = [self._crop(p) for p in range(position, position + batch_size)]
+        bad: dict[str, str] = {}
+        items = [self._crop(p, bad) for p in range(position, position + batch_size)]
         valid = torch.tensor([log_mel.shape[-1] for _, log_mel, _ in items])
         columns = torch.arange(num_columns(self.crop_frames, self._data.config))
         kept = torch.tensor([num_columns(int(frames), self._data.config) for frames in valid])
@@ -144,12 +157,29 @@ class TrainingClips:
             mask=columns < kept[:, None],
             valid_frames=valid,
             names=[self._data.names[item] for item, *_ in items],
+            bad=bad,
         )
 
-    def _crop(self, position: int) -> tuple[int, Tensor, Tensor]:
-        """The clip at a position, (1, mels, n) of it, and its target."""
+    def _crop(self, position: int, bad: dict[str, str]) -> tuple[int, Tensor, Tensor]:
+        """The clip at a position, or another in its place; those that cannot be read are noted in ``bad``."""
+        reason = ""
+        for item in itertools.islice(self._candidates(position), 1 + _TRIES):
+            try:
+                return self._crop_of(item, position)
+            except AudioError as error:
+                reason = str(error)
+                bad[self._data.names[item]] = reason
+        raise AudioError(f"{1 + _TRIES} files drawn one after the other could not be read; the last: {reason}")
+
+    def _candidates(self, position: int) -> Iterator[int]:
+        yield self._order.item_at(position)
+        rng = rng_at(self.seed, position, Purpose.REPLACE)
+        while True:
+            yield self._order.draw(rng)
+
+    def _crop_of(self, item: int, position: int) -> tuple[int, Tensor, Tensor]:
+        """A clip, (1, mels, n) of it, and its target."""
         data = self._data
-        item = self._order.item_at(position)
         frames = int(data.log_mels.num_frames[item])
         spare = max(0, frames - self.crop_frames)
         start = int(rng_at(self.seed, position, Purpose.CROP).integers(spare + 1))
@@ -238,13 +268,13 @@ def longest_frames(config: ModelConfig, clips: LabelledClips | LabelledEvents, i
     """Frames of the longest of some clips, as the headers of the files state their lengths.
 
     Raises:
-        AudioError: if a file cannot be opened; it names all of these.
+        AudioError: if more than 1 % of the files cannot be opened; it names these.
         ConfigError: if there are no clips.
     """
     files = _clips_of(clips).files
     opened = [_open(files[row], config.sample_rate) for row in indices]
     errors = [str(clip) for clip in opened if isinstance(clip, AudioError)]
-    if errors:
+    if len(errors) > BAD_SHARE * len(opened):
         raise AudioError(_unreadable(errors, len(opened)))
     if not opened:
         raise ConfigError("There are no clips to train on.")
@@ -340,6 +370,7 @@ class _Data:
         dtype: torch.dtype,
         max_cached_bytes: int,
         progress: bool,
+        bad_share: float = 0.0,
     ):
         clips = _clips_of(data)
         rows = np.asarray(indices, dtype=np.int64)
@@ -348,7 +379,7 @@ class _Data:
         self.names = [str(file) for file in files]
         self.targets = clips.targets[rows]
         self.num_labels = len(clips.label_names)
-        self.log_mels = _LogMels(config, files, dtype, max_cached_bytes, progress)
+        self.log_mels = _LogMels(config, files, dtype, max_cached_bytes, progress, bad_share)
         self.events: list[list[Event]] | None = None
         self.overlong: list[str] = []
         if isinstance(data, LabelledEvents):
@@ -388,12 +419,19 @@ class _LogMels:
 
     Attributes:
         num_frames: (n,) int64.
-        seconds: of each file.
+        seconds: of each file; infinite for one that cannot be read.
         cached: whether they are in memory.
+        bad: the files that cannot be read, up to ``bad_share`` of all, by their numbers.
     """
 
     def __init__(
-        self, config: ModelConfig, files: Sequence[Path], dtype: torch.dtype, max_cached_bytes: int, progress: bool
+        self,
+        config: ModelConfig,
+        files: Sequence[Path],
+        dtype: torch.dtype,
+        max_cached_bytes: int,
+        progress: bool,
+        bad_share: float,
     ):
         self._frontend = LogMel(config)
         self._rate = config.sample_rate
@@ -402,38 +440,42 @@ class _LogMels:
         frames = sum(self._frontend.num_frames(round(c.seconds * self._rate)) for c in opened if isinstance(c, Clip))
         self.cached = frames * config.input_size[0] * dtype.itemsize <= max_cached_bytes
         self._kept: list[Tensor] = []
+        self.bad: dict[int, AudioError] = {}
         samples: list[int] = []
-        errors: list[str] = []
         # Files are read to their end even where nothing is kept: a damaged one must not stop a run in its third hour.
-        for clip in tqdm(
-            opened, desc="log-mel" if self.cached else "checking", unit="clip", disable=None if progress else True
-        ):
+        what = "log-mel" if self.cached else "checking"
+        for item, clip in enumerate(tqdm(opened, desc=what, unit="clip", disable=None if progress else True)):
             try:
                 samples.append(self._take_in(clip))
             except AudioError as error:
-                errors.append(str(error))
-        if errors:
-            raise AudioError(_unreadable(errors, len(files)))
-        self._clips = [clip for clip in opened if isinstance(clip, Clip)]
+                self.bad[item] = error
+                samples.append(0)
+                self._kept.append(torch.empty(0))
+        if len(self.bad) > bad_share * len(files):
+            raise AudioError(_unreadable([str(error) for error in self.bad.values()], len(files)))
+        self._clips = opened
         self.num_frames: Integers = np.array([self._frontend.num_frames(count) for count in samples], dtype=np.int64)
-        self.seconds = [count / self._rate for count in samples]
+        self.seconds = [math.inf if i in self.bad else count / self._rate for i, count in enumerate(samples)]
 
     def read(self, item: int, start: int, count: int) -> Tensor:
         """Frames ``start`` to ``start + count`` of a file: (mels, count) float32.
 
         Raises:
-            AudioError: if it is not in memory, and is not what it was.
+            AudioError: if it cannot be read, or is not in memory, and not what it was.
         """
+        clip = self._clips[item]
+        if item in self.bad or isinstance(clip, AudioError):
+            raise self.bad[item]
         if self.cached:
             return self._kept[item][:, start : start + count].float()
         pieces: list[Tensor] = []
         end = 0
-        for piece in self._frontend.stream(map(_as_tensor, self._clips[item].blocks(self._rate))):
+        for piece in self._frontend.stream(map(_as_tensor, clip.blocks(self._rate))):
             begin, end = end, end + piece.shape[1]
             pieces.append(piece[:, max(0, start - begin) : start + count - begin])
             if end >= start + count:
                 return torch.cat(pieces, dim=1).to(self._dtype).float()
-        raise AudioError(f"{self._clips[item].name}: has become shorter since the run began; put the old file back.")
+        raise AudioError(f"{clip.name}: has become shorter since the run began; put the old file back.")
 
     def _take_in(self, clip: Clip | AudioError) -> int:
         """Read a file to its end, and keep its log-mel if there is room; return its number of samples."""

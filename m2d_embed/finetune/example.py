@@ -3,7 +3,6 @@
 DATA.csv has the columns ``file``, ``label`` and ``fold`` (or ``split``: train, test). ``m2d-embed tag`` reads OUT.
 """
 
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -12,10 +11,8 @@ import torch.nn.functional as F
 
 from m2d_embed import M2D
 from m2d_embed.audio.clips import load_audio
-from m2d_embed.config import HeadConfig
 from m2d_embed.finetune.optim import layer_groups
 from m2d_embed.labelled.clips import read_labelled
-from m2d_embed.model.heads.tagging import TaggingHead
 
 EPOCHS, BATCH, SECONDS, RATE = 20, 16, 3.0, 1e-3
 
@@ -31,10 +28,7 @@ def main(data: Path, output: Path) -> float:
     torch.manual_seed(0)
     clips = read_labelled(data)
     train, test = (torch.from_numpy(rows) for rows in clips.split(clips.test_folds()[0]))
-    model = M2D.from_pretrained(device="cpu")
-    head = HeadConfig(clips.label_names, multi_label=False, scene_pooling=model.config.scene_pooling)
-    model.config = dataclasses.replace(model.config, head=head)
-    model.head = TaggingHead(model.config.head_dim, head)
+    model = M2D.from_pretrained(device="cpu").with_head(clips.label_names)
     audio = [torch.from_numpy(load_audio(file, model.sample_rate)) for file in clips.files]
     labels, samples = torch.from_numpy(clips.labels), round(SECONDS * model.sample_rate)
     optimizer = torch.optim.AdamW(layer_groups(model, RATE, layer_decay=0.9, weight_decay=0.05))

@@ -64,7 +64,7 @@ A classifier ({kind}) with {len(config.head.labels)} label{"s" if len(config.hea
 
 * Begun from: {results["base"]}. Its licence holds for these weights, too.
 * Data: `{recipe.data_name}`, {results["parts"]}.
-* {results["steps"]:,} steps of {recipe.batch_size} clips{_best(results)}.
+* {results["steps"]:,} steps of {recipe.training.batch_size} clips{_best(results)}.
 * Scores: {tested}.
 
 ```sh

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 _ADAPTER = "default"  # peft's name for the only adapter
 HEAD_FILE = "head.safetensors"
-_HEAD_STD = 0.02  # of fresh weights: with features of unit variance, first logits are small
 
 
 class Classifier(nn.Module):
@@ -127,8 +126,7 @@ def build_classifier(base: M2D, config: ModelConfig, per_column: bool, seed: int
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = Classifier(config, per_column)
-        nn.init.normal_(network.head.linear.weight, std=_HEAD_STD)
-        nn.init.zeros_(network.head.linear.bias)
+        network.head.init_weights()
     tensors = {name: tensor.detach().float().cpu() for name, tensor in base.encoder.state_dict().items()}
     tensors["pos_embed"] = resize_positions(
         tensors["pos_embed"], base.config.grid_size, network.encoder.pos_embed, config.grid_size
@@ -158,7 +156,7 @@ def add_lora(network: Classifier, section: LoraSection, seed: int) -> None:
     try:
         from peft import inject_adapter_in_model
     except ImportError as error:
-        raise UnsupportedError("lora needs peft: pip install 'm2d-embed[eval]'") from error
+        raise UnsupportedError("lora needs peft: pip install 'm2d-embed[finetune]'") from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(_lora_config(section), network.encoder, adapter_name=_ADAPTER)

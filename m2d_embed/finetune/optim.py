@@ -1,14 +1,13 @@
-"""How weights are changed: learning rates layer by layer, losses of the kinds of targets, an average of the weights."""
+"""How weights are changed: learning rates layer by layer, losses of the kinds of targets."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_AVERAGED_SHARE = 0.05  # of a run, over which weights are averaged unless the recipe says otherwise
+from m2d_embed.model.encoder import Encoder
 
 
 def layer_groups(model: nn.Module, lr: float, layer_decay: float, weight_decay: float) -> list[dict[str, Any]]:
@@ -17,7 +16,7 @@ def layer_groups(model: nn.Module, lr: float, layer_decay: float, weight_decay: 
     Layer-wise decay of the learning rate (Clark et al., arXiv 2003.10555, section 3; with the layers numbered as in
     BEiT, arXiv 2106.08254): the head and the final norm have ``lr``, block ``i`` of ``depth`` has
     ``lr * layer_decay ** (depth - i)``, the patch embedding and the class token, the lowest, have
-    ``lr * layer_decay ** (depth + 1)``. Biases, norms and tokens have no weight decay.
+    ``lr * layer_decay ** (depth + 1)``. Biases, norms and ``Encoder.no_weight_decay`` have no weight decay.
 
     Args:
         model: an ``M2D`` with a head, or anything else with ``encoder`` and ``head``. Frozen parameters are left out.
@@ -29,12 +28,13 @@ def layer_groups(model: nn.Module, lr: float, layer_decay: float, weight_decay: 
         Dicts with ``params``, ``lr``, ``lr_scale`` (``lr`` as a share of the highest) and ``weight_decay``, the lowest
         layer first.
     """
-    depth = len(model.get_submodule("encoder.blocks")._modules)
+    encoder = cast(Encoder, model.get_submodule("encoder"))
+    depth, exempt = len(encoder.blocks), {f"encoder.{name}" for name in encoder.no_weight_decay()}
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        level, decayed = _level(name, depth), parameter.ndim > 1 and not name.endswith("cls_token")
+        level, decayed = _level(name, depth), parameter.ndim > 1 and name not in exempt
         scale = layer_decay ** (depth + 1 - level)
         group = {"params": [], "lr": lr * scale, "lr_scale": scale, "weight_decay": weight_decay if decayed else 0.0}
         groups.setdefault((level, decayed), group)["params"].append(parameter)
@@ -68,42 +68,3 @@ def loss_per_row(logits: Tensor, targets: Tensor, multi_label: bool, label_smoot
         return F.binary_cross_entropy_with_logits(logits, smooth, reduction="none").mean(dim=-1)
     smooth = targets * (1 - label_smoothing) + label_smoothing / targets.shape[-1]
     return -(smooth * logits.log_softmax(dim=-1)).sum(dim=-1)
-
-
-class Average:
-    """Exponential moving average of a module's weights and buffers, the statistics of batch norm included.
-
-    The first averages forget faster, ``(1 + t) / (10 + t)``, so that the start of the run does not linger.
-
-    Args:
-        module: whose tensors are averaged.
-        decay: share of the average that a step keeps; 0 is the module as it is.
-    """
-
-    def __init__(self, module: nn.Module, decay: float):
-        self.decay = decay
-        self.tensors = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
-
-    @torch.no_grad()
-    def update(self, module: nn.Module, step: int) -> None:
-        """Take in the module as it is after ``step`` steps."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        for name, tensor in module.state_dict().items():
-            if tensor.is_floating_point():
-                self.tensors[name].lerp_(tensor, 1 - decay)
-            else:
-                self.tensors[name].copy_(tensor)
-
-    def to(self, device: torch.device) -> None:
-        """Move the average to where the module is."""
-        self.tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
-
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Go on with an average of an earlier process."""
-        for name, tensor in self.tensors.items():
-            tensor.copy_(tensors[name])
-
-
-def scaled_decay(decay: float | None, total: int) -> float:
-    """The decay of the average: as given, or so that it reaches over about a twentieth of ``total`` steps."""
-    return decay if decay is not None else 1 - 1 / max(1.0, _AVERAGED_SHARE * total)

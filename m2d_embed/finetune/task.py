@@ -70,12 +70,12 @@ def read_task(recipe: FinetuneRecipe) -> Task:
         AudioError: if files are missing.
         UnsupportedError: if the data are events and mir_eval is not installed.
     """
-    path = Path(recipe.data)
+    path = Path(recipe.data.source)
     if not path.exists():
         raise ConfigError(f"{path}: no such file or folder; fine-tuning needs a folder of labels or a CSV file.")
     if not is_event_table(path):
-        return Task(read_labelled(path, label_column=recipe.label_column))
-    if recipe.label_column:
+        return Task(read_labelled(path, label_column=recipe.data.label_column))
+    if recipe.data.label_column:
         raise ConfigError(f"{path}: the labels of events are in the column label; leave label_column out.")
     require("mir_eval", "scores of events")  # now, not after the training
     return Task(read_events(path))
@@ -87,12 +87,14 @@ def choose_fold(task: Task, recipe: FinetuneRecipe) -> int | None:
     Raises:
         ConfigError: if there is no such fold.
     """
-    if recipe.fold == NO_FOLD:
+    if recipe.data.fold == NO_FOLD:
         return None
     folds = task.clips.test_folds()
-    fold = folds[0] if recipe.fold is None else int(recipe.fold)
+    fold = folds[0] if recipe.data.fold is None else int(recipe.data.fold)
     if fold not in folds:
-        raise ConfigError(f"{recipe.data}: there is no fold {fold} to test, but {named([str(f) for f in folds])}.")
+        raise ConfigError(
+            f"{recipe.data.source}: there is no fold {fold} to test, but {named([str(f) for f in folds])}."
+        )
     return fold
 
 
@@ -111,18 +113,22 @@ def choose_parts(task: Task, fold: int | None, recipe: FinetuneRecipe) -> Parts:
     train, test = clips.split(fold)
     targets = clips.targets
     if not targets[test].any():
-        raise ConfigError(f"{recipe.data}: no clip of the test part has a label, so there is nothing to score.")
-    if not (clips.folds == VALIDATION).any() and recipe.patience is None:
+        raise ConfigError(f"{recipe.data.source}: no clip of the test part has a label, so there is nothing to score.")
+    if not (clips.folds == VALIDATION).any() and recipe.training.patience is None:
         return Parts(train, nothing, test)
     train, valid = clips.hold_out(fold)
     if not len(valid):
-        raise ConfigError(f"{recipe.data}: too few clips to hold any out for validation; leave patience out.")
+        raise ConfigError(f"{recipe.data.source}: too few clips to hold any out for validation; leave patience out.")
     if not targets[valid].any():
-        raise ConfigError(f"{recipe.data}: no clip of the validation part has a label, so there is nothing to score.")
+        raise ConfigError(
+            f"{recipe.data.source}: no clip of the validation part has a label, so there is nothing to score."
+        )
     untrained = np.flatnonzero(targets[np.concatenate([valid, test])].any(axis=0) & ~targets[train].any(axis=0))
     if len(untrained):
         names = named([clips.label_names[label] for label in untrained])
-        raise ConfigError(f"{recipe.data}: without the validation part there are no clips of {names} to train on.")
+        raise ConfigError(
+            f"{recipe.data.source}: without the validation part there are no clips of {names} to train on."
+        )
     return Parts(train, valid, test)
 
 

@@ -11,7 +11,6 @@ positions) and ``encode`` (class token, blocks, norm) are apart so that pre-trai
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -19,11 +18,13 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from m2d_embed.backends import native, selection, threads
 from m2d_embed.backends.native import BlockLike, Shape
 from m2d_embed.backends.packed import PackedBlocks, RunBlocks, is_unhooked, run_each
 from m2d_embed.config import ModelConfig, resolve_layers
+from m2d_embed.errors import ConfigError
 
 
 class Attention(nn.Module):
@@ -79,6 +80,10 @@ class Block(nn.Module):
 
     The matrices may be of a lower precision than the residual stream ``x``: their input is cast to their own dtype,
     and their output added to ``x`` in the dtype of ``x``.
+
+    Attributes:
+        drop_path: rate of stochastic depth (Huang et al., arXiv 1603.09382): in training, attention and MLP are each
+            left out for this share of the clips, and scaled up for the others.
     """
 
     def __init__(self, dim: int, num_heads: int, mlp_dim: int, norm_eps: float):
@@ -87,13 +92,20 @@ class Block(nn.Module):
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim, mlp_dim)
+        self.drop_path = 0.0
 
     def forward(self, x: Tensor, attended: Tensor | None = None) -> Tensor:
         """Return the same shape and dtype as ``x``, (B, tokens, dim); ``attended`` as in ``attend``."""
         dtype = self.attn.qkv.weight.dtype
-        x = x + self.attn(self.norm1(x).to(dtype), attended)
-        x = x + self.mlp(self.norm2(x).to(dtype))
+        x = x + self._drop(self.attn(self.norm1(x).to(dtype), attended))
+        x = x + self._drop(self.mlp(self.norm2(x).to(dtype)))
         return x
+
+    def _drop(self, branch: Tensor) -> Tensor:
+        if not self.training or self.drop_path == 0.0:
+            return branch
+        keep = 1.0 - self.drop_path
+        return branch * branch.new_empty(len(branch), 1, 1).bernoulli_(keep).div_(keep)
 
 
 #: What packed copies can stand for.
@@ -138,6 +150,7 @@ class Encoder(nn.Module):
 
     Attributes:
         quantize: multiply in int8 where kernels or copies are used.
+        grad_checkpointing: as ``set_grad_checkpointing`` has set it.
     """
 
     pos_embed: Tensor
@@ -153,6 +166,7 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, config.num_heads, mlp_dim, config.norm_eps) for _ in range(config.depth))
         self.norm = nn.LayerNorm(dim, eps=config.norm_eps)
         self.quantize = False
+        self.grad_checkpointing = False
         self._packed: PackedBlocks | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -183,6 +197,29 @@ class Encoder(nn.Module):
             quantize=self.quantize,
             shape=shapes.pop() if len(shapes) == 1 else None,
         )
+
+    def set_drop_path(self, rate: float) -> None:
+        """Stochastic depth in training: ``rate`` for the last block, rising linearly from 0 for the first.
+
+        Raises:
+            ConfigError: unless 0 <= rate < 1.
+        """
+        if not 0 <= rate < 1:
+            raise ConfigError(f"drop_path is a rate, 0 or more, below 1, not {rate}.")
+        last = max(1, len(self.blocks) - 1)
+        for index, block in enumerate(self.blocks):
+            cast(Block, block).drop_path = rate * index / last
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep no activations inside the blocks for the backward pass, which computes them again.
+
+        Memory of activations falls to about one tensor a block, for a third more computation. Gradients are the same.
+        """
+        self.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters and buffers with more than one dimension that optimisers should not decay."""
+        return {"cls_token", "pos_embed"}
 
     def init_weights(self) -> None:
         """Draw fresh weights as in arXiv 2111.06377: Xavier-uniform matrices, N(0, 0.02) tokens, zero biases."""
@@ -225,8 +262,16 @@ class Encoder(nn.Module):
         """
         attended = None if is_audio is None else F.pad(is_audio, (1, 0), value=True)[:, None, None]
         x = self.with_class_token(tokens)
-        run = self._packed_blocks(x) or partial(run_each, self.blocks)
+        run = self._packed_blocks(x) or self._run_blocks
         return self._read(run, x, resolve_layers(layers, len(self.blocks)), attended)
+
+    def _run_blocks(self, x: Tensor, which: range, attended: Tensor | None) -> Tensor:
+        """(B, tokens, dim) -> the same, through some of the blocks themselves."""
+        if not (self.grad_checkpointing and torch.is_grad_enabled()):
+            return run_each(self.blocks, x, which, attended)
+        for index in which:
+            x = checkpoint(self.blocks[index], x, attended, use_reentrant=False)
+        return x
 
     def _read(self, run: RunBlocks, x: Tensor, layers: Sequence[int], attended: Tensor | None) -> list[Tensor]:
         """Run the blocks and read layers, each (B, 1 + N, dim), through the final norm."""
@@ -291,7 +336,7 @@ class Encoder(nn.Module):
         packed = self._packed_blocks(x)
         if packed is not None and packed.can_read:
             return [patches.transpose(1, 2) for patches in packed.features(x, wanted, rows)]
-        features = self._read(packed or partial(run_each, self.blocks), x, wanted, None)
+        features = self._read(packed or self._run_blocks, x, wanted, None)
         return [tokens[:, 1:].view(len(x), rows, -1, x.shape[-1]) for tokens in features]
 
 

@@ -6,15 +6,16 @@ stacked over frequency, are a frame feature; the mean over time is the scene emb
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Self
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from m2d_embed.backends.devices import check_int8, stored_dtype
-from m2d_embed.config import FeatureConfig, ModelConfig
-from m2d_embed.errors import AudioError, UnsupportedError
+from m2d_embed.config import FeatureConfig, HeadConfig, ModelConfig, ScenePooling
+from m2d_embed.errors import AudioError, ConfigError, UnsupportedError
 from m2d_embed.model.compiled import CompiledEncoder
 from m2d_embed.model.encoder import Encoder
 from m2d_embed.model.frontend import LogMel
@@ -187,6 +188,58 @@ class Network(nn.Module):
         patches = self.config.grid_size[0] * (frames // self.config.patch_size[1])
         return max(1, int(_CPU_ACTIVATIONS / (patches * self.config.embed_dim * self.config.mlp_ratio)))
 
+    # --- training -----------------------------------------------------------------------------------------------
+
+    def with_head(
+        self,
+        labels: Iterable[str],
+        *,
+        multi_label: bool = False,
+        features: Literal["stacked", "flat"] = "stacked",
+        scene_pooling: ScenePooling | None = None,
+    ) -> Self:
+        """Give the model a tagging head for labels of your own, with random weights, in place of one it may have.
+
+        ``logits`` and ``frame_logits`` then are of these labels, and ``save_pretrained`` keeps the head with the model.
+
+        Args:
+            labels: names of the outputs, in order.
+            multi_label: any number of labels at once (sigmoid), else exactly one (softmax).
+            features: what the head sees: "stacked" patches of a time column, or their mean, "flat".
+            scene_pooling: what it sees of a clip: the "mean" over time, or "mean_std"; None is the model's own.
+
+        Returns:
+            This model.
+
+        Raises:
+            ConfigError: if there are no labels, one is there twice, or they are a single string.
+
+        Example::
+
+            model = M2D.from_pretrained().with_head(["dog", "cat"])
+            loss = F.cross_entropy(model.train().logits(audio), targets)
+        """
+        names = () if isinstance(labels, str) else tuple(labels)
+        if not names or len(set(names)) < len(names):
+            raise ConfigError(f"labels are one or more different names, not {labels!r}.")
+        head = HeadConfig(names, features, multi_label, scene_pooling or self.config.scene_pooling)
+        self.config = replace(self.config, head=head)
+        self.head = TaggingHead(self.config.head_dim, head).to(self.device).train(self.training)
+        self.head.init_weights()
+        return self
+
+    def set_drop_path(self, rate: float) -> None:
+        """Stochastic depth of the encoder in training; see ``Encoder.set_drop_path``."""
+        self.encoder.set_drop_path(rate)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Less memory for more computation in training; see ``Encoder.set_grad_checkpointing``."""
+        self.encoder.set_grad_checkpointing(enable)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters and buffers with more than one dimension that optimisers should not decay."""
+        return {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
+
     # --- heads --------------------------------------------------------------------------------------------------
 
     def logits(self, x: Tensor, sample_rate: int | None = None) -> Tensor:
@@ -223,7 +276,7 @@ class Network(nn.Module):
         if head.config.scene_pooling != "mean":
             raise UnsupportedError(
                 f"The head of {self.config.name or 'this model'} takes standard deviations over time, which a single "
-                "time column has not; fine-tune one with scene_pooling=mean for labels over time."
+                "time column has not; fine-tune one with model.scene_pooling=mean for labels over time."
             )
         return head
 

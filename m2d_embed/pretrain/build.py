@@ -62,7 +62,7 @@ def build_task(
     return Task(objective, offline)
 
 
-def build_optimizers(objective: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+def build_optimizers(objective: Objective, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """AdamW in one fused kernel a step, no weight decay on biases and norms; with it Muon, if the recipe says so.
 
     Muon (Jordan et al., https://kellerjordan.github.io/posts/muon) takes the matrices of transformer blocks, its steps
@@ -71,25 +71,21 @@ def build_optimizers(objective: nn.Module, recipe: Recipe) -> list[torch.optim.O
     Raises:
         UnsupportedError: if this PyTorch has no Muon.
     """
-    training, rate = recipe.training, peak_rate(recipe)
+    training, rate = recipe.training, recipe.training.peak_lr
     trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
     by_muon = {}
     if training.optimizer == "muon":
         by_muon = {name: p for name, p in trained.items() if p.ndim == 2 and ".blocks." in name}
-    by_adamw = [p for name, p in trained.items() if name not in by_muon]
+    by_adamw, exempt = {name: p for name, p in trained.items() if name not in by_muon}, objective.no_weight_decay()
+    decayed = {name for name, p in by_adamw.items() if p.ndim > 1 and name not in exempt}
     groups = [
-        {"params": [p for p in by_adamw if p.ndim > 1], "weight_decay": training.weight_decay},
-        {"params": [p for p in by_adamw if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for name, p in by_adamw.items() if name in decayed], "weight_decay": training.weight_decay},
+        {"params": [p for name, p in by_adamw.items() if name not in decayed], "weight_decay": 0.0},
     ]
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=rate, betas=training.betas, fused=True)]
     if by_muon:
         optimizers.append(_muon(list(by_muon.values()), rate, training.weight_decay))
     return optimizers
-
-
-def peak_rate(recipe: Recipe) -> float:
-    """The learning rate after the warm-up."""
-    return recipe.training.base_lr * recipe.training.effective_batch / 256
 
 
 def _muon(matrices: list[nn.Parameter], rate: float, weight_decay: float) -> torch.optim.Optimizer:

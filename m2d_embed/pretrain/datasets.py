@@ -1,4 +1,4 @@
-"""The data of a run: batches of crops by their positions, their statistics, and what becomes of bad files.
+"""The data of a run: batches of crops by their positions, their statistics, and what takes the place of bad files.
 
 ``open_dataset`` makes the data of a run from its description; ``loader`` yields the batches of one process of it.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from m2d_embed.pretrain.shards import ShardDataset
 
 __all__ = [
-    "BadFiles",
     "Batch",
     "BatchSpec",
     "Batches",
@@ -44,9 +43,6 @@ __all__ = [
 
 #: Files tried in place of one that cannot be read.
 _TRIES = 10
-_BAD_SHARE = 0.01
-_BAD_SHOWN = 10
-_MIN_SEEN = 100
 
 Progress = Callable[[int, int], None]
 
@@ -358,52 +354,3 @@ def measure_stats(dataset: CropDataset | ShardDataset) -> tuple[float, float]:
     if std < 1e-6:
         raise AudioError(f"{spec.data.source}: the log-mel of {wanted} crops is the same everywhere: digital silence?")
     return mean, std
-
-
-class BadFiles:
-    """The files that could not be read, and when they are too many.
-
-    Args:
-        total: number of files, None if it is not known: then the samples seen are what a share is of.
-    """
-
-    def __init__(self, total: int | None = None):
-        self.total = total
-        self.seen = 0
-        self.reasons: dict[str, str] = {}
-
-    def add(self, batch: Batch) -> dict[str, str]:
-        """Count a batch in; return its bad files that had not been met before, and why they are bad."""
-        self.seen += len(batch)
-        new = {name: reason for name, reason in batch.bad.items() if name not in self.reasons}
-        self.reasons |= new
-        return new
-
-    def check(self, seen: int | None = None) -> None:
-        """Raise if more than 1 % of the files cannot be read.
-
-        Args:
-            seen: samples read so far by all processes; None is those counted here.
-
-        Raises:
-            AudioError: with the names of up to ten files, and why.
-        """
-        of = self.total if self.total is not None else self.seen if seen is None else seen
-        enough = self.total is not None or of >= _MIN_SEEN
-        if enough and len(self.reasons) > _BAD_SHARE * of:
-            shown = "\n".join(f"  {reason}" for reason in list(self.reasons.values())[:_BAD_SHOWN])
-            more = len(self.reasons) - _BAD_SHOWN
-            raise AudioError(
-                f"{len(self.reasons)} of {of} files could not be read, more than {_BAD_SHARE:.0%}:\n{shown}"
-                + (f"\n  and {more} more" if more > 0 else "")
-                + "\nRepair these files or take them out of the data."
-            )
-
-    def state(self) -> dict[str, Any]:
-        """What ``restore`` takes; plain values that JSON can hold."""
-        return {"seen": self.seen, "reasons": dict(self.reasons)}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state."""
-        self.seen = state["seen"]
-        self.reasons = dict(state["reasons"])

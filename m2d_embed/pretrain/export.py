@@ -43,7 +43,7 @@ def export(folder: Path, state: RunState, recipe: Recipe) -> Path:
 def card(state: RunState, recipe: Recipe, rows: list[dict[str, float]]) -> str:
     """The model card: what the model is, what it was trained on and how, and how the loss went."""
     training = recipe.training
-    crops = state.step * training.effective_batch
+    crops = state.step * training.batch_size
     seconds = (state.config.input_size[1] - 1) * state.config.hop_length / state.config.sample_rate
     hours = crops * seconds / 3600
     mean, std = state.config.norm_stats
@@ -53,7 +53,7 @@ def card(state: RunState, recipe: Recipe, rows: list[dict[str, float]]) -> str:
 
 * Objective: `{recipe.objective}`, masks `{recipe.masking.strategy}` at a ratio of {recipe.masking.mask_ratio:g}.
 * Data: {state.data}
-* {state.step:,} steps of {training.effective_batch:,} crops of {seconds:.2f} s: {crops:,} crops, {hours:,.1f} h.
+* {state.step:,} steps of {training.batch_size:,} crops of {seconds:.2f} s: {crops:,} crops, {hours:,.1f} h.
 * Statistics of the log-mel, for normalisation: mean {mean:.4f}, standard deviation {std:.4f}.
 * Start: {recipe.start.model or "random weights"}.
 {_last_values(rows)}{curve}

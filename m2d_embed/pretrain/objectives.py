@@ -60,6 +60,13 @@ class Objective(nn.Module, abc.ABC):
         self.encoder.init_weights()
         self.predictor.init_weights()
 
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters with more than one dimension that are not decayed.
+
+        None: the published pre-training decays the class token and the mask token, too.
+        """
+        return set()
+
     def reset_target(self) -> None:
         """Make the target network a copy of the online one, if there is a target network."""
 

@@ -6,26 +6,24 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from m2d_embed.config import FRONT_ENDS, VIT_SIZES, ModelConfig, from_dict
+from m2d_embed.config import FRONT_ENDS, VIT_SIZES, ModelConfig
 from m2d_embed.errors import ConfigError
 from m2d_embed.pretrain.batches import DataConfig
 from m2d_embed.pretrain.masking import MaskingConfig
 from m2d_embed.pretrain.predictor import PredictorConfig
 from m2d_embed.pretrain.sources import is_shards
-from m2d_embed.training.settings import flatten, override, read_yaml, require, to_plain, to_yaml
+from m2d_embed.training.settings import RunRecipe, TrainingSection, read_recipe, require
 
 RECIPES = Path(__file__).parent / "recipes"
 
 Size = Literal["tiny", "small", "base", "large"]
-Precision = Literal["fp32", "bf16", "fp16"]
 ObjectiveName = Literal["m2d", "m2d_x", "m2d_s", "m2d_as", "m2d_clap", "msm_mae", "msm_mae_s", "data2vec", "salt"]
 
 #: Objectives with a frozen model as the teacher.
@@ -106,62 +104,44 @@ class OfflineSection:
 
 
 @dataclass(frozen=True)
-class TrainingSection:
-    """Length, batch, optimiser and bookkeeping of a run. Defaults are the published settings.
+class PretrainingSection(TrainingSection):
+    """Settings of the training; the defaults are the published ones.
 
-    Exactly one of ``steps`` and ``epochs`` is given. ``effective_batch`` crops make one optimiser step, whatever the
-    number of devices; ``micro_batch`` of them are on a device at a time. The peak learning rate is
-    ``base_lr * effective_batch / 256``, after a warm-up over the share ``warmup`` of the run. ``optimizer`` is adamw,
-    or muon for the matrices of transformer blocks and adamw for the rest; ``betas`` are AdamW's. ``ema_decay`` rises
-    linearly from its first to its second value.
+    Exactly one of ``steps`` and ``epochs`` is given. ``lr`` null is ``3e-4 * batch_size / 256``. ``optimizer`` is
+    adamw, or muon for the matrices of transformer blocks and adamw for the rest; ``betas`` are AdamW's. ``ema_decay``,
+    of the target network, rises linearly from its first to its second value. Validation is the probe's, by its linear
+    accuracy.
     """
 
-    steps: int | None = None
-    epochs: float | None = None
-    effective_batch: int = 2048
-    micro_batch: int = 128
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    base_lr: float = 3e-4
+    batch_size: int = 2048
+    micro_batch: int | None = 128
     warmup: float = 20 / 300
-    weight_decay: float = 0.05
+    optimizer: Literal["adamw", "muon"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.95)
-    clip_norm: float = 3.0
     ema_decay: tuple[float, float] = (0.99995, 0.99999)
-    precision: Precision = "bf16"
-    compile: bool = False
-    seed: int = 0
-    log_every: int = 10
-    save_every: int = 1000
+    average_decay: float | None = 0.0
+    export: Literal["best", "last"] = "last"
+    save_every: int | None = 1000
     keep: int = 3
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(
             (self.steps is None) != (self.epochs is None),
             "training.steps or training.epochs: give one of them, and null for the other",
         )
-        for name in (
-            "steps",
-            "epochs",
-            "effective_batch",
-            "micro_batch",
-            "clip_norm",
-            "log_every",
-            "save_every",
-            "keep",
-        ):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"training.{name} must be positive, not {value}")
-        require(0 < self.base_lr < math.inf, f"training.base_lr must be positive, not {self.base_lr}")
-        require(self.weight_decay >= 0, f"training.weight_decay must not be negative, not {self.weight_decay}")
         require(
             self.optimizer == "adamw" or self.precision != "fp16",
             "training.optimizer muon goes with training.precision bf16 or fp32; loss scaling takes one optimiser",
         )
-        require(0 <= self.warmup < 1, f"training.warmup is a share of the run, 0 <= warmup < 1, not {self.warmup}")
-        require(0 <= self.seed < 2**63, f"training.seed must not be negative, and fit 63 bits, not {self.seed}")
         decays = self.ema_decay
         require(all(0 <= v <= 1 for v in decays), f"training.ema_decay must lie between 0 and 1, not {decays}")
         require(all(0 <= v < 1 for v in self.betas), f"training.betas must be 0 or more, below 1, not {self.betas}")
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate after the warm-up."""
+        return self.lr if self.lr is not None else 3e-4 * self.batch_size / 256
 
 
 @dataclass(frozen=True)
@@ -177,13 +157,15 @@ class ProbeSection:
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Everything about a run. ``license`` is what the model card says about the weights."""
+class Recipe(RunRecipe):
+    """Everything about a run of pre-training. ``license`` is what the model card says about the weights."""
+
+    kind: ClassVar[str] = "pre-training"
 
     name: str
     objective: ObjectiveName
     data: DataConfig
-    training: TrainingSection
+    training: PretrainingSection
     about: str = ""
     license: str = ""
     output: str = ""
@@ -204,6 +186,10 @@ class Recipe:
         require(
             self.training.steps is not None or not is_shards(self.data.source),
             "training.epochs cannot be counted with tar shards; give training.steps",
+        )
+        require(
+            self.training.patience is None or self.probe.data is not None,
+            "training.patience needs probe.data, by which the run is validated",
         )
         require(teacher or not self.offline.teacher, f"offline.teacher: objective {self.objective} has no teacher")
 
@@ -238,25 +224,19 @@ class Recipe:
             license=self.license or (start.license if start is not None else ""),
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, as YAML or JSON hold them."""
-        return to_plain(self)
-
-    def to_yaml(self) -> str:
-        """The whole recipe, defaults included."""
-        return to_yaml(self)
-
-    def differences(self, other: Mapping[str, Any]) -> list[str]:
-        """What differs from the recipe another run was begun with, as ``key: theirs -> ours``; what may is left out.
+    def may_change(self, key: str) -> bool:
+        """As in ``RunRecipe``.
 
         With tar shards the number of workers and the micro-batch may not: each worker reads shards of its own. Nor may
-        the micro-batch of m2d_clap, from which it takes its negatives.
+        the micro-batch of m2d_clap, from which it takes its negatives, or with drop path, whose random numbers
+        are keyed by it; nor a probe that decides when the run ends.
         """
-        mine, theirs = flatten(self.to_dict()), flatten(dict(other))
-        bound = ["data.workers", "training.micro_batch"] if is_shards(self.data.source) else []
-        bound += ["training.micro_batch"] if self.objective == "m2d_clap" else []
-        keys = [key for key in {**theirs, **mine} if key in bound or not _FREE_ON_RESUME.fullmatch(key)]
-        return [f"{k}: {theirs.get(k)!r} -> {mine.get(k)!r}" for k in keys if theirs.get(k) != mine.get(k)]
+        if key.startswith("probe.") and self.training.patience is not None:
+            return False
+        bound = {"data.workers", "training.micro_batch"} if is_shards(self.data.source) else set()
+        by_micro_batch = self.objective == "m2d_clap" or self.training.drop_path > 0
+        bound |= {"training.micro_batch"} if by_micro_batch else set()
+        return key not in bound and _FREE_ON_RESUME.fullmatch(key) is not None
 
 
 def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
@@ -269,34 +249,4 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
     Raises:
         ConfigError: if there is no such recipe, it is not YAML, or a key or value is wrong; it names the key.
     """
-    file = _find(name)
-    content = read_yaml(file)
-    for text in overrides:
-        override(content, text, Recipe, "training.steps=1000")
-    for key, how in (("data", "data.source=FOLDER"), ("training", "training.steps=1000")):
-        require(isinstance(content.get(key, {}), dict), f"{file}: {key} is a section, e.g. {how}")
-    if "source" not in content.setdefault("data", {}):
-        raise ConfigError(f"{file}: data.source is missing; say what to train on: data.source=FOLDER, a .csv or *.tar.")
-    try:
-        recipe: Recipe = from_dict(Recipe, content)
-    except ConfigError as error:
-        raise ConfigError(f"{file}: {error}") from error
-    return recipe
-
-
-def known_recipes() -> dict[str, str]:
-    """Names of the recipes that come with the package, and what each is about."""
-    return {file.stem: str(read_yaml(file).get("about", "")).strip() for file in sorted(RECIPES.glob("*.yaml"))}
-
-
-def _find(name: str) -> Path:
-    file = Path(name)
-    if file.suffix in (".yaml", ".yml") or file.is_file():
-        require(file.is_file(), f"{name}: no such recipe file")
-        return file
-    packaged = RECIPES / f"{name}.yaml"
-    known = [f.stem for f in sorted(RECIPES.glob("*.yaml"))]
-    if name not in known:
-        close = difflib.get_close_matches(name, known) or known
-        raise ConfigError(f"{name!r} is neither a YAML file nor a known recipe; known: {', '.join(close)}.")
-    return packaged
+    return read_recipe(Recipe, name, RECIPES, overrides, "training.steps=1000")

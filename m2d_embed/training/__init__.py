@@ -1,1 +1,1 @@
-"""What every training run needs, pre-training and fine-tuning alike: schedules, checkpoints, log, an orderly stop."""
+"""What pre-training and fine-tuning share: the loop (``trainer``), settings, schedules, checkpoints, log, stopping."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,11 +17,49 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor
 
 from m2d_embed.errors import ConfigError, M2DEmbedError
+from m2d_embed.training.settings import RunRecipe
 from m2d_embed.training.stop import Stop
 
 _LONGEST_WAIT = timedelta(hours=12)  # of the other processes while the main one measures, builds a cache or tests
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How the processes of a run share a step: ``accumulation`` times ``micro_batch`` clips in each of them."""
+
+    accelerator: Accelerator
+    micro_batch: int
+    accumulation: int
+
+    def first_row(self, number: int) -> int:
+        """Where in the batch of a step micro-batch ``number`` of this process begins."""
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        return int((number * processes + rank) * self.micro_batch)
+
+
+def set_up(recipe: RunRecipe) -> Setup:
+    """Start accelerate, and see how a recipe fits devices and processes.
+
+    Raises:
+        ConfigError: if it does not, or the run's folder is a file.
+    """
+    training, accelerator = recipe.training, start_accelerator(recipe.training.precision)
+    check_processes(accelerator, recipe.folder)
+    on_cpu, compilers = accelerator.device.type == "cpu", (os.environ.get("CXX", "g++"), "g++", "clang++", "cl")
+    if on_cpu and training.precision == "fp16":
+        raise ConfigError("training.precision fp16 needs a GPU; on a CPU take bf16 or fp32.")
+    if on_cpu and training.compile and not any(shutil.which(name) for name in compilers):
+        raise ConfigError("training.compile needs a C++ compiler, e.g. g++; install one or set it to false.")
+    processes = accelerator.num_processes
+    micro_batch = training.micro_batch or max(1, training.batch_size // processes)
+    if training.batch_size % (micro_batch * processes):
+        raise ConfigError(
+            f"training.batch_size {training.batch_size} is not a multiple of training.micro_batch {micro_batch} x "
+            f"{processes} process{'es' if processes > 1 else ''}."
+        )
+    return Setup(accelerator, micro_batch, training.batch_size // (micro_batch * processes))
 
 
 def start_accelerator(precision: str) -> Accelerator:

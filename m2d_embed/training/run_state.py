@@ -6,12 +6,13 @@ state.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -23,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 from m2d_embed.config import ModelConfig
 from m2d_embed.errors import CheckpointError, ConfigError
 from m2d_embed.files import atomic_write
+from m2d_embed.training.settings import RunRecipe
 
 FORMAT_VERSION = 1
 _FOLDER = "checkpoints"
@@ -35,8 +37,10 @@ class RunState:
 
     ``model`` and ``optimizer`` are state dicts with full names, the same whatever the number of processes; ``recipe``
     is the run's as plain values, ``config`` the encoder's; ``bad_files`` and ``pending`` are what the loop has counted.
-    ``data`` describes the training data in words; ``processes`` took part; ``scaler`` is that of float16's losses.
-    ``extra`` is what a kind of run keeps besides: tensors and plain values.
+    ``kind`` is the recipe's; ``data`` describes the training data in words; ``processes`` took part; ``scaler`` is that
+    of float16's losses. ``average`` are averaged weights, empty if there are none; ``best`` is of validation: step,
+    score and its name; ``stale`` counts validations since; ``seconds`` were spent on steps. ``extra`` is what a task
+    keeps besides: tensors and plain values.
     """
 
     step: int
@@ -44,11 +48,16 @@ class RunState:
     optimizer: dict[str, Any]
     recipe: dict[str, Any]
     config: ModelConfig
+    kind: str = ""
     bad_files: dict[str, Any] = field(default_factory=dict)
     pending: dict[str, float] = field(default_factory=dict)
     data: str = ""
     processes: int = 1
     scaler: dict[str, Any] = field(default_factory=dict)
+    average: dict[str, Tensor] = field(default_factory=dict)
+    best: dict[str, Any] = field(default_factory=dict)
+    stale: int = 0
+    seconds: float = 0.0
     extra: dict[str, Any] = field(default_factory=dict)
 
     def write(self, folder: Path, keep: int) -> Path:
@@ -74,7 +83,7 @@ class RunState:
                 f"{file}: cannot be written ({error}). Earlier checkpoints are kept: make room, and give the same "
                 "command again to go on from the last."
             ) from error
-        for old in _files(folder)[:-keep]:
+        for old in (*_files(folder)[:-keep], *_files(folder, "best-*.safetensors")[:-keep]):
             old.unlink()
         return file
 
@@ -104,15 +113,6 @@ def latest(folder: Path) -> Path | None:
     return next(reversed(_files(folder)), None)
 
 
-class RunRecipe(Protocol):
-    """What a run is made by: its folder, and how it differs from another recipe's plain values."""
-
-    @property
-    def folder(self) -> Path: ...
-
-    def differences(self, other: Mapping[str, Any]) -> list[str]: ...
-
-
 def previous(recipe: RunRecipe) -> RunState | None:
     """The newest checkpoint of the run of a recipe, or None.
 
@@ -124,6 +124,8 @@ def previous(recipe: RunRecipe) -> RunState | None:
     if file is None:
         return None
     state = RunState.read(file)
+    if state.kind != recipe.kind:
+        raise ConfigError(f"{recipe.folder} holds a run of {state.kind or 'an earlier release'}; give another output=.")
     if differing := recipe.differences(state.recipe):
         raise ConfigError(
             f"{recipe.folder} holds a run of another recipe ({'; '.join(differing[:4])}). Give another folder "
@@ -155,5 +157,29 @@ def restore(state: RunState, model: nn.Module, optimizers: Sequence[torch.optim.
     )
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted((folder / _FOLDER).glob("step-*.ckpt"))
+def write_best(folder: Path, step: int, weights: dict[str, Tensor]) -> None:
+    """Keep the weights after ``step`` steps, which have the best validation so far, besides the checkpoints."""
+    file = _best_file(folder, step)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(file) as partial:
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, partial)
+
+
+def read_best(folder: Path, step: int) -> dict[str, Tensor]:
+    """The weights that ``write_best`` kept.
+
+    Raises:
+        CheckpointError: if they are missing.
+    """
+    file = _best_file(folder, step)
+    if not file.exists():
+        raise CheckpointError(f"{file} is missing: it holds the best weights of the run. Train again.")
+    return load_file(file)
+
+
+def _best_file(folder: Path, step: int) -> Path:
+    return folder / _FOLDER / f"best-{step:09d}.safetensors"
+
+
+def _files(folder: Path, pattern: str = "step-*.ckpt") -> list[Path]:
+    return sorted((folder / _FOLDER).glob(pattern))

@@ -28,6 +28,7 @@ class Purpose(IntEnum):
     REPLACE = 4
     SHARDS = 5
     SHUFFLE = 6
+    DROP = 7
 
 
 def rng_at(seed: int, position: int, purpose: Purpose) -> np.random.Generator:

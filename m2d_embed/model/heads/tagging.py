@@ -48,6 +48,11 @@ class TaggingHead(nn.Module):
         self.norm = _Float32Statistics(dim, affine=False)
         self.linear = nn.Linear(dim, len(config.labels))
 
+    def init_weights(self) -> None:
+        """Draw fresh weights, N(0, 0.02), and zero biases: with features of unit variance, first logits are small."""
+        nn.init.normal_(self.linear.weight, std=0.02)
+        nn.init.zeros_(self.linear.bias)
+
     def forward(self, features: Tensor) -> Tensor:
         """(..., dim) -> (..., labels) logits, float32."""
         normalised: Tensor = self.norm(features.float().reshape(-1, features.shape[-1])).view_as(features)
