@@ -17,7 +17,7 @@ EARLIER_SPEEDS = sorted(path for path in ROOT.glob("benchmarks/speed-*.json") if
 TRAINING = Path(__file__).with_name("training.json")
 SHORT_RUN = Path(__file__).with_name("short_run.json")
 QUALITY = Path(__file__).with_name("quality.json")
-FINETUNING = Path(__file__).with_name("finetuning.json")
+FINETUNING = Path(__file__).with_name("finetuning.json")  # removed with the weights it was measured on
 GPU_TRAINING = Path(__file__).with_name("training-gpu.json")
 
 
@@ -243,6 +243,7 @@ def main() -> None:
     if GPU_TRAINING.exists():
         training += "\n\n" + gpu_training_table(json.loads(GPU_TRAINING.read_text()))
     quality = quality_table(json.loads(QUALITY.read_text()))
+    finetuned = finetuning_table(json.loads(FINETUNING.read_text())) if FINETUNING.exists() else ""
     docs = ROOT / "docs"
     for file, sections in {
         ROOT / "README.md": {"quality": quality},
@@ -251,7 +252,7 @@ def main() -> None:
             "speed": speed_tables(speeds),
             "startup": startup_sentence(json.loads(STARTUP.read_text())),
         },
-        docs / "finetuning.md": {"finetuning": finetuning_table(json.loads(FINETUNING.read_text()))},
+        docs / "finetuning.md": {"finetuning": finetuned},
         docs / "pretraining.md": {
             "training": training,
             "short-run": short_run_table(json.loads(SHORT_RUN.read_text())),
