@@ -1,6 +1,6 @@
 """Threads: how many a process computes with and may use, by its affinity and its container's CPU quota; and forks.
 
-``choose_threads`` decides for a model on the CPU; ``describe`` says what came of it, and why.
+``choose_threads`` decides for a model on the CPU; ``describe`` says what was chosen, and why.
 """
 
 from __future__ import annotations

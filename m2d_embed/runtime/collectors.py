@@ -1,4 +1,4 @@
-"""What is kept of the encoder's output for a clip whose windows come back one by one, and what it makes in the end."""
+"""Collectors: they reduce the encoder's output window by window, and make the result of a clip from it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from m2d_embed.model.windows import column_times
 R = TypeVar("R")
 Result = TypeVar("Result", covariant=True)
 
-#: What a header says about the length of a clip is not worth more memory than this before its columns come.
+#: Columns allocated at first by the length that a header states, at most: a wrong one must not take all memory.
 _MOST_ROWS_AT_FIRST = 1 << 15
 
 
@@ -30,7 +30,7 @@ class Place(NamedTuple):
 
 
 class Collector(Protocol[Result]):
-    """Gathers what the encoder made of one clip, window by window."""
+    """Collects the encoder's outputs for one clip, window by window."""
 
     def add(self, place: Place, values: Tensor) -> None: ...
 
@@ -39,7 +39,7 @@ class Collector(Protocol[Result]):
 
 @dataclass(frozen=True)
 class Reduction(Generic[R]):
-    """What is kept of the frame features: ``reduce`` is done on the device, with a batch, (N, T, D) and its columns."""
+    """How frame features are reduced: ``reduce`` runs on the device, on a batch (N, T, D) with its columns."""
 
     reduce: Callable[[Tensor, Sequence[int]], Tensor]
     new_collector: Callable[[float], Collector[R]]  # of a clip's expected length in seconds
@@ -71,7 +71,7 @@ def _reduce_columns(frames: Tensor, columns: Sequence[int], reduce: Callable[[Te
 
 
 class _Scene:
-    """What comes of sums over all columns; they are kept running: a long clip takes no more memory than a short one."""
+    """Running sums over all columns: a long clip takes no more memory than a short one."""
 
     def __init__(self, of_means: Callable[[Tensor], Tensor]) -> None:
         self.of_means = of_means

@@ -16,7 +16,7 @@ from m2d_embed.audio.clips import Samples
 from m2d_embed.errors import AudioError
 from m2d_embed.runtime.profiling import DECODING, WAITING, Stopwatch
 
-#: What comes of a clip, in this order: pieces of it, and then None at its end, or the error that ended it.
+#: What is yielded for a clip, in this order: its pieces, then None at its end, or the error that ended it.
 Item = Samples | AudioError | None
 Reader = Callable[[int], Iterator[Samples]]
 

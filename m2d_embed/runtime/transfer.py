@@ -21,7 +21,7 @@ class Link(Protocol):
         """An empty tensor in host memory, to fill and upload."""
 
     def upload(self, host: Tensor) -> Tensor:
-        """A tensor of the host on the device; the host's may be let go of at once."""
+        """A tensor of the host on the device; the host's may be discarded at once."""
 
     def download(self, tensor: Tensor) -> Callable[[], Tensor]:
         """Begin to bring back a tensor; the function returned waits for it."""

@@ -62,7 +62,7 @@ typedef struct {
   int64_t member_floats;  // scratch of each member of a team
 } Shape;
 
-// Rows of what is multiplied with a matrix, and in int8 their levels, and what a level of each row is worth.
+// Rows of what is multiplied with a matrix, and in int8 their levels, and the scale of each row.
 typedef struct {
   float* values;  // [row][width]
   Unit* levels;   // [row][width / VALUES]

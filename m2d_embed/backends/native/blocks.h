@@ -12,7 +12,7 @@ enum { FLOAT32, BFLOAT16, FLOAT16 };
 
 typedef struct {
   const void* weight;   // (outputs, inputs), tiles, or packed int8: see the file that reads it
-  const float* scales;  // int8: what a step of each output's weights is worth
+  const float* scales;  // int8: the scale of each output's weights
   const void* bias;     // or NULL
   int32_t bias_format, weight_format;
 } Linear;

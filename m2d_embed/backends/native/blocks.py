@@ -153,7 +153,7 @@ class NativeBlocks:
         return x
 
     def features(self, x: Tensor, layers: Sequence[int], rows: int) -> list[Tensor]:
-        """What comes of all tokens but the first, through the norm, of some layers.
+        """Normalised outputs of some layers for all tokens but the first.
 
         Args:
             x: (B, 1 + F * T, dim) float32, frequency-major, which is changed if it is contiguous.
@@ -240,7 +240,7 @@ class NativeBlocks:
 
 class _Matrix(NamedTuple):
     weight: Tensor  # (out, in), or packed
-    scales: Tensor | None  # int8: what a step of each row is worth
+    scales: Tensor | None  # int8: the scale of each row
 
 
 class _Packing(NamedTuple):
@@ -278,15 +278,15 @@ def _lay_out(weights: list[Tensor], kind: Arithmetic, unit: Unit, packing: _Pack
     largest = _AVX2_LARGEST if unit == "avx2" else _INT8_LARGEST
     found = []
     for weight, memory, scales in zip(weights, memories, kept, strict=True):
-        rounded, steps = (weight.detach().to(dtype), None) if kind != "int8" else rounded_to_int8(weight, largest)
+        rounded, scale = (weight.detach().to(dtype), None) if kind != "int8" else rounded_to_int8(weight, largest)
         arranged = rounded if packing is None else packing.of(rounded)
         laid_out = memory.view(dtype).view(arranged.shape).copy_(arranged)
-        found.append(_Matrix(laid_out, None if steps is None else scales.copy_(steps)))
+        found.append(_Matrix(laid_out, None if scale is None else scales.copy_(scale)))
     return found
 
 
 def rounded_to_int8(weight: Tensor, levels: int = _INT8_LARGEST) -> tuple[Tensor, Tensor]:
-    """A matrix, (out, in), in int8, from -levels to levels, and what a step of each row is worth, (out,) float32."""
+    """A matrix, (out, in), in int8, from -levels to levels, and the scale of each row, (out,) float32."""
     values = weight.detach().to(torch.float32, copy=True)  # changed in place, for memory's sake
     largest = torch.maximum(values.amax(dim=1), -values.amin(dim=1))
     scales = (largest / levels).clamp_min(_SMALLEST_SCALE)

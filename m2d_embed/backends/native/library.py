@@ -233,7 +233,7 @@ def in_large_pages(size: int) -> Tensor:
     memory = torch.empty(size, dtype=torch.uint8, device="cpu")
     if size >= _LARGE_PAGE and sys.platform == "linux":
         start, stop = memory.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE, memory.data_ptr() + size
-        # It is advice: whatever comes of it, the memory can be used.
+        # It is advice: whether or not it is taken, the memory can be used.
         ctypes.CDLL(None).madvise(c_void_p(start), c_size_t(stop - start), mmap.MADV_HUGEPAGE)
     return memory
 

@@ -13,7 +13,7 @@
 //   A tiles: 16 rows of 32 bf16 (64 int8) consecutive values along the inner dimension;
 //   B tiles: 16 rows, each 2 bf16 (4 int8) consecutive values along the inner dimension for each of 16 columns.
 // All matrices here are arrays of such tiles, [row or column tile][step along the inner dimension]. Rows are tokens.
-// For attention every window begins with a new tile, and rows beyond its tokens hold zeros or what comes of zeros;
+// For attention every window begins with a new tile, and rows beyond its tokens hold zeros or results of zeros;
 // after it all tokens of a chunk follow one another, and rows beyond the last may hold anything.
 
 #ifndef M2D_TILES_H
@@ -135,7 +135,7 @@ typedef struct {
   uint8_t *q, *k, *v;    // for each window and head: A tiles, B tiles, B tiles
   uint8_t* hidden;       // A tiles
   uint8_t* unquantized;  // bf16, in the order of A tiles, before it is rounded to int8
-  float* row_scales;     // int8: what a step of each row of `rounded` is worth; else NULL
+  float* row_scales;     // int8: the scale of each row of `rounded`; else NULL
   float* hidden_scales;  // and of `hidden`
   uint8_t* attention;    // for each member of the team: scores and weights of 32 queries
 } Scratch;
@@ -403,7 +403,7 @@ INLINE Ahead ahead_of(const Matrix* m, Share pairs, const Matrix* then, Team tea
 INLINE void fetch_residual(const Chunk* chunk, Rows rows, int row_tiles, int64_t pair) {
   for (int i = 0; i < row_tiles; i++, rows = next_tile(rows, chunk->shape)) {
     const float* x = residual_of(chunk, rows, pair);
-    for (int r = 0; r < TILE_ROWS; r++, x += chunk->shape->dim) {  // beyond the last token it asks in vain
+    for (int r = 0; r < TILE_ROWS; r++, x += chunk->shape->dim) {  // beyond the last token this does nothing
       _mm_prefetch(x, _MM_HINT_T0);
       _mm_prefetch(x + 16, _MM_HINT_T0);
     }
@@ -494,7 +494,7 @@ INLINE void round_to_int8(const __m512 values[4], __m512 reciprocal, uint8_t* to
   }
 }
 
-// What a step of int8 is worth if `largest` is 127 of them.
+// The scale of int8 for which `largest` is 127.
 INLINE __m512 steps_of(__m512 largest) {
   return _mm512_mul_ps(_mm512_max_ps(largest, _mm512_set1_ps(1e-12f)), _mm512_set1_ps(1.0f / 127.0f));
 }
@@ -574,7 +574,7 @@ INLINE void norm_rows(const Chunk* chunk, const Norm* norm, int is_int8) {
   }
 }
 
-// bf16 in the order of A tiles -> int8 A tiles, with a step for each row.
+// bf16 in the order of A tiles -> int8 A tiles, with a scale for each row.
 static void quantize_rows(const Chunk* chunk, int64_t columns, uint8_t* to, float* scales) {
   int64_t steps = columns / PAIR;
   Share share = share_of(chunk->team, chunk->windows * chunk->shape->token_tiles);
