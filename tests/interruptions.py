@@ -110,7 +110,7 @@ def end_of(process: subprocess.Popen[str]) -> Ended:
 
 def run(arguments: Sequence[str], **options: object) -> Ended:
     """Run a command to its end; options as for ``start``."""
-    return end_of(start(arguments, **options))  # type: ignore[arg-type]
+    return end_of(start(arguments, **options))  # type: ignore[arg-type]  # of any option of start
 
 
 def kill(process: subprocess.Popen[str], group: bool = False) -> Ended:

@@ -117,7 +117,7 @@ class Task(abc.ABC):
 
     def validate(self, weights: dict[str, Tensor]) -> Validation:
         """Score a state dict of the network, on the CPU. Only the main process does it."""
-        raise NotImplementedError
+        raise NotImplementedError  # by a task that never validates, of which nobody asks it
 
     @abc.abstractmethod
     def describe(self) -> str:

@@ -31,7 +31,7 @@ class _Float32Statistics(nn.BatchNorm1d):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Float32Statistics:
         before = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch has no types for it
         for name, buffer in self._buffers.items():
             old = before[name]
             if buffer is not None and old is not None and buffer.dtype != old.dtype:
